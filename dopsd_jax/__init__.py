@@ -1,0 +1,1 @@
+"""D-OPSD in JAX: tune step-distilled text-to-image transformers without losing few-step quality."""

@@ -1,0 +1,1 @@
+"""What knows JAX but not diffusion: trees, checks, sharding, checkpoints, metrics."""

@@ -1,0 +1,61 @@
+"""Pytrees of nested dicts, by slash-joined names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+Tree = Any
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Nested dicts -> {"a/b/c": leaf}, in sorted order. Empty subtrees vanish."""
+    flat = {}
+
+    def visit(node, path):
+        if isinstance(node, dict):
+            for key in sorted(node):
+                visit(node[key], (*path, key))
+        else:
+            flat["/".join(path)] = node
+
+    visit(tree, ())
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> Tree:
+    """{"a/b/c": leaf} -> nested dicts; the inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        node = tree
+        *parents, last = name.split("/")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def map_named(f: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """Maps `f(name, leaf)` over nested dicts."""
+    return unflatten({name: f(name, leaf) for name, leaf in flatten(tree).items()})
+
+
+def count(tree: Tree) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Tree) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def cast_floats(tree: Tree, dtype) -> Tree:
+    """Casts floating leaves to `dtype`, leaves the rest alone."""
+    def cast(x):
+        return x.astype(dtype) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x
+
+    return jax.tree.map(cast, tree)

@@ -1,0 +1,1 @@
+"""Flax linen networks: no IO, no training words."""

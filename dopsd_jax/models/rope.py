@@ -1,0 +1,53 @@
+"""Rotary position embeddings: tables in float64 NumPy at trace time, rotation in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def axis_tables(
+    axes_dims: Sequence[int], axes_lens: Sequence[int], theta: float
+) -> list[np.ndarray]:
+    """Angle tables, one per position axis, float64 [length, dim / 2]."""
+    tables = []
+    for dim, length in zip(axes_dims, axes_lens, strict=True):
+        freqs = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+        tables.append(np.arange(length, dtype=np.float64)[:, None] * freqs)
+    return tables
+
+
+def gather_cos_sin(tables: Sequence[np.ndarray], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Looks positions up, axis by axis.
+
+    Args:
+        tables: From `axis_tables`, one per axis, in the order of the last axis of `ids`.
+        ids: int32 [B, N, axes]; every id must be below its table's length.
+
+    Returns:
+        cos, sin: float32 [B, N, d / 2] with d the sum of the axes' dims.
+    """
+    cos = [jnp.asarray(np.cos(t), jnp.float32)[ids[..., i]] for i, t in enumerate(tables)]
+    sin = [jnp.asarray(np.sin(t), jnp.float32)[ids[..., i]] for i, t in enumerate(tables)]
+    return jnp.concatenate(cos, axis=-1), jnp.concatenate(sin, axis=-1)
+
+
+def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates pairs (2j, 2j+1) of x [B, N, K, d] by angles [B, N, d / 2]; float32 inside."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates pairs (j, j + d/2) of x [B, N, K, d] by angles [B, N, d / 2], in cos's dtype."""
+    dtype = x.dtype
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(dtype)

@@ -1,0 +1,1 @@
+"""Names and files: safetensors in and out, name tables, LoRA formats."""
