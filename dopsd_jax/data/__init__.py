@@ -1,0 +1,1 @@
+"""From image-text rows to the rows, captions and pixels of one step; no network, no JAX."""

@@ -1,0 +1,401 @@
+"""Image-text rows: a JSONL file or a folder of images -> rows that are known to be usable.
+
+Every row is checked and every image fully decoded before training starts, and all bad rows are
+reported together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+# In order of precedence: published files may carry a local list and the remote one it came from.
+IMAGE_KEYS = (
+    "local_path_list",
+    "local_paths",
+    "image_path_list",
+    "image_paths",
+    "image_path",
+    "path",
+    "oss_path_list",
+)
+CAPTION_KEYS = tuple(
+    f"{kind}_{language}"
+    for kind in ("short", "medium", "detailed", "user_prompt")
+    for language in ("en", "zh")
+) + ("caption", "prompt", "text")
+SIZE_KEYS = ("h*w", "w*h")
+SIZE_PATTERN = re.compile(r"\s*[1-9]\d*\s*\*\s*[1-9]\d*\s*")
+
+# A closed list: PIL's other decoders are rarely exercised, and EPS would run Ghostscript.
+IMAGE_FORMATS = ("AVIF", "BMP", "JPEG", "PNG", "TIFF", "WEBP")
+IMAGE_EXTENSIONS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Images PIL cannot open at all, but which a user takes for part of the data.
+FOREIGN_EXTENSIONS = (".heic", ".heif", ".jxl", ".dng")
+IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+IMAGE_MODES_16 = ("I;16", "I;16L", "I;16B", "I;16N")
+
+# Text files that live beside images without being captions.
+NOT_CAPTIONS = ("readme", "license", "licence", "copying", "notice")
+
+MAX_LISTED = 20
+LOG_EVERY_S = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image-text pair, or for editing: references, target and instruction.
+
+    Attributes:
+        where: "train.jsonl:3" or "cat.jpg", for messages.
+        images: Existing files; the last one is the target.
+        captions: Caption by key, never empty, in the order of `CAPTION_KEYS`.
+        size: (width, height) of the target in pixels, upright.
+        class_name: What `[V]` stands for, or None.
+    """
+
+    where: str
+    images: tuple[Path, ...]
+    captions: dict[str, str]
+    size: tuple[int, int]
+    class_name: str | None
+
+    @property
+    def target(self) -> Path:
+        return self.images[-1]
+
+
+@dataclass
+class _Draft:
+    """A row while it is checked: what was written, and what is wrong with it."""
+
+    where: str
+    paths: list[str] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
+    captions: dict[str, str] = field(default_factory=dict)
+    class_name: str | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+def read_rows(
+    data: str | Path, *, root: str | Path | None = None, num_images: int | None = 1
+) -> list[Row]:
+    """Reads and checks every row of a data set.
+
+    Args:
+        data: A JSONL file of the published format, or a folder of images with a .txt caption
+            beside each (subfolders are not read).
+        root: Folder that relative paths start from and that no image may lie outside of. By
+            default the folder itself, or the folder of the JSONL file.
+        num_images: Images every row must have, references included; None for any number.
+
+    Returns:
+        Rows in file order (JSONL) or sorted by name (folder).
+
+    Raises:
+        DataError: All bad rows together, each with where, what was expected and what came.
+
+    Source: D-OPSD, z-image-turbo_self-distill-vlm/dataset.py and local_paths.py.
+        Differs from reference: a row that cannot be used is an error before training starts, not
+        replaced by another row while it runs; a row with more images than the recipe uses is an
+        error, not cut to the first.
+    """
+    data = Path(data).expanduser()
+    if data.is_dir():
+        drafts = _scan_folder(data)
+        expected = f"an image ({', '.join(IMAGE_EXTENSIONS)}; subfolders are not read)"
+    elif data.is_file():
+        drafts = _parse_jsonl(data)
+        expected = "a JSON object per line"
+    else:
+        raise DataError(
+            f"data: expected a JSONL file or a folder of images, got {str(data)!r}, which does not "
+            "exist; check the path"
+        )
+    if not drafts:
+        raise DataError(f"{data}: expected {expected}, found none; zero usable rows")
+
+    root = Path(root if root is not None else data if data.is_dir() else data.parent)
+    root = root.expanduser().resolve()
+    if not root.is_dir():
+        raise DataError(f"root: expected a folder, got {str(root)!r}, which does not exist")
+    for draft in drafts:
+        _resolve_images(draft, root, num_images)
+    # Rows may share an image; each file is decoded once.
+    sizes = _measure_all(dict.fromkeys(path for draft in drafts for path in draft.images))
+    for draft in drafts:
+        broken = (sizes[path] for path in dict.fromkeys(draft.images))
+        draft.problems += [str(error) for error in broken if isinstance(error, DataError)]
+    _raise_problems(data, drafts)
+    return [
+        Row(d.where, tuple(d.images), d.captions, sizes[d.images[-1]], d.class_name) for d in drafts
+    ]
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decodes one image file fully and turns it upright; several frames: the first.
+
+    Returns:
+        An image with a mode of `IMAGE_MODES` or `IMAGE_MODES_16`.
+
+    Raises:
+        DataError: The file is missing, no image, truncated, too large or of an unusual bit depth.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{path}: expected at most {2 * Image.MAX_IMAGE_PIXELS} pixels, got an image PIL takes "
+            f"for a decompression bomb ({error}); save it smaller"
+        ) from error
+    except Exception as error:  # On corrupted bytes PIL's decoders raise nearly anything.
+        raise DataError(
+            f"{path}: expected a whole {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} "
+            f"image, got {type(error).__name__}: {error}; download or export it again"
+        ) from error
+    if image.mode not in IMAGE_MODES + IMAGE_MODES_16:
+        raise DataError(
+            f"{path}: expected 8 or 16 bits per channel, got PIL mode {image.mode!r}; export it as "
+            "8-bit RGB"
+        )
+    return image
+
+
+def _parse_jsonl(file: Path) -> list[_Draft]:
+    """One draft per non-blank line."""
+    drafts = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                draft = _Draft(f"{file.name}:{number}")
+                _parse_line(draft, line)
+                drafts.append(draft)
+    return drafts
+
+
+def _parse_line(draft: _Draft, line: bytes) -> None:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        draft.problems.append(
+            f"expected UTF-8 text, got byte 0x{line[error.start]:02x} at column {error.start + 1}; "
+            "save the file as UTF-8"
+        )
+        return
+    except json.JSONDecodeError as error:
+        draft.problems.append(
+            f"expected one JSON object per line, got malformed JSON at column {error.colno}: "
+            f"{error.msg}; the line starts {_shorten(line.decode())}"
+        )
+        return
+    except (ValueError, RecursionError) as error:
+        draft.problems.append(f"expected one JSON object per line, got JSON too large: {error}")
+        return
+    if not isinstance(record, dict):
+        draft.problems.append(f"expected a JSON object {{...}}, got {_shorten(record)}")
+        return
+    _take_paths(draft, record)
+    _take_captions(draft, record)
+    _check_sizes(draft, record)
+    draft.class_name = record.get("class_name")
+    if not isinstance(draft.class_name, str | None):
+        draft.problems.append(f"class_name: expected text, got {_shorten(draft.class_name)}")
+
+
+def _take_paths(draft: _Draft, record: dict) -> None:
+    key = next((key for key in IMAGE_KEYS if record.get(key) is not None), None)
+    if key is None:
+        draft.problems.append(
+            f"expected an image under one of the keys {', '.join(IMAGE_KEYS)}, got the keys "
+            f"{', '.join(record) or '(none)'}"
+        )
+        return
+    value = record[key]
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not paths:
+        draft.problems.append(f"{key}: expected a list of image paths, got {_shorten(value)}")
+        return
+    for path in paths:
+        if not isinstance(path, str) or not path.strip():
+            draft.problems.append(f"{key}: expected an image path, got {_shorten(path)}")
+        elif "://" in path:
+            draft.problems.append(
+                f"{key}: expected a local path, got {_shorten(path)}; download it and give the path"
+            )
+        else:
+            draft.paths.append(path)
+
+
+def _take_captions(draft: _Draft, record: dict) -> None:
+    # null says "no caption of this kind"; an empty string is taken for a captioning failure.
+    present = {key: record[key] for key in CAPTION_KEYS if record.get(key) is not None}
+    if not present:
+        draft.problems.append(
+            f"expected a caption under at least one of the keys {', '.join(CAPTION_KEYS)}, got the "
+            f"keys {', '.join(record) or '(none)'}"
+        )
+    for key, text in present.items():
+        if not isinstance(text, str):
+            draft.problems.append(f"{key}: expected text, got {_shorten(text)}")
+        elif not text.strip():
+            draft.problems.append(
+                f"{key}: expected a caption, got {text!r}; write one or remove the key"
+            )
+        elif any("\ud800" <= char <= "\udfff" for char in text):
+            draft.problems.append(f"{key}: expected text, got half of a surrogate pair (\\ud8..)")
+        else:
+            draft.captions[key] = text
+
+
+def _check_sizes(draft: _Draft, record: dict) -> None:
+    # Differs from reference: the written size is checked for syntax only; the file's own size
+    # chooses the bucket, since files get resized or rotated after their size was written down.
+    for key in SIZE_KEYS:
+        sizes = record.get(key)
+        for size in sizes if isinstance(sizes, list) else [] if sizes is None else [sizes]:
+            if not isinstance(size, str) or not SIZE_PATTERN.fullmatch(size):
+                draft.problems.append(f'{key}: expected "832*1264", got {_shorten(size)}')
+
+
+def _scan_folder(folder: Path) -> list[_Draft]:
+    """One draft per image, and one per file that looks like data but cannot be a row."""
+    files = sorted(path for path in folder.absolute().iterdir() if path.is_file())
+    files = [path for path in files if not path.name.startswith(".")]  # .DS_Store, ._cat.jpg
+    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+    image_stems = {path.stem for path in files if path.suffix.lower() in IMAGE_EXTENSIONS}
+    other_images = {*Image.registered_extensions(), *FOREIGN_EXTENSIONS} - {*IMAGE_EXTENSIONS}
+    drafts = []
+    for path in files:
+        draft = _Draft(path.name)
+        extension = path.suffix.lower()
+        if extension in IMAGE_EXTENSIONS:
+            draft.paths.append(str(path))
+            _read_caption(draft, path, captions.get(path.stem))
+        elif extension in other_images:
+            draft.problems.append(
+                f"expected an image ending in {', '.join(IMAGE_EXTENSIONS)}, got {extension}; "
+                "convert it, or move it out of the folder"
+            )
+        elif extension == ".txt" and path.stem not in image_stems:
+            if path.stem.lower() in NOT_CAPTIONS:
+                continue
+            draft.problems.append(
+                f"expected an image named {path.stem} beside this caption, found none; add it, or "
+                "move the .txt out of the folder"
+            )
+        else:
+            continue
+        drafts.append(draft)
+    return drafts
+
+
+def _read_caption(draft: _Draft, image: Path, file: Path | None) -> None:
+    if file is None:
+        draft.problems.append(
+            f"expected a caption in {image.stem}.txt beside it, found no such file; write one"
+        )
+        return
+    try:
+        text = file.read_bytes().decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        draft.problems.append(
+            f"{file.name}:{line}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}; "
+            "save the file as UTF-8"
+        )
+        return
+    if text:
+        draft.captions["caption"] = text
+    else:
+        draft.problems.append(f"{file.name}: expected a caption, got an empty file; write one")
+
+
+def _resolve_images(draft: _Draft, root: Path, num_images: int | None) -> None:
+    """Turns written paths into files under the root."""
+    if draft.paths and num_images is not None and len(draft.paths) != num_images:
+        draft.problems.append(
+            f"expected {num_images} image(s) per row for this recipe, got {len(draft.paths)}; list "
+            "that many, or choose another recipe"
+        )
+    for written in draft.paths:
+        try:
+            # resolve() follows symlinks and "..", so what is compared is where the bytes lie.
+            path = (root / written).resolve()
+            exists = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:
+            draft.problems.append(f"{_shorten(written)}: expected an image path, got {error}")
+            continue
+        if not path.is_relative_to(root):
+            draft.problems.append(
+                f"{_shorten(written)}: expected an image under the data root {root}, got {path} "
+                "outside it; move it there, or give a root that holds it"
+            )
+        elif not exists:
+            draft.problems.append(
+                f"{_shorten(written)}: expected an image file, found none at {path}; check the "
+                "path, or give the root it is relative to"
+            )
+        else:
+            draft.images.append(path)
+
+
+def _measure_all(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | DataError]:
+    """Decodes every file; returns its upright (width, height), or what is wrong with it."""
+    paths, sizes = list(paths), {}
+    start = logged = time.monotonic()
+    # Threads suffice: PIL's decoders release the GIL.
+    with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
+        for path, size in zip(paths, pool.imap(_measure, paths, chunksize=8), strict=True):
+            sizes[path] = size
+            now = time.monotonic()
+            if now - logged > LOG_EVERY_S:
+                logged = now
+                rate = len(sizes) / (now - start)
+                logger.info(
+                    "checked %d of %d images, %.0f/s, %.0f s left",
+                    len(sizes), len(paths), rate, (len(paths) - len(sizes)) / rate,
+                )  # fmt: skip
+    return sizes
+
+
+def _measure(path: Path) -> tuple[int, int] | DataError:
+    try:
+        return open_image(path).size
+    except DataError as error:
+        return error
+
+
+def _raise_problems(data: Path, drafts: list[_Draft]) -> None:
+    bad = [draft for draft in drafts if draft.problems]
+    if not bad:
+        return
+    lines = [f"  {draft.where}: {'; also '.join(draft.problems)}" for draft in bad[:MAX_LISTED]]
+    if len(bad) > MAX_LISTED:
+        lines.append(f"  ... and {len(bad) - MAX_LISTED} more")
+    usable = len(drafts) - len(bad)
+    count = f"{len(bad)} of {len(drafts)} rows cannot be used" + ("" if usable else ", zero usable")
+    raise DataError("\n".join([f"{data}: {count}; correct or remove them:", *lines]))
+
+
+def _shorten(value: object, limit: int = 80) -> str:
+    """A value as JSON, cut for a message."""
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
