@@ -89,7 +89,7 @@ def resolve(table: Iterable[Rule], tensor_names: Iterable[str]) -> tuple[dict[st
         matches = [(m, r) for p, r in table if (m := p.fullmatch(tensor))]
         if len(matches) != 1:
             rules = ", ".join(r.pattern for _, r in matches) or "none"
-            problems.append(f"{tensor}: expected exactly one rule of the name table, matched {rules}")
+            problems.append(f"{tensor}: expected exactly one rule of the table, matched {rules}")
             continue
         match, found = matches[0]
         if found.target is not None:

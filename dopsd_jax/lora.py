@@ -1,0 +1,126 @@
+"""LoRA as a tree beside the parameters: leaves `a [.., in, r]`, `b [.., r, out]`, float32.
+
+The tree mirrors the parameter tree: `layers/attention/to_q/kernel` [L, in, out] is adapted by
+`layers/attention/to_q/{a,b}`. Scanned layers keep their leading axis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dopsd_jax.core import trees
+from dopsd_jax.core.trees import Tree
+
+# Regexes over parameter names. "published" is what D-OPSD's target list matches in Z-Image: 238
+# linears, both refiners among them.
+TARGETS: dict[str, tuple[str, ...]] = {
+    "published": (
+        r".*/attention/(to_q|to_k|to_v|to_out)/kernel",
+        r".*/feed_forward/(w1|w2|w3)/kernel",
+    ),
+    "attention": (r".*/attention/(to_q|to_k|to_v|to_out)/kernel",),
+}
+
+
+def parse_targets(targets: str | Sequence[str]) -> tuple[str, ...]:
+    """A preset's name, or regexes separated by commas or given as a sequence."""
+    if isinstance(targets, str):
+        return TARGETS.get(targets) or tuple(t.strip() for t in targets.split(",") if t.strip())
+    return tuple(targets)
+
+
+def match_targets(shapes: Tree, targets: Sequence[str]) -> list[str]:
+    """Names of the parameters that the patterns select.
+
+    Raises:
+        ValueError: No pattern at all, a pattern that is no regex or matches nothing, or one that
+            matches a parameter which is not the kernel of a linear layer; all together.
+    """
+    names = list(trees.flatten(shapes))
+    kernels = [n for n in names if n.endswith("/kernel")]
+    chosen: set[str] = set()
+    problems = [] if targets else ["no LoRA target given"]
+    for target in targets:
+        try:
+            found = {n for n in names if re.fullmatch(target, n)}
+        except re.error as e:
+            problems.append(f"{target!r} is no regular expression: {e}")
+            continue
+        if not found:
+            problems.append(f"{target!r} matches no parameter")
+        if wrong := sorted(found - set(kernels)):
+            problems.append(f"{target!r} matches {wrong[0]}, which is not a linear layer's kernel")
+        chosen |= found
+    if problems:
+        layers = sorted({re.sub(r"/kernel$", "", n) for n in kernels})
+        raise ValueError(
+            "LoRA targets: " + "; ".join(problems) + ". Expected one of the presets "
+            f"{sorted(TARGETS)} or regexes that match whole parameter names ending in /kernel; "
+            f"linear layers here: {', '.join(layers)}"
+        )
+    return sorted(chosen)
+
+
+def init(rng: jax.Array, shapes: Tree, targets: Sequence[str], rank: int) -> Tree:
+    """A LoRA that changes nothing: a ~ N(0, 1 / rank^2), b = 0.
+
+    Args:
+        rng: PRNG key.
+        shapes: Parameter tree (arrays or ShapeDtypeStruct).
+        targets: Regexes, see `match_targets`.
+        rank: r >= 1.
+
+    Source: peft init_lora_weights="gaussian", as the published trainer uses it.
+    """
+    if rank < 1:
+        raise ValueError(f"LoRA rank: expected at least 1, got {rank}")
+    flat = trees.flatten(shapes)
+    lora = {}
+    names = match_targets(shapes, targets)
+    for key, name in zip(jax.random.split(rng, len(names)), names, strict=True):
+        *stack, fan_in, fan_out = flat[name].shape
+        path = name.removesuffix("/kernel")
+        lora[f"{path}/a"] = jax.random.normal(key, (*stack, fan_in, rank), jnp.float32) / rank
+        lora[f"{path}/b"] = jnp.zeros((*stack, rank, fan_out), jnp.float32)
+    return trees.unflatten(lora)
+
+
+def scaled(lora: Tree, scale: float) -> Tree:
+    """The LoRA with alpha / rank multiplied into `b`, as the networks expect it."""
+    return trees.map_named(lambda n, x: x * scale if n.endswith("/b") else x, lora)
+
+
+def merge(params: Tree, lora: Tree, scale: float) -> Tree:
+    """Parameters with the LoRA folded in, kernel + scale a b, computed in float32."""
+    flat, adapters = dict(trees.flatten(params)), trees.flatten(lora)
+    for name in [n for n in adapters if n.endswith("/a")]:
+        path = name.removesuffix("/a")
+        delta = scale * jnp.einsum("...ir,...ro->...io", adapters[name], adapters[f"{path}/b"])
+        kernel = flat[f"{path}/kernel"]
+        flat[f"{path}/kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return trees.unflatten(flat)
+
+
+def ema(teacher: Tree, student: Tree, decay: float) -> Tree:
+    """decay * teacher + (1 - decay) * student, in float32.
+
+    float32 matters: with decay 0.9999 the increments of a bfloat16 teacher vanish below its
+    resolution, and it all but stands still.
+    """
+    return jax.tree.map(
+        lambda t, s: (decay * t.astype(jnp.float32) + (1 - decay) * s.astype(jnp.float32)).astype(
+            t.dtype
+        ),
+        teacher, student,
+    )
+
+
+def num_linears(lora: Tree) -> int:
+    """How many linear layers are adapted, each layer of a stack counted."""
+    flat = trees.flatten(lora)
+    stacks = [x.shape[:-2] for n, x in flat.items() if n.endswith("/a")]
+    return sum(s[0] if s else 1 for s in stacks)

@@ -1,0 +1,41 @@
+"""Tensor names of the Z-Image transformer in diffusers' layout."""
+
+from __future__ import annotations
+
+from dopsd_jax.models.z_image import ZImageConfig
+from dopsd_jax.weights.names import LINEAR, SAME, Rule, rule
+
+STACKS = "layers|noise_refiner|context_refiner"
+BLOCK_NORMS = "attention_norm1|attention_norm2|ffn_norm1|ffn_norm2"
+
+
+def z_image_table(config: ZImageConfig) -> list[Rule]:
+    """The name table; the patch size stands in two of the names."""
+    size = f"{config.patch_size}-1"
+
+    def linear(tensor: str, target: str, **groups: str) -> list[Rule]:
+        return [
+            rule(f"{tensor}.weight", f"{target}/kernel", LINEAR, **groups),
+            rule(f"{tensor}.bias", f"{target}/bias", SAME, **groups),
+        ]
+
+    block = "{stack}.{layer}"
+    return [
+        rule("{pad}", "{pad}", pad="x_pad_token|cap_pad_token"),
+        *linear(f"all_x_embedder.{size}", "x_embedder"),
+        *linear(f"all_final_layer.{size}.linear", "final_linear"),
+        *linear(f"all_final_layer.{size}.adaLN_modulation.1", "final_modulation"),
+        *linear("t_embedder.mlp.{i}", "t_embedder/mlp_{i}", i="0|2"),
+        rule("cap_embedder.0.weight", "cap_norm/scale"),
+        *linear("cap_embedder.1", "cap_embedder"),
+        rule(f"{block}.attention.{{p}}.weight", "{stack}/attention/{p}/kernel", LINEAR,
+             stack=STACKS, p="to_q|to_k|to_v"),
+        rule(f"{block}.attention.to_out.0.weight", "{stack}/attention/to_out/kernel", LINEAR,
+             stack=STACKS),
+        rule(f"{block}.attention.{{p}}.weight", "{stack}/attention/{p}/scale",
+             stack=STACKS, p="norm_q|norm_k"),
+        rule(f"{block}.feed_forward.{{p}}.weight", "{stack}/feed_forward/{p}/kernel", LINEAR,
+             stack=STACKS, p="w1|w2|w3"),
+        rule(f"{block}.{{p}}.weight", "{stack}/{p}/scale", stack=STACKS, p=BLOCK_NORMS),
+        *linear(f"{block}.adaLN_modulation.0", "{stack}/adaLN_modulation", stack=STACKS),
+    ]
