@@ -1,0 +1,50 @@
+"""Tensor names of the image autoencoder in diffusers' layout."""
+
+from __future__ import annotations
+
+from dopsd_jax.models.vae import VaeConfig
+from dopsd_jax.weights.names import CONV, LINEAR, SAME, Rule, Transform, rule
+
+SIDES = "encoder|decoder"
+
+
+def vae_table(config: VaeConfig) -> list[Rule]:
+    """The name table; the number of resolutions bounds the block indices."""
+    levels = len(config.block_out_channels)
+    level = "|".join(str(i) for i in range(levels))
+    resampled = "|".join(str(i) for i in range(levels - 1))  # all but the last
+
+    def affine(
+        tensor: str, target: str, weight: str, transform: Transform = SAME, **groups: str
+    ) -> list[Rule]:
+        return [
+            rule(f"{tensor}.weight", f"{target}/{weight}", transform, **groups),
+            rule(f"{tensor}.bias", f"{target}/bias", SAME, **groups),
+        ]
+
+    def resnet(tensor: str, target: str, **groups: str) -> list[Rule]:
+        return [
+            *affine(f"{tensor}.{{p}}", f"{target}/{{p}}", "scale", p="norm1|norm2", **groups),
+            *affine(f"{tensor}.{{p}}", f"{target}/{{p}}", "kernel", CONV,
+                    p="conv1|conv2|conv_shortcut", **groups),
+        ]
+
+    middle, middle_target = "{side}.mid_block", "{side}/mid_block"
+    attention, attention_target = f"{middle}.attentions.0", f"{middle_target}/attentions_0"
+    return [
+        *affine("{side}.{p}", "{side}/{p}", "kernel", CONV, side=SIDES, p="conv_in|conv_out"),
+        *affine("{side}.conv_norm_out", "{side}/conv_norm_out", "scale", side=SIDES),
+        *resnet("encoder.down_blocks.{i}.resnets.{j}", "encoder/down_blocks_{i}/resnets_{j}",
+                i=level),
+        *affine("encoder.down_blocks.{i}.downsamplers.0.conv",
+                "encoder/down_blocks_{i}/downsamplers_0", "kernel", CONV, i=resampled),
+        *resnet("decoder.up_blocks.{i}.resnets.{j}", "decoder/up_blocks_{i}/resnets_{j}", i=level),
+        *affine("decoder.up_blocks.{i}.upsamplers.0.conv",
+                "decoder/up_blocks_{i}/upsamplers_0", "kernel", CONV, i=resampled),
+        *resnet(f"{middle}.resnets.{{j}}", f"{middle_target}/resnets_{{j}}", side=SIDES),
+        *affine(f"{attention}.group_norm", f"{attention_target}/group_norm", "scale", side=SIDES),
+        *affine(f"{attention}.{{p}}", f"{attention_target}/{{p}}", "kernel", LINEAR,
+                side=SIDES, p="to_q|to_k|to_v"),
+        *affine(f"{attention}.to_out.0", f"{attention_target}/to_out_0", "kernel", LINEAR,
+                side=SIDES),
+    ]
