@@ -91,7 +91,7 @@ def test_bfloat16_is_as_close_to_float32_as_torchs_bfloat16(pair):
     data = inputs(12, 10, (5, 37))
     exact = run_torch(model, *data)
     got = run_ours(directory, *data, dtype=jnp.bfloat16)
-    # Measured 0.012 against float32, torch's own bfloat16 0.013: one rounding is 0.004.
+    # Measured 0.013 and, on another shape, 0.017; torch in bfloat16: 0.011 and 0.014.
     assert np.abs(got - exact).max() / np.abs(exact).max() < 0.03
 
 

@@ -1,0 +1,139 @@
+"""What student and teacher may see: one small builder per recipe.
+
+`vlm` (Z-Image): the student sees the prompt through the text encoder; the teacher sees the prompt
+and the target image through Qwen3-VL, whose language weights are that same text encoder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dopsd_jax.data import prompts as prompts_lib
+from dopsd_jax.models.denoiser import Context
+from dopsd_jax.models.qwen3 import Qwen3
+from dopsd_jax.models.qwen3_vl import VisionTower, multimodal_features
+from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage
+
+RECIPES = ("vlm",)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text_features(encoder: Qwen3, params, ids, mask):
+    features = encoder.apply({"params": params}, ids, mask)
+    return jnp.where(mask[..., None], features, 0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _image_features(encoder: Qwen3, vision: VisionTower, static, params, vision_params, *arrays):
+    ids, mask, patches = arrays
+    grid, image_token_id, mrope_section, rope_theta = static
+    features = multimodal_features(
+        encoder, {"params": params}, vision, {"params": vision_params}, ids=ids, mask=mask,
+        patches=patches, grid=grid, image_token_id=image_token_id, mrope_section=mrope_section,
+        rope_theta=rope_theta, tap=encoder.depth,
+    )
+    return jnp.where(mask[..., None], features, 0)
+
+
+def text_context(
+    pipe: Pipeline, prompts: Sequence[str], *, length: int, truncate: bool = False
+) -> Context:
+    """What the student sees, and what sampling uses.
+
+    Args:
+        pipe: With text encoder.
+        prompts: B prompts, not templated.
+        length: Padded text length L, a multiple of 32.
+        truncate: Cut longer prompts as published; otherwise they are an error.
+
+    Returns:
+        Context with text [B, L, D].
+    """
+    ids, mask = prompts_lib.encode_prompts(pipe.tokenizer, prompts, length, truncate=truncate)
+    return Context(_text_features(pipe.text_encoder, pipe.text_params, ids, mask), mask)
+
+
+def vlm_context(
+    pipe: Pipeline,
+    vl: VisionLanguage,
+    prompts: Sequence[str],
+    images: np.ndarray,
+    *,
+    length: int,
+    rope_theta: float = 0.0,
+    double_template: bool = False,
+    truncate: bool = False,
+) -> Context:
+    """What the teacher sees in the recipe vlm: prompt and target image.
+
+    Args:
+        pipe: With text encoder.
+        vl: The vision tower, from `load_vision_language`.
+        prompts: B prompts, not templated.
+        images: float32 [B, H, W, 3] in [-1, 1], the target images.
+        length: Padded length L, image tokens included, a multiple of 32.
+        rope_theta: Rotary base of the language model; 0 is Qwen3-VL's own, as published (5e6
+            over weights trained with 1e6).
+        double_template: Put the already templated prompt into the user turn.
+            Differs from reference: there a list changed in place makes this the only behaviour.
+        truncate: As in `text_context`.
+
+    Returns:
+        Context with text [B, L, D].
+    """
+    if double_template:
+        prompts = [prompts_lib.render_prompt(pipe.tokenizer, p) for p in prompts]
+    v = vl.config.vision
+    cut = [
+        prompts_lib.image_patches(image, v.patch_size, v.spatial_merge_size, v.temporal_patch_size)
+        for image in images
+    ]
+    grid = cut[0][1]
+    ids, mask = prompts_lib.encode_image_prompts(
+        vl.tokenizer, prompts, grid[0] * grid[1] // v.spatial_merge_size**2, length,
+        truncate=truncate,
+    )
+    static = (grid, vl.config.image_token_id, vl.config.mrope_section,
+              rope_theta or vl.config.rope_theta)
+    features = _image_features(
+        pipe.text_encoder, vl.vision, static, pipe.text_params, vl.params, ids, mask,
+        np.stack([patches for patches, _ in cut]),
+    )
+    return Context(features, mask)
+
+
+class ContextStore:
+    """Contexts of single rows, kept on the host without their padding.
+
+    One entry per distinct key; batches are padded again when they are put together.
+    """
+
+    def __init__(self, length: int):
+        """`length`: L that every batch is padded to."""
+        self.length = length
+        self._features: dict = {}
+
+    def __contains__(self, key) -> bool:
+        return key in self._features
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def put(self, key, ctx: Context) -> None:
+        """Keeps row 0 of a context under `key`."""
+        tokens = int(np.sum(ctx.text_mask[0]))
+        self._features[key] = np.asarray(ctx.text[0, :tokens])
+
+    def batch(self, keys: Sequence) -> Context:
+        """Context [B, L, D] of B keys, as NumPy."""
+        rows = [self._features[k] for k in keys]
+        text = np.zeros((len(rows), self.length, rows[0].shape[-1]), rows[0].dtype)
+        for out, row in zip(text, rows, strict=True):
+            out[: len(row)] = row
+        lengths = np.array([len(row) for row in rows])
+        return Context(text, np.arange(self.length) < lengths[:, None])

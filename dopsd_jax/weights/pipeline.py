@@ -1,0 +1,257 @@
+"""A diffusers-format pipeline directory, and the Qwen3-VL directory beside it, as networks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dopsd_jax.core import trees
+from dopsd_jax.data import prompts
+from dopsd_jax.models.denoiser import ZImageDenoiser
+from dopsd_jax.models.qwen3 import Qwen3, Qwen3Config
+from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
+from dopsd_jax.models.vae import Vae, VaeConfig
+from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.weights.load import load_tree, weight_files
+from dopsd_jax.weights.names import WeightsError
+from dopsd_jax.weights.qwen3_names import check_language_match, qwen3_table, vision_table
+from dopsd_jax.weights.vae_names import vae_table
+from dopsd_jax.weights.z_image_names import z_image_table
+
+PARTS = ("transformer", "vae", "text_encoder")
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """Networks and weights of a text-to-image model. Parts that were not asked for are None.
+
+    Attributes:
+        directory: Where it came from.
+        denoiser: The transformer behind the family's adapter.
+        params: The transformer's parameters, {layers: ..}.
+        vae, vae_params: Images to normalised latents and back.
+        text_encoder, text_params: Qwen3, as deep as the tap needs.
+        tokenizer: With the chat template.
+        shift: The scheduler's static shift.
+    """
+
+    directory: Path
+    denoiser: ZImageDenoiser
+    tokenizer: Any
+    shift: float
+    vae: Vae
+    text_encoder: Qwen3
+    params: trees.Tree | None = None
+    vae_params: trees.Tree | None = None
+    text_params: trees.Tree | None = None
+
+
+@dataclasses.dataclass
+class VisionLanguage:
+    """Qwen3-VL's eyes; its language model is the pipeline's text encoder.
+
+    Attributes:
+        matched: How many language tensors of the directory the text encoder replaces: all.
+    """
+
+    config: Qwen3VLConfig
+    vision: VisionTower
+    params: trees.Tree
+    tokenizer: Any
+    matched: int
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+        WeightsError: Missing, or not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise WeightsError(f"{path}: no such file; is {path.parent} complete?") from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise WeightsError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _shift(directory: Path) -> float:
+    values = read_json(directory / "scheduler" / "scheduler_config.json")
+    fixed = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": False}
+    wrong = [f"{k}: expected {v!r}, got {values.get(k)!r}" for k, v in fixed.items()
+             if values.get(k, v) != v]
+    unsupported = ("shift_terminal", "invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
+                   "use_exponential_sigmas", "use_beta_sigmas")
+    wrong += [f"{k}: not supported, got {values[k]!r}" for k in unsupported if values.get(k)]
+    if wrong:
+        raise WeightsError(f"{directory}/scheduler: " + "; ".join(wrong))
+    return float(values.get("shift", 1.0))
+
+
+def transformer_shapes(network: ZImageTransformer) -> trees.Tree:
+    """Parameter shapes of the transformer, float32, without computing anything."""
+    c = network.config
+    side = 8 * c.patch_size
+    args = (
+        jnp.zeros((1, side, side, c.in_channels)), jnp.zeros((1,)),
+        jnp.zeros((1, 32, c.cap_feat_dim)), jnp.ones((1, 32), bool),
+    )
+    return jax.eval_shape(lambda: network.init(jax.random.key(0), *args))["params"]
+
+
+def text_shapes(network: Qwen3) -> trees.Tree:
+    ids = jnp.zeros((1, 8), jnp.int32)
+    return jax.eval_shape(lambda: network.init(jax.random.key(0), ids, ids > 0))["params"]
+
+
+def vae_shapes(network: Vae) -> trees.Tree:
+    images = jnp.zeros((1, 8 * network.config.factor, 8 * network.config.factor, 3))
+    return jax.eval_shape(lambda: network.init(jax.random.key(0), images))["params"]
+
+
+def vision_shapes(network: VisionTower) -> trees.Tree:
+    merge = network.config.spatial_merge_size
+    patches = jnp.zeros((1, merge * merge, network.config.patch_dim))
+    return jax.eval_shape(
+        lambda: network.init(jax.random.key(0), patches, (merge, merge))
+    )["params"]
+
+
+def load_pipeline(
+    directory: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    vae_dtype: str = "float32",
+    remat: str = "full",
+    parts: tuple[str, ...] = PARTS,
+    shard=None,
+) -> Pipeline:
+    """Opens a directory as Tongyi-MAI/Z-Image-Turbo ships it.
+
+    Args:
+        directory: Holds model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and
+            scheduler/.
+        dtype: Dtype of the transformer's and the text encoder's weights and compute.
+        vae_dtype: The same for the VAE; float32 keeps the picture's last bit.
+        remat: Rematerialisation policy of the transformer, see models/layers.py.
+        parts: Which weights to read; networks and configs are always there.
+        shard: Function from the transformer's shapes to a tree of shardings, or None.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        WeightsError: Anything that is missing, unsupported or does not fit.
+    """
+    directory = Path(directory)
+    index = read_json(directory / "model_index.json")
+    if index.get("_class_name") != "ZImagePipeline":
+        raise WeightsError(
+            f"{directory}/model_index.json: expected a ZImagePipeline, got "
+            f"{index.get('_class_name')!r}"
+        )
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise ValueError(f"parts: expected some of {PARTS}, got {unknown}")
+    dtype, vae_dtype = jnp.dtype(dtype), jnp.dtype(vae_dtype)
+    config = ZImageConfig.from_json(read_json(directory / "transformer" / "config.json"))
+    text_config = Qwen3Config.from_json(read_json(directory / "text_encoder" / "config.json"))
+    vae_config = VaeConfig.from_json(read_json(directory / "vae" / "config.json"))
+    if vae_config.latent_channels != config.in_channels:
+        raise WeightsError(
+            f"{directory}: the VAE has {vae_config.latent_channels} latent channels, the "
+            f"transformer takes {config.in_channels}"
+        )
+    if text_config.hidden_size != config.cap_feat_dim:
+        raise WeightsError(
+            f"{directory}: the text encoder is {text_config.hidden_size} wide, the transformer "
+            f"takes {config.cap_feat_dim}"
+        )
+    # The feature is the residual stream before the last layer, which is therefore never run.
+    depth = text_config.num_layers - 1
+    pipe = Pipeline(
+        directory=directory,
+        denoiser=ZImageDenoiser(ZImageTransformer(config, dtype, remat), vae_config.factor),
+        tokenizer=prompts.load_tokenizer(directory / "tokenizer"),
+        shift=_shift(directory),
+        vae=Vae(vae_config, vae_dtype),
+        text_encoder=Qwen3(text_config, depth, dtype),
+    )
+    if "transformer" in parts:
+        shapes = transformer_shapes(pipe.denoiser.network)
+        pipe.params = _load(
+            directory / "transformer", z_image_table(config), shapes, dtype,
+            shard(shapes) if shard else None,
+        )
+    if "vae" in parts:
+        pipe.vae_params = _load(
+            directory / "vae", vae_table(vae_config), vae_shapes(pipe.vae), vae_dtype
+        )
+    if "text_encoder" in parts:
+        pipe.text_params = _load(
+            directory / "text_encoder", qwen3_table(text_config, depth),
+            text_shapes(pipe.text_encoder), dtype,
+        )
+    return pipe
+
+
+def load_vision_language(
+    directory: str | Path, pipe: Pipeline, *, dtype: str = "bfloat16"
+) -> VisionLanguage:
+    """Opens a directory in the format of Qwen3-VL-4B-Instruct for use with a pipeline.
+
+    Raises:
+        WeightsError: Anything missing or unsupported, and language tensors that are not, by name
+            and shape, exactly those of the pipeline's text encoder.
+    """
+    directory = Path(directory)
+    config = Qwen3VLConfig.from_json(read_json(directory / "config.json"))
+    matched = check_language_match(
+        weight_files(directory), weight_files(pipe.directory / "text_encoder")
+    )
+    logging.info(
+        "%s: all %d language tensors match the pipeline's text encoder, which replaces them",
+        directory, matched,
+    )
+    vision = VisionTower(config.vision, jnp.dtype(dtype))
+    params = _load(directory, vision_table(config.vision), vision_shapes(vision), dtype)
+    return VisionLanguage(config, vision, params, prompts.load_tokenizer(directory), matched)
+
+
+def _load(directory: Path, table, shapes, dtype, shardings=None) -> trees.Tree:
+    files = weight_files(directory)
+    total = sum(f.stat().st_size for f in files)
+    logging.info("reading %s: %d files, %.2f GB", directory, len(files), total / 1e9)
+    report = functools.partial(_report, directory.name) if total > 5e8 else None
+    return load_tree(files, table, shapes, dtype=dtype, shardings=shardings, report=report)
+
+
+def _report(name: str, done: int, total: int) -> None:
+    if done == total or done % max(total // 10, 1) == 0:
+        logging.info("%s: %d of %d tensors", name, done, total)
+
+
+def fingerprint(directory: str | Path) -> str:
+    """Identifies weights without reading them: configs, file sizes and safetensors headers."""
+    digest = hashlib.sha256()
+    directory = Path(directory)
+    for file in sorted(directory.rglob("*")):
+        if file.suffix == ".json" and file.name != "tokenizer.json":
+            digest.update(file.relative_to(directory).as_posix().encode() + file.read_bytes())
+        elif file.suffix == ".safetensors":
+            with file.open("rb") as f:
+                header = int.from_bytes(f.read(8), "little")
+                digest.update(f.read(min(header, 1 << 24)))
+                digest.update(f.read(4096))
+            digest.update(str(file.stat().st_size).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,154 @@
+"""A run's directory: config.json, model.json, metrics.jsonl, checkpoints/, samples/."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dopsd_jax.core import trees
+from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.weights.lora_files import LoraSpec
+
+# A run may be continued with other values of these: they do not change what a step computes.
+FREE_KEYS = (
+    "num_train_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints",
+    "sample_steps", "sample_rows", "sample_prompts", "model", "vlm", "data", "data_root",
+    "workdir_note",
+)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that the second start of a config compiles nothing.
+
+    JAX_COMPILATION_CACHE_DIR chooses the place; the default is ~/.cache/dopsd_jax/xla.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dopsd_jax/xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Writes a file so that a crash leaves either the old or the new text."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def is_workdir(path: str | Path) -> bool:
+    """Whether `path` is a run's directory."""
+    return (Path(path) / "config.json").is_file() and (Path(path) / "checkpoints").is_dir()
+
+
+def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {"lora.rank": 64, ..}; tuples become lists, as JSON has them."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flat_config(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def claim(workdir: str | Path, config: dict[str, Any], model: dict[str, Any]) -> None:
+    """Writes config.json and model.json, or checks them against a run that is already there.
+
+    Args:
+        workdir: The run's directory; made if missing.
+        config: The resolved config.
+        model: What identifies the weights, {"fingerprint": ..}.
+
+    Raises:
+        ValueError: The directory holds a run of another config or of other weights; every
+            difference is listed.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = workdir / "config.json"
+    if file.is_file():
+        old, new = flat_config(json.loads(file.read_text())), flat_config(config)
+        different = [
+            f"{k}: the run has {old.get(k)!r}, now {new.get(k)!r}"
+            for k in sorted(set(old) | set(new))
+            if old.get(k) != new.get(k) and k not in FREE_KEYS
+        ]
+        model_file = workdir / "model.json"
+        before = json.loads(model_file.read_text()) if model_file.is_file() else model
+        different += [
+            f"weights ({k}): the run has {before.get(k)}, now {model.get(k)}"
+            for k in sorted(set(before) | set(model)) if before.get(k) != model.get(k)
+        ]
+        if different:
+            raise ValueError(
+                f"{workdir}: holds a run of another config; choose another --workdir or the "
+                "run's own values:\n  " + "\n  ".join(different)
+            )
+    write_atomic(workdir / "model.json", json.dumps(model, indent=2))
+    write_atomic(file, json.dumps(config, indent=2, sort_keys=True))
+
+
+def read_config(workdir: str | Path) -> dict[str, Any]:
+    """config.json of a run.
+
+    Raises:
+        ValueError: Not a run's directory.
+    """
+    if not is_workdir(workdir):
+        raise ValueError(
+            f"{workdir}: expected a run's directory with config.json and checkpoints/, found none"
+        )
+    return json.loads((Path(workdir) / "config.json").read_text())
+
+
+def read_lora(
+    workdir: str | Path, *, step: int | None = None, role: str = "student"
+) -> tuple[trees.Tree, LoraSpec]:
+    """The LoRA of a run's checkpoint, as NumPy, and its rank and alpha.
+
+    Args:
+        workdir: A run's directory.
+        step: Which checkpoint; None is the latest.
+        role: "student" or "teacher".
+
+    Raises:
+        ValueError: Not a run's directory, no such checkpoint, or a run without LoRA.
+    """
+    config = read_config(workdir)
+    if config["trainable"] != "lora":
+        raise ValueError(f"{workdir}: this run trains {config['trainable']!r}, it holds no LoRA")
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints")
+    try:
+        tree = checkpoints.restore_part((role,), step)[role]
+    finally:
+        checkpoints.close()
+    lora = config["lora"]
+    return tree, LoraSpec(lora["rank"], lora["alpha"], config["model"])
+
+
+def check_fits(lora: trees.Tree, shapes: trees.Tree, where: str | Path) -> None:
+    """Raises ValueError unless every `a`, `b` fits the kernel it adapts."""
+    flat = trees.flatten(shapes)
+    problems = []
+    for name, leaf in trees.flatten(lora).items():
+        path, part = name.rsplit("/", 1)
+        kernel = flat.get(f"{path}/kernel")
+        expected = None if kernel is None else (
+            (*kernel.shape[:-1], leaf.shape[-1]) if part == "a"
+            else (*kernel.shape[:-2], leaf.shape[-2], kernel.shape[-1])
+        )
+        if expected != tuple(leaf.shape):
+            problems.append(f"{name}: expected {expected}, got {tuple(leaf.shape)}")
+    if problems:
+        raise ValueError(
+            f"{where}: the LoRA belongs to another model: " + "; ".join(problems[:10])
+        )
