@@ -60,7 +60,7 @@ def make_buckets(resolution: int, multiple: int = 16) -> tuple[Bucket, ...]:
 
 
 def parse_buckets(text: str, multiple: int = 16) -> tuple[Bucket, ...]:
-    """"512x512,768x512" (width x height) -> buckets.
+    """Buckets from text, width first: "512x512,768x512".
 
     Raises:
         ValueError: Every entry that is not a bucket, is not a multiple, or could never be chosen.

@@ -104,9 +104,7 @@ def encode_image_prompts(
         if IMAGE_TOKEN in prompt:
             problems.append(f"prompt {i} contains {IMAGE_TOKEN}, which stands for the image")
             continue
-        text = _render(
-            tokenizer, [{"type": "image"}, {"type": "text", "text": prompt}]
-        )
+        text = _render(tokenizer, [{"type": "image"}, {"type": "text", "text": prompt}])
         if text.count(IMAGE_TOKEN) != 1:
             raise ValueError(
                 f"the tokenizer's chat template makes {text.count(IMAGE_TOKEN)} of 1 image; use "
@@ -151,7 +149,9 @@ def _check_prompts(prompts: Sequence[str]) -> None:
 
 def _render(tokenizer, content, **template_options) -> str:
     return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True,
+        [{"role": "user", "content": content}],
+        tokenize=False,
+        add_generation_prompt=True,
         **template_options,
     )
 
@@ -238,19 +238,19 @@ def image_patches(
         raise ValueError(
             f"image: expected float32 [H, W, 3] in [-1, 1], got {image.dtype} {image.shape}"
         )
-    H, W = smart_resize(
-        *image.shape[:2], min_pixels, max_pixels, factor=patch_size * merge_size
-    )
+    H, W = smart_resize(*image.shape[:2], min_pixels, max_pixels, factor=patch_size * merge_size)
     # Float mode, so nothing is rounded or clipped between resize and normalisation. The tower's
     # own normalisation is the image's range of [-1, 1] already.
-    channels = np.stack([
-        np.asarray(
-            Image.fromarray(np.ascontiguousarray(image[..., c])).resize(
-                (W, H), Image.Resampling.BICUBIC
+    channels = np.stack(
+        [
+            np.asarray(
+                Image.fromarray(np.ascontiguousarray(image[..., c])).resize(
+                    (W, H), Image.Resampling.BICUBIC
+                )
             )
-        )
-        for c in range(3)
-    ])
+            for c in range(3)
+        ]
+    )
     gh, gw = H // patch_size, W // patch_size
     x = channels.reshape(
         3, gh // merge_size, merge_size, patch_size, gw // merge_size, merge_size, patch_size

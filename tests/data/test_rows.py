@@ -1,0 +1,351 @@
+"""Rows: what is accepted, and the message for everything that is not."""
+
+import io
+import json
+import logging
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from skimage import data as photographs
+
+from dopsd_jax.data import rows
+from dopsd_jax.data.rows import DataError, read_rows
+
+
+@pytest.fixture(scope="session")
+def photograph(tmp_path_factory):
+    """A real photograph as JPEG, 128x96."""
+    path = tmp_path_factory.mktemp("photograph") / "cat.jpg"
+    Image.fromarray(photographs.chelsea()).resize((128, 96)).save(path, quality=90)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, photograph):
+    """A folder with two images and their captions."""
+    for name, caption in (("b", "a cat\n"), ("a", "the same cat")):
+        shutil.copy(photograph, tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name}.txt").write_text(caption)
+    return tmp_path
+
+
+def write_jsonl(folder, *records, raw=None):
+    file = folder / "train.jsonl"
+    lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
+    file.write_bytes(raw if raw is not None else b"\n".join(lines) + b"\n")
+    return file
+
+
+def record(path="a.jpg", **keys):
+    return {"local_path_list": [path], "short_en": "a cat", **keys}
+
+
+def assert_refused(expected, data, **kwargs):
+    """Expects a DataError with each of the texts, whatever lies between them."""
+    with pytest.raises(DataError) as caught:
+        read_rows(data, **kwargs)
+    for text in [expected] if isinstance(expected, str) else expected:
+        assert text in str(caught.value)
+    return str(caught.value)
+
+
+# What is accepted.
+
+
+def test_folder_rows_come_sorted_with_captions_stripped(folder):
+    first, second = read_rows(folder)
+    assert (first.where, second.where) == ("a.jpg", "b.jpg")
+    assert second.captions == {"caption": "a cat"}
+    assert second.size == (128, 96)
+    assert second.target == folder / "b.jpg" and second.images == (folder / "b.jpg",)
+    assert second.class_name is None
+
+
+def test_folder_ignores_hidden_files_other_files_subfolders_and_readme(folder):
+    for name in ("README.txt", "license.txt", ".DS_Store", "._a.jpg", "notes.json", "old.npz"):
+        (folder / name).write_bytes(b"x")
+    (folder / "deeper").mkdir()
+    shutil.copy(folder / "a.jpg", folder / "deeper" / "c.jpg")
+    assert len(read_rows(folder)) == 2
+
+
+def test_folder_reads_upper_case_extensions_and_byte_order_marks(folder):
+    os.rename(folder / "a.jpg", folder / "a.JPG")
+    os.rename(folder / "a.txt", folder / "a.TXT")
+    (folder / "a.TXT").write_bytes(b"\xef\xbb\xbfeine Katze\r\n")
+    assert read_rows(folder)[0].captions == {"caption": "eine Katze"}
+
+
+def test_published_record_is_read_with_captions_in_fixed_order(folder):
+    published = {
+        "class_name": "Millennium",
+        "local_path_list": ["a.jpg"],
+        "h*w": "832*1264",
+        "short_zh": "一只猫，[V] 风格",
+        "short_en": "A cat in [V] style.",
+        "user_prompt_en": "Generate an image in [V] style.",
+        "detailed_en": "A cat.",
+    }
+    (row,) = read_rows(write_jsonl(folder, published))
+    assert row.where == "train.jsonl:1"
+    assert list(row.captions) == ["short_en", "short_zh", "detailed_en", "user_prompt_en"]
+    assert row.captions["short_zh"] == "一只猫，[V] 风格"
+    assert row.class_name == "Millennium"
+    assert row.size == (128, 96)  # the file's, not the written one
+
+
+def test_caption_order_does_not_depend_on_the_file(folder):
+    keys = {"text": "c", "caption": "a", "prompt": "b"}
+    (row,) = read_rows(write_jsonl(folder, {"path": "a.jpg", **keys}))
+    assert list(row.captions) == ["caption", "prompt", "text"]
+
+
+@pytest.mark.parametrize("key", rows.IMAGE_KEYS)
+@pytest.mark.parametrize("value", ["a.jpg", ["a.jpg"]])
+def test_every_image_key_takes_a_path_or_a_list(folder, key, value):
+    (row,) = read_rows(write_jsonl(folder, {key: value, "prompt": "a cat"}))
+    assert row.target == folder / "a.jpg"
+
+
+def test_local_paths_win_over_remote_ones(folder):
+    (row,) = read_rows(write_jsonl(folder, record(oss_path_list=["oss://bucket/a.jpg"])))
+    assert row.target == folder / "a.jpg"
+
+
+def test_byte_order_mark_crlf_blank_lines_and_null_captions_are_tolerated(folder):
+    line = json.dumps(record(short_zh=None)).encode()
+    file = write_jsonl(folder, raw=b"\xef\xbb\xbf" + line + b"\r\n\r\n  \n" + line)
+    assert [row.where for row in read_rows(file)] == ["train.jsonl:1", "train.jsonl:4"]
+    assert list(read_rows(file)[0].captions) == ["short_en"]
+
+
+def test_editing_rows_hold_references_then_target(folder):
+    file = write_jsonl(folder, {"path": ["a.jpg", "b.jpg"], "prompt": "x", "h*w": ["1*2", "3 * 4"]})
+    (row,) = read_rows(file, num_images=2)
+    assert row.images == (folder / "a.jpg", folder / "b.jpg") and row.target == row.images[1]
+    assert read_rows(file, num_images=None) == [row]
+
+
+def test_relative_paths_start_at_the_given_root(folder):
+    (folder / "lists").mkdir()
+    file = write_jsonl(folder / "lists", record("a.jpg"), record(str(folder / "b.jpg")))
+    assert [row.target.name for row in read_rows(file, root=folder)] == ["a.jpg", "b.jpg"]
+
+
+def test_size_is_that_of_the_upright_image(folder, photograph):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera held upright: width and height swap
+    with Image.open(photograph) as image:
+        for name in ("a.jpg", "a.png", "a.tif", "a.webp"):
+            image.save(folder / name, exif=exif)
+    sizes = [row.size for row in read_rows(folder) if row.where.startswith("a.")]
+    assert sizes == [(96, 128)] * 4
+
+
+def test_shared_image_is_decoded_once(folder, monkeypatch):
+    opened = []
+    measure = rows._measure
+    monkeypatch.setattr(rows, "_measure", lambda path: opened.append(path) or measure(path))
+    assert len(read_rows(write_jsonl(folder, record(), record(), record("b.jpg")))) == 3
+    assert sorted(opened) == [folder / "a.jpg", folder / "b.jpg"]
+
+
+def test_long_reads_log_their_progress(folder, monkeypatch, caplog):
+    monkeypatch.setattr(rows, "LOG_EVERY_S", -1.0)
+    with caplog.at_level(logging.INFO, logger=rows.__name__):
+        read_rows(folder)
+    assert re.search(r"checked 1 of 2 images, \d+/s, \d+ s left", caplog.text)
+
+
+# What is refused: paths.
+
+
+def test_missing_data_is_refused(tmp_path):
+    assert_refused(
+        ["expected a JSONL file or a folder of images", "nowhere", "does not exist"],
+        tmp_path / "nowhere",
+    )
+
+
+def test_missing_root_is_refused(folder):
+    assert_refused("root: expected a folder, got", folder, root=folder / "nowhere")
+
+
+def test_zero_rows_are_refused(tmp_path):
+    assert_refused(
+        ["expected an image (.avif, .bmp,", "subfolders are not read", "zero usable rows"], tmp_path
+    )
+    assert_refused(
+        ["expected a JSON object per line, found none", "zero usable rows"],
+        write_jsonl(tmp_path, raw=b"\n \n"),
+    )
+
+
+def test_missing_image_file_is_refused(folder):
+    assert_refused(
+        ["train.jsonl:2: 'c.jpg': expected an image file, found none at", str(folder / "c.jpg")],
+        write_jsonl(folder, record(), record("c.jpg")),
+    )
+
+
+@pytest.mark.parametrize("path", ["\0.jpg", "x" * 5000 + ".jpg"])
+def test_impossible_paths_are_refused(folder, path):
+    assert_refused("expected an image path, got", write_jsonl(folder, record(path)))
+
+
+@pytest.mark.parametrize("how", ["absolute", "dots", "symlink"])
+def test_path_outside_root_is_refused(folder, how):
+    root = folder / "root"
+    root.mkdir()
+    os.symlink(folder / "a.jpg", root / "link.jpg")
+    path = {"absolute": str(folder / "a.jpg"), "dots": "../a.jpg", "symlink": "link.jpg"}[how]
+    file = write_jsonl(root, record(path))
+    assert_refused(
+        [f"train.jsonl:1: '{path}'", f"expected an image under the data root {root}",
+         f"got {folder / 'a.jpg'} outside it", "give a root that holds it"],
+        file,
+    )  # fmt: skip
+    if how == "absolute":
+        assert len(read_rows(file, root=folder)) == 1
+
+
+def test_symlink_out_of_a_folder_is_refused_unless_the_root_holds_it(folder):
+    inner = folder / "inner"
+    inner.mkdir()
+    os.symlink(folder / "a.jpg", inner / "a.jpg")
+    (inner / "a.txt").write_text("a cat")
+    assert_refused("a.jpg: ", inner)
+    assert read_rows(inner, root=folder)[0].target == folder / "a.jpg"
+
+
+def test_wrong_number_of_images_is_refused(folder):
+    assert_refused(
+        "train.jsonl:1: expected 1 image(s) per row for this recipe, got 2",
+        write_jsonl(folder, {"path": ["a.jpg", "b.jpg"], "prompt": "x"}),
+    )
+    assert_refused("a.jpg: expected 2 image(s) per row", folder, num_images=2)
+
+
+# What is refused: lines.
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"path": "a.jpg",', "got malformed JSON at column"),
+        (b"[" * 100_000, "got JSON too large"),
+        (b'["a.jpg", "a cat"]', 'expected a JSON object {...}, got ["a.jpg", "a cat"]'),
+        (b"3", "expected a JSON object {...}, got 3"),
+        (b'{"prompt": "\xff"}', "expected UTF-8 text, got byte 0xff at column 13"),
+        (record(None), "local_path_list: expected an image path, got null"),
+        ({"prompt": "x"}, "expected an image under one of the keys local_path_list, local_paths"),
+        ({"prompt": "x", "img": "a.jpg"}, "got the keys prompt, img"),
+        ({"prompt": "x", "path": []}, "path: expected a list of image paths, got []"),
+        ({"prompt": "x", "path": {}}, "path: expected a list of image paths, got {}"),
+        ({"prompt": "x", "path": ["a.jpg", 3]}, "path: expected an image path, got 3"),
+        ({"prompt": "x", "path": " "}, "path: expected an image path, got ' '"),
+        ({"prompt": "x", "path": "oss://b/a.jpg"}, "expected a local path, got 'oss://b/a.jpg'"),
+        ({"path": "a.jpg"}, "expected a caption under at least one of the keys short_en"),
+        ({"path": "a.jpg", "captions": "x"}, "got the keys path, captions"),
+        ({"path": "a.jpg", "prompt": None}, "expected a caption under at least one"),
+        (record(short_en=""), "short_en: expected a caption, got ''"),
+        (record(medium_zh=" \n"), r"medium_zh: expected a caption, got ' \n'"),
+        (record(short_en=["a"]), 'short_en: expected text, got ["a"]'),
+        (record(short_en="\ud83d"), "short_en: expected text, got half of a surrogate pair"),
+        (record(class_name=3), "class_name: expected text, got 3"),
+        (record(**{"h*w": "832x1264"}), "h*w: expected \"832*1264\", got '832x1264'"),
+        (record(**{"w*h": ["8*8", "0*8"]}), "w*h: expected \"832*1264\", got '0*8'"),
+        (record(**{"h*w": 832}), 'h*w: expected "832*1264", got 832'),
+    ],
+)
+def test_bad_line_is_refused_with_its_number(folder, line, expected):
+    message = assert_refused(expected, write_jsonl(folder, record(), line, record()))
+    assert "1 of 3 rows cannot be used" in message
+    assert "train.jsonl:2: " in message and "train.jsonl:1: " not in message
+
+
+def test_all_bad_rows_are_reported_at_once_and_cut_at_twenty(folder):
+    file = write_jsonl(folder, record(), *[record("gone.jpg", short_en="")] * 25)
+    message = assert_refused(["25 of 26 rows cannot be used", "\n  ... and 5 more"], file)
+    listed = re.findall(r"train.jsonl:(\d+): short_en: .*; also 'gone.jpg': ", message)
+    assert listed == [str(n) for n in range(2, 22)]
+
+
+def test_report_says_when_no_row_is_usable(folder):
+    assert_refused("1 of 1 rows cannot be used, zero usable", write_jsonl(folder, record("c.jpg")))
+
+
+# What is refused: images and captions in folders.
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif", "bmp"])
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.97])
+def test_truncated_image_is_refused(folder, photograph, extension, keep):
+    whole = io.BytesIO()
+    with Image.open(photograph) as image:
+        image.save(whole, {"jpg": "JPEG", "tif": "TIFF"}.get(extension, extension))
+    file = folder / f"c.{extension}"
+    file.write_bytes(whole.getvalue()[: int(len(whole.getvalue()) * keep)])
+    (folder / "c.txt").write_text("a cat")
+    assert_refused(
+        ["1 of 3 rows cannot be used", f"c.{extension}: {file}: expected a whole AVIF, BMP, JPEG"],
+        folder,
+    )
+
+
+def test_unreadable_images_are_refused(folder):
+    (folder / "a.jpg").write_text("<html>404</html>")
+    (folder / "b.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    assert_refused(["a.jpg: ", "b.jpg: ", "UnidentifiedImageError", "export it again"], folder)
+
+
+def test_broken_png_text_chunk_is_refused(folder):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x")
+    Image.new("RGB", (64, 64)).save(folder / "a.png", pnginfo=info)
+    png = (folder / "a.png").read_bytes()
+    (folder / "a.png").write_bytes(png.replace(b"tEXtcomment\0x", b"tEXtcomment\0y"))
+    assert_refused("a.png: expected a whole", folder)
+
+
+def test_decompression_bomb_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 96 // 2 - 1)
+    assert_refused(["2 of 2 rows", "expected at most 12286 pixels", "save it smaller"], folder)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_unusual_bit_depth_is_refused(folder, mode):
+    Image.fromarray(np.ones((8, 8), np.uint8)).convert(mode).save(folder / "a.tif")
+    assert_refused(f"a.tif: expected 8 or 16 bits per channel, got PIL mode '{mode}'", folder)
+
+
+def test_missing_and_empty_captions_are_refused(folder):
+    os.remove(folder / "a.txt")
+    (folder / "b.txt").write_text(" \n")
+    assert_refused(
+        ["a.jpg: expected a caption in a.txt beside it, found no such file",
+         "b.jpg: b.txt: expected a caption, got an empty file"],
+        folder,
+    )  # fmt: skip
+
+
+def test_caption_that_is_not_utf8_is_refused_with_its_line(folder):
+    (folder / "a.txt").write_bytes(b"a cat\nun caf\xe9")
+    assert_refused("a.jpg: a.txt:2: expected UTF-8 text, got byte 0xe9", folder)
+
+
+def test_caption_without_image_is_refused(folder):
+    (folder / "c.txt").write_text("a dog")
+    assert_refused("c.txt: expected an image named c beside this caption, found none", folder)
+
+
+@pytest.mark.parametrize("name", ["c.heic", "c.GIF", "c.eps"])
+def test_image_of_another_kind_is_refused(folder, name):
+    (folder / name).write_bytes(b"x")
+    extension = name[1:].lower()
+    assert_refused(f"{name}: expected an image ending in .avif, .bmp, .jpeg, .jpg", folder)
+    assert_refused(f"got {extension}; convert it", folder)
