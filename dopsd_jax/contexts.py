@@ -54,7 +54,9 @@ def text_context(
     Returns:
         Context with text [B, L, D].
     """
-    ids, mask = prompts_lib.encode_prompts(pipe.tokenizer, prompts, length, truncate=truncate)
+    ids, mask = prompts_lib.encode_prompts(
+        pipe.tokenizer, prompts, length, enable_thinking=True, truncate=truncate
+    )
     return Context(_text_features(pipe.text_encoder, pipe.text_params, ids, mask), mask)
 
 
@@ -87,7 +89,13 @@ def vlm_context(
         Context with text [B, L, D].
     """
     if double_template:
-        prompts = [prompts_lib.render_prompt(pipe.tokenizer, p) for p in prompts]
+        prompts = [
+            pipe.tokenizer.apply_chat_template(
+                [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True,
+                enable_thinking=True,
+            )
+            for p in prompts
+        ]
     v = vl.config.vision
     cut = [
         prompts_lib.image_patches(image, v.patch_size, v.spatial_merge_size, v.temporal_patch_size)

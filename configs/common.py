@@ -1,0 +1,64 @@
+"""Every key of a run, with its default, unit and reason. Other files hold differences only."""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """The published Z-Image recipe, except where a comment says otherwise."""
+    c = ConfigDict()
+    # What to train on.
+    c.model = ""              # pipeline directory (model_index.json, transformer/, vae/, ..)
+    c.vlm = ""                # directory in the format of Qwen3-VL-4B-Instruct, for the teacher
+    c.data = ""               # JSONL of the published format, or a folder of images and .txt
+    c.data_root = ""          # images may not lie outside; default: where the JSONL is
+    c.resolution = 1024       # pixels; buckets are the published ones at this area
+    c.buckets = ""            # or own ones, "512x512,768x512" (width x height)
+    c.small_buckets = "error"  # bucket with fewer rows than batch_size: error | repeat
+    c.text_tokens = 512       # padded prompt length of the student
+    c.teacher_tokens = 1024   # padded length of the teacher's prompt and image
+    c.truncate_prompts = False  # published: True; here a prompt that is too long is an error
+
+    # The method.
+    c.recipe = "vlm"          # what the teacher sees: prompt and target image
+    c.trainable = "lora"      # lora | full
+    c.num_steps = 4           # S, denoiser calls of the training rollout
+    c.schedule = "shifted"    # the sampler's own schedule; reference8: the published 8-step list
+    c.shift = 0.0             # 0: the scheduler's (3 for Z-Image-Turbo)
+    c.loss = "x0"             # x0 | velocity; published: x0, which is sigma^2 times velocity
+    c.teacher = "ema"         # ema | frozen | live (live is known to collapse)
+    c.ema_decay = 0.9999      # per update, in float32
+    c.vlm_rope_theta = 0.0    # 0: Qwen3-VL's 5e6 as published; 1e6: the text encoder's own
+    c.double_template = False  # published: True, by accident
+
+    c.lora = ConfigDict()
+    c.lora.rank = 64
+    c.lora.alpha = 128.0      # the LoRA is scaled by alpha / rank
+    c.lora.targets = "published"  # published | attention | regexes of parameter names
+
+    # The optimizer.
+    c.num_train_steps = 2000  # updates
+    c.batch_size = 4          # images per update, over all devices
+    c.accumulation = 1        # micro-batches per update; divides batch_size
+    c.learning_rate = 1e-4
+    c.warmup_steps = 0        # updates of linear warm-up
+    c.b1, c.b2, c.eps = 0.9, 0.999, 1e-8
+    c.weight_decay = 0.0
+    c.max_grad_norm = 1.0
+    c.seed = 30
+
+    # The machine.
+    c.dtype = "bfloat16"      # frozen weights and compute; LoRA, EMA, moments are float32
+    c.vae_dtype = "float32"
+    c.remat = "full"          # full | dots | none, see models/layers.py
+    c.mesh = ConfigDict()
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 1, 1
+
+    # What to see and keep.
+    c.log_every = 10          # updates
+    c.sample_every = 100      # updates; 0: never
+    c.sample_steps = 4        # denoiser calls of preview pictures
+    c.sample_rows = 4         # training rows shown in previews
+    c.sample_prompts = ()     # further prompts, drawn by base and student
+    c.checkpoint_every = 500  # updates
+    c.keep_checkpoints = 5    # latest checkpoints kept
+    return c

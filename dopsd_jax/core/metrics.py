@@ -1,0 +1,146 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, the terminal, curves.png."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Metrics:
+    """Writes scalars of a run and keeps its files true across a restart.
+
+    metrics.jsonl has one JSON object per line, {"step": .., "loss": .., ..}. Lines beyond the
+    step a run resumes from are dropped: those steps will be done again.
+    """
+
+    def __init__(self, workdir: str | Path, resume_step: int):
+        self.file = Path(workdir) / "metrics.jsonl"
+        kept = [r for r in read_metrics(workdir) if r["step"] <= resume_step]
+        temporary = self.file.with_name(f".metrics.{os.getpid()}")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(temporary, self.file)
+        self._stream = self.file.open("a", buffering=1)
+        self._board = SummaryWriter(
+            str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1
+        )
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; arrays become lists there and name/0, name/1.. elsewhere."""
+        row = {k: np.asarray(v).tolist() for k, v in values.items()}
+        self._stream.write(json.dumps({"step": step, **row}) + "\n")
+        for name, value in row.items():
+            for i, x in enumerate(value if isinstance(value, list) else [value]):
+                tag = f"train/{name}/{i}" if isinstance(value, list) else f"train/{name}"
+                self._board.add_scalar(tag, x, step)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture [H, W, 3] uint8 for TensorBoard."""
+        self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        self._stream.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._stream.close()
+        self._board.close()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line cut off by a crash is left out."""
+    file = Path(workdir) / "metrics.jsonl"
+    rows = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def save_curves(workdir: str | Path) -> Path | None:
+    """Draws loss, loss per rollout step and gradient norm to curves.png; None without rows."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_metrics(workdir)
+    if not rows:
+        return None
+    steps = [r["step"] for r in rows]
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    loss = np.array([r["loss"] for r in rows])
+    axes[0].plot(steps, loss, alpha=0.35, color="C0")
+    window = max(len(loss) // 20, 1)
+    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+    axes[0].plot(steps[window - 1:], smooth, color="C0", label=f"mean of {window}")
+    axes[0].set_title("loss")
+    axes[0].legend()
+    for s, values in enumerate(np.array([r["step_loss"] for r in rows]).T):
+        axes[1].plot(steps, values, label=f"s = {s}")
+    axes[1].set_title("loss at each rollout step")
+    axes[1].set_yscale("log")
+    axes[1].legend()
+    axes[2].plot(steps, [r["grad_norm"] for r in rows], color="C3")
+    axes[2].set_title("gradient norm before clipping")
+    for ax in axes:
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.3)
+    path = Path(workdir) / "curves.png"
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return path
+
+
+class Progress:
+    """A bar with rate and time left on a terminal, plain lines in a log."""
+
+    def __init__(self, total: int, start: int, images_per_step: int):
+        self._total, self._images = total, images_per_step
+        self._began, self._first, self._last = time.time(), start, start
+        self._bar = tqdm(total=total, initial=start, unit="step") if sys.stderr.isatty() else None
+
+    def images_per_second(self, step: int) -> float:
+        """Since the last call of `start_clock`."""
+        return (step - self._first) * self._images / max(time.time() - self._began, 1e-9)
+
+    def start_clock(self, step: int) -> None:
+        """Leaves what came before, such as compilation, out of the rate."""
+        self._began, self._first = time.time(), step
+
+    def update(self, step: int, values: dict[str, float], log: bool) -> None:
+        rate = self.images_per_second(step)
+        text = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+        if self._bar is not None:
+            self._bar.update(step - self._last)
+            self._bar.set_postfix_str(f"{text}, {rate:.3g} images/s")
+        elif log:
+            left = (self._total - step) * self._images / rate if rate > 0 else math.inf
+            logging.info(
+                "step %d/%d: %s, %.3g images/s, %s left", step, self._total, text, rate,
+                _clock(left),
+            )
+        self._last = step
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "unknown time"
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

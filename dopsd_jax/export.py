@@ -1,0 +1,64 @@
+"""Command: a run's checkpoint -> a LoRA file in another tool's format.
+
+    python -m dopsd_jax.export --workdir runs/a --format diffusers --out lora.safetensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.weights import lora_files
+
+FLAGS = flags.FLAGS
+FORMATS = {
+    "peft": lora_files.save_peft,
+    "diffusers": lora_files.save_diffusers,
+    "comfyui": lora_files.save_comfyui,
+}
+
+
+def export(
+    workdir: str, fmt: str, out: str, *, step: int | None = None, role: str = "student"
+) -> None:
+    """Writes the LoRA of a run.
+
+    Args:
+        workdir: A run's directory.
+        fmt: "peft" (a directory), "diffusers" or "comfyui" (one .safetensors file).
+        out: Where to.
+        step: Which checkpoint; None is the latest.
+        role: "student" or "teacher".
+
+    Raises:
+        ValueError: No such run, checkpoint or format, or a place that cannot be written.
+    """
+    if fmt not in FORMATS:
+        raise ValueError(f"format: expected one of {sorted(FORMATS)}, got {fmt!r}")
+    tree, spec = workdir_lib.read_lora(workdir, step=step, role=role)
+    FORMATS[fmt](out, tree, spec, lora_files.Z_IMAGE_MODULES)
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+    flags.DEFINE_enum("format", None, sorted(FORMATS), "Whose format.", required=True)
+    flags.DEFINE_string("out", None, "File, or directory for peft.", required=True)
+    flags.DEFINE_integer("step", None, "Which checkpoint; default: the latest.")
+    flags.DEFINE_enum("role", "student", ["student", "teacher"], "Whose weights.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    try:
+        export(FLAGS.workdir, FLAGS.format, FLAGS.out, step=FLAGS.step, role=FLAGS.role)
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from e
+    print(f"wrote {FLAGS.out} ({FLAGS.format})")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

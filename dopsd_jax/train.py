@@ -1,0 +1,454 @@
+"""Command: config -> mesh -> weights -> data -> loop.
+
+    python -m dopsd_jax.train --config configs/z_image_turbo_lora.py --workdir runs/a \
+        --config.model=DIR --config.vlm=DIR --config.data=DATA
+
+Run the same command again and it continues from the latest checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from dopsd_jax import contexts, flow, lora, previews, sample
+from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.core import sharding, trees
+from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.core.metrics import Metrics, Progress, save_curves
+from dopsd_jax.data.batches import BatchPlan, BatchRows
+from dopsd_jax.data.buckets import (
+    Bucket,
+    assign_buckets,
+    check_fillable,
+    make_buckets,
+    parse_buckets,
+)
+from dopsd_jax.data.images import fit_image, read_image, to_uint8
+from dopsd_jax.data.rows import Row, read_rows
+from dopsd_jax.models.denoiser import Context
+from dopsd_jax.train_step import (
+    Batch,
+    Method,
+    TrainState,
+    draw_noise,
+    init_state,
+    make_optimizer,
+    make_train_step,
+)
+from dopsd_jax.weights.pipeline import (
+    Pipeline,
+    VisionLanguage,
+    fingerprint,
+    load_pipeline,
+    load_vision_language,
+)
+
+FLAGS = flags.FLAGS
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: its numbers are no longer finite."""
+
+
+# Act 1: the config, checked before anything else.
+
+
+def check_config(config: ConfigDict) -> Method:
+    """The method of a config.
+
+    Raises:
+        ValueError: Every missing or impossible value, together.
+    """
+    problems = []
+    for key in ("model", "vlm", "data"):
+        if not config[key]:
+            problems.append(f"{key}: expected a path, got nothing (--config.{key}=..)")
+    positive = ("num_train_steps", "batch_size", "accumulation", "num_steps", "text_tokens",
+                "teacher_tokens", "log_every", "checkpoint_every", "sample_steps", "resolution")
+    problems += [f"{k}: expected at least 1, got {config[k]}" for k in positive if config[k] < 1]
+    if config.recipe not in contexts.RECIPES:
+        problems.append(f"recipe: expected one of {contexts.RECIPES}, got {config.recipe!r}")
+    for key in ("text_tokens", "teacher_tokens"):
+        if config[key] % 32:
+            problems.append(f"{key}: expected a multiple of 32, got {config[key]}")
+    if config.accumulation >= 1 and config.batch_size % config.accumulation:
+        problems.append(
+            f"batch_size: expected a multiple of accumulation = {config.accumulation}, got "
+            f"{config.batch_size}"
+        )
+    try:
+        flow.make_sigmas(config.schedule, config.num_steps, config.shift or 1.0)
+        method = Method(
+            trainable=config.trainable, lora_scale=config.lora.alpha / max(config.lora.rank, 1),
+            teacher=config.teacher, ema_decay=config.ema_decay, loss=config.loss,
+            accumulation=config.accumulation,
+        )
+    except ValueError as e:
+        problems.append(str(e))
+    if problems:
+        raise ValueError("config:\n  " + "\n  ".join(problems))
+    return method
+
+
+# Act 2: the rows, all read and validated before a device is touched.
+
+
+@dataclasses.dataclass
+class Data:
+    """Validated rows, the bucket of each, and which rows every step takes."""
+
+    rows: list[Row]
+    bucket_of: dict[int, Bucket]
+    plan: BatchPlan
+
+    def pixels(self, row: int) -> np.ndarray:
+        """The target image of a row, float32 [H, W, 3] in [-1, 1], at its bucket's size."""
+        bucket = self.bucket_of[row]
+        return fit_image(read_image(self.rows[row].target), bucket.width, bucket.height)
+
+
+def read_data(config: ConfigDict) -> Data:
+    """Reads, checks and plans all data of a run.
+
+    Raises:
+        DataError: Bad rows, or buckets that cannot fill a batch.
+    """
+    rows = read_rows(config.data, root=config.data_root or None)
+    buckets = parse_buckets(config.buckets) if config.buckets else make_buckets(config.resolution)
+    assignment = assign_buckets(rows, buckets)
+    check_fillable(assignment, config.batch_size, config.small_buckets)
+    logging.info(
+        "%d rows in %d buckets: %s; that many shapes of the train step will be compiled",
+        len(rows), len(assignment), ", ".join(f"{b} x{len(r)}" for b, r in assignment.items()),
+    )
+    plan = BatchPlan(
+        assignment, [list(r.captions) for r in rows], batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    bucket_of = {i: b for b, members in assignment.items() for i in members}
+    return Data(rows, bucket_of, plan)
+
+
+# Act 3: what student and teacher see, once per distinct caption and (image, caption).
+
+
+class Contexts:
+    """Contexts of a run, computed on first use and kept in host memory."""
+
+    def __init__(self, config: ConfigDict, pipe: Pipeline, vl: VisionLanguage, data: Data):
+        self._config, self._pipe, self._vl, self._data = config, pipe, vl, data
+        self._student = contexts.ContextStore(config.text_tokens)
+        self._teacher = contexts.ContextStore(config.teacher_tokens)
+
+    def compute_all(self) -> None:
+        """Runs the encoders over every row and caption."""
+        pairs = [(i, k) for i, row in enumerate(self._data.rows) for k in row.captions]
+        began, shown = time.time(), 0.0
+        for done, (row, key) in enumerate(pairs, 1):
+            self._compute(row, key)
+            if done == len(pairs) or time.time() - shown > 10:
+                shown = time.time()
+                logging.info("contexts: %d of %d captions, %.0f s", done, len(pairs),
+                             shown - began)
+
+    def _keys(self, row: int, key: str) -> tuple[str, tuple]:
+        caption = self._data.rows[row].captions[key]
+        return caption, (str(self._data.rows[row].target), self._data.bucket_of[row], caption)
+
+    def _compute(self, row: int, key: str) -> None:
+        c = self._config
+        caption, pair = self._keys(row, key)
+        try:
+            if caption not in self._student:
+                self._student.put(caption, contexts.text_context(
+                    self._pipe, [caption], length=c.text_tokens, truncate=c.truncate_prompts
+                ))
+            if pair not in self._teacher:
+                self._teacher.put(pair, contexts.vlm_context(
+                    self._pipe, self._vl, [caption], self._data.pixels(row)[None],
+                    length=c.teacher_tokens, rope_theta=c.vlm_rope_theta,
+                    double_template=c.double_template, truncate=c.truncate_prompts,
+                ))
+        except ValueError as e:
+            raise ValueError(f"{self._data.rows[row].where}, caption {key!r}: {e}") from e
+
+    def batch(self, batch: BatchRows) -> tuple[Context, Context]:
+        """Contexts of student and teacher for the rows of a batch, as NumPy."""
+        keys = [self._keys(r, k) for r, k in zip(batch.rows, batch.caption_keys, strict=True)]
+        return (
+            self._student.batch([caption for caption, _ in keys]),
+            self._teacher.batch([pair for _, pair in keys]),
+        )
+
+
+# Act 4: pictures of the run, always from the same noise.
+
+
+class Previews:
+    """Grids of base, student and teacher, and both walks, for some rows of one bucket."""
+
+    def __init__(self, config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Contexts,
+                 method: Method, base: trees.Tree, metrics: Metrics):
+        self._workdir, self._pipe, self._method = workdir, pipe, method
+        self._base, self._metrics = base, metrics
+        first = data.bucket_of[0]
+        rows = [i for i, b in data.bucket_of.items() if b == first][: config.sample_rows]
+        keys = tuple(next(iter(data.rows[i].captions)) for i in rows)
+        self._targets = to_uint8(np.stack([data.pixels(i) for i in rows]))
+        self._student_ctx, self._teacher_ctx = ctxs.batch(BatchRows(first, tuple(rows), keys))
+        shape = pipe.denoiser.latent_shape(first.height, first.width)
+        self._noise = sample.draw_noise([config.seed + i for i in range(len(rows))], shape)
+        self._sigmas = flow.sigmas_shifted(config.sample_steps, config.shift or pipe.shift)
+        self._prompt_ctx = None
+        if config.sample_prompts:
+            prompts = list(config.sample_prompts)
+            ctx = contexts.text_context(pipe, prompts, length=config.text_tokens)
+            self._prompt_ctx = jax.tree.map(np.asarray, ctx)
+            seeds = [config.seed + 1000 + i for i in range(len(prompts))]
+            self._prompt_noise = sample.draw_noise(seeds, shape)
+        self._base_pixels: dict[str, np.ndarray] = {}
+
+    def _draw(self, variables, noise, ctx) -> tuple[np.ndarray, np.ndarray]:
+        x, x0 = sample.walk(self._pipe.denoiser, variables, noise, ctx, self._sigmas)
+        return sample.decode(self._pipe, x), np.asarray(x0[:, 0])
+
+    def _drawn_by_base(self, name: str, state: TrainState, noise, ctx) -> np.ndarray:
+        if name not in self._base_pixels:
+            # Before the first update every role equals the base.
+            variables = ({"params": self._base} if self._method.trainable == "lora"
+                         else self._method.assemble(None, state.student))
+            self._base_pixels[name] = self._draw(variables, noise, ctx)[0]
+        return self._base_pixels[name]
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Writes samples/step_N.png and step_N_walk.png, and prompts_N.png if there are any."""
+        student = self._method.assemble(self._base, state.student)
+        teacher = self._method.assemble(
+            self._base, state.student if self._method.teacher == "live" else state.teacher
+        )
+        base = self._drawn_by_base("rows", state, self._noise, self._student_ctx)
+        ours, walk_s = self._draw(student, self._noise, self._student_ctx)
+        theirs, walk_t = self._draw(teacher, self._noise, self._teacher_ctx)
+        self._write(step, "step", previews.grid(
+            [("target", self._targets), ("base", base), ("student", ours), ("teacher", theirs)]
+        ))
+        walks = [sample.decode(self._pipe, jnp.asarray(w)) for w in (walk_s, walk_t)]
+        columns = [(f"x0, s = {s}", np.stack(pair)) for s, pair in enumerate(zip(*walks))]
+        self._write(step, "walk", previews.grid(columns))
+        if self._prompt_ctx is not None:
+            base = self._drawn_by_base("prompts", state, self._prompt_noise, self._prompt_ctx)
+            ours, _ = self._draw(student, self._prompt_noise, self._prompt_ctx)
+            self._write(step, "prompts", previews.grid([("base", base), ("student", ours)]))
+
+    def _write(self, step: int, name: str, pixels: np.ndarray) -> None:
+        previews.save(self._workdir / "samples" / f"{name}_{step:06d}.png", pixels)
+        self._metrics.image(step, name, pixels)
+
+
+# Act 5: the loop.
+
+
+class Stopper:
+    """Remembers SIGTERM (and a first Ctrl-C), so that the loop can save before it ends."""
+
+    def __init__(self):
+        self.signal: str | None = None
+        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        del frame
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+
+    def restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def check_finite(step: int, metrics: dict[str, np.ndarray], checkpoints: Checkpoints) -> None:
+    """Stops the run at the first loss or gradient that is not a number."""
+    bad = [k for k in ("loss", "grad_norm") if not np.isfinite(metrics[k])]
+    if bad:
+        checkpoints.wait()
+        raise TrainingError(
+            f"step {step}: {' and '.join(f'{k} = {metrics[k]}' for k in bad)}; nothing after the "
+            f"checkpoint of step {checkpoints.latest_step()} is kept. Lower learning_rate, or "
+            "try dtype=float32 to tell overflow from divergence"
+        )
+
+
+def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+    """Trains, resuming by itself, and returns the last state.
+
+    Raises:
+        ValueError: Bad config, data, weights, or a workdir of another run.
+        TrainingError: The loss or gradient is not finite; the last good checkpoint stays.
+    """
+    workdir = Path(workdir)
+    method = check_config(config)
+    data = read_data(config)
+    # The identity of the weights is known without loading them: a wrong workdir fails now.
+    model = {"model": fingerprint(config.model), "vlm": fingerprint(config.vlm)}
+    workdir_lib.claim(workdir, config.to_dict(), model)
+
+    # Weights, and the contexts that only the encoders can make; then the encoders may go.
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    pipe = load_pipeline(
+        config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=config.remat,
+        shard=lambda shapes: sharding.shard_params(mesh, shapes),
+    )
+    targets = lora.parse_targets(config.lora.targets)
+    if method.trainable == "lora":
+        lora.match_targets(pipe.params, targets)  # before the encoders run
+    vl = load_vision_language(config.vlm, pipe, dtype=config.dtype)
+    logging.info("vision tower loaded; %d of %d language tensors replaced", vl.matched, vl.matched)
+    ctxs = Contexts(config, pipe, vl, data)
+    ctxs.compute_all()
+
+    # What trains.
+    rng = jax.random.key(config.seed)
+    if method.trainable == "lora":
+        base = pipe.params
+        student = lora.init(jax.random.fold_in(rng, 1), base, targets, config.lora.rank)
+        logging.info("LoRA: %d linears, %s parameters, scale %g", lora.num_linears(student),
+                     f"{trees.count(student):,}", method.lora_scale)
+    else:
+        base, student = None, trees.cast_floats(pipe.params, jnp.float32)
+        pipe.params = None
+        logging.info("full fine-tuning: %s parameters", f"{trees.count(student):,}")
+    optimizer = make_optimizer(**{k: config[k] for k in (
+        "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm"
+    )})
+    state = init_state(student, optimizer, jax.random.key_data(jax.random.fold_in(rng, 2)))
+    state = jax.device_put(
+        state, sharding.replicated(mesh) if base is not None
+        else sharding.shard_params(mesh, state)
+    )
+
+    # Restore.
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+    if checkpoints.latest_step() is not None:
+        state, meta = checkpoints.restore(state)
+        logging.info("resumed at step %d of %d, %.2f epochs", meta["step"],
+                     config.num_train_steps, data.plan.epochs(meta["step"]))
+    start = int(state.step)
+    metrics = Metrics(workdir, start)
+    previewer = Previews(config, workdir, pipe, data, ctxs, method, base, metrics)
+    pipe.text_params = vl.params = None
+
+    # Compile lazily, once per bucket; the persistent cache makes a second start cheap.
+    step_fn = jax.jit(make_train_step(method, optimizer, pipe.denoiser.velocity), donate_argnums=0)
+    noise_fn = jax.jit(
+        lambda rng, step, shape: draw_noise(jax.random.wrap_key_data(rng), step, shape),
+        static_argnums=2, out_shardings=sharding.batch_sharding(mesh),
+    )
+    sigmas = jnp.asarray(
+        flow.make_sigmas(config.schedule, config.num_steps, config.shift or pipe.shift)
+    )
+
+    def make_batch(step: int, rng) -> Batch:
+        rows = data.plan.at(step)
+        student_ctx, teacher_ctx = jax.device_put(ctxs.batch(rows), sharding.batch_sharding(mesh))
+        shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
+        noise = noise_fn(rng, step, (config.batch_size, *shape))
+        return Batch(noise, student_ctx, teacher_ctx, sigmas)
+
+    def save(step: int) -> None:
+        checkpoints.save(step, state, {"step": step, "rows_seen": step * config.batch_size})
+
+    def settle(pending) -> None:
+        """Fetches a finished step's numbers; they are looked at one step late, so that the
+        device already works on the next one."""
+        if pending is None:
+            return
+        step, values = pending[0], jax.tree.map(np.asarray, pending[1])
+        check_finite(step, values, checkpoints)
+        row = values | {"images_per_second": progress.images_per_second(step),
+                        "epochs": data.plan.epochs(step)}
+        metrics.scalars(step, row)
+        progress.update(
+            step, {"loss": values["loss"], "grad norm": values["grad_norm"]},
+            log=step % config.log_every == 0 or step == config.num_train_steps,
+        )
+
+    # The loop.
+    stopper, progress, pending = Stopper(), None, None
+    progress = Progress(config.num_train_steps, start, config.batch_size)
+    if start == 0 and config.sample_every:
+        previewer.save(0, state)
+    progress.start_clock(start)
+    try:
+        for step in range(start, config.num_train_steps):
+            state, values = step_fn(state, base, make_batch(step, state.rng))
+            settle(pending)
+            pending = (step + 1, values)
+            if step == start:
+                jax.block_until_ready(values)
+                progress.start_clock(step + 1)
+            last = step + 1 == config.num_train_steps
+            stopping = stopper.signal is not None
+            if last or stopping or (step + 1) % config.checkpoint_every == 0:
+                settle(pending)  # never save a state whose numbers have not been looked at
+                pending = None
+                save(step + 1)
+            if config.sample_every and (last or (step + 1) % config.sample_every == 0):
+                settle(pending)
+                pending = None
+                previewer.save(step + 1, state)
+            if stopping and not last:
+                logging.info(
+                    "%s: saved step %d; run the same command again to continue",
+                    stopper.signal, step + 1,
+                )
+                break
+    finally:
+        stopper.restore()
+        progress.close()
+        metrics.close()
+        checkpoints.close()
+    save_curves(workdir)
+    return state
+
+
+def define_flags() -> None:
+    """The command's flags; a function, so that importing this module defines none."""
+    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Directory of the run; made or continued.", required=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    workdir_lib.enable_compilation_cache()
+    if FLAGS.config is None:
+        raise app.UsageError("--config is needed, such as --config configs/z_image_turbo_lora.py")
+    try:
+        state = train(FLAGS.config, FLAGS.workdir)
+    except (ValueError, TrainingError) as e:
+        raise SystemExit(f"error: {e}") from e
+    workdir = Path(FLAGS.workdir)
+    print(f"step {int(state.step)} of {FLAGS.config.num_train_steps}")
+    print(f"pictures    {workdir}/samples")
+    print(f"curves      {workdir}/curves.png, {workdir}/metrics.jsonl, {workdir}/tensorboard")
+    print(f"checkpoints {workdir}/checkpoints")
+    if FLAGS.config.trainable == "lora":
+        print(f"export      python -m dopsd_jax.export --workdir {workdir} --format diffusers "
+              "--out lora.safetensors")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
