@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
+import mmap
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -17,14 +19,22 @@ from dopsd_jax.core import trees
 from dopsd_jax.weights.names import Rule, Slot, WeightsError, resolve
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}
+ALIGNMENT = 64  # bytes; the CPU backend takes such arrays over without a copy
+COLUMNS = 256  # of the last axis, copied at a time: a transposed copy stays in the cache
 
 
 def weight_files(directory: str | Path) -> list[Path]:
     """The safetensors files of a model directory: all shards of its index, or the single file.
 
     Raises:
-        WeightsError: No such directory, no safetensors in it, only pickles, a missing shard, or
-            several files without an index.
+        WeightsError: No such directory, no safetensors in it, only pickles, a malformed index, a
+            missing shard, or several files without an index.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -32,7 +42,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     indices = sorted(directory.glob("*.safetensors.index.json"))
     files = sorted(directory.glob("*.safetensors"))
     if len(indices) == 1:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        names = _shards(indices[0])
         missing = [n for n in names if not (directory / n).is_file()]
         if missing:
             raise WeightsError(
@@ -55,6 +65,23 @@ def weight_files(directory: str | Path) -> list[Path]:
     )
 
 
+def _shards(index: Path) -> list[str]:
+    """File names in a *.safetensors.index.json."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        plain = all(Path(n).name == n for n in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise WeightsError(
+            f"{index}: expected JSON with a weight_map from tensor to file name, "
+            f"found something else ({type(e).__name__}: {e}); download it again"
+        ) from e
+    if not names or not plain:
+        raise WeightsError(
+            f"{index}: expected a weight_map to plain file names beside it, found {names}"
+        )
+    return names
+
+
 def open_safetensors(path: str | Path):
     """Opens a safetensors file, memory-mapped, as NumPy.
 
@@ -73,6 +100,77 @@ def open_safetensors(path: str | Path):
         raise WeightsError(f"{path}: no such file") from e
     except SafetensorError as e:
         raise WeightsError(f"{path}: truncated or not a safetensors file ({e})") from e
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a mapped file; its bytes are read when `view` is used.
+
+    Attributes:
+        file: The mapping of the whole file.
+        dtype, shape: As stored.
+        start, stop: Its bytes in the file.
+    """
+
+    file: mmap.mmap
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def view(self) -> np.ndarray:
+        """The tensor over the mapped pages, read-only, no copy."""
+        raw = np.frombuffer(self.file, np.uint8, self.stop - self.start, self.start)
+        return raw.view(self.dtype).reshape(self.shape)
+
+    def forget(self) -> None:
+        """Takes the pages out of this process; the system may still cache the file."""
+        if hasattr(self.file, "madvise") and self.stop > self.start:
+            start = self.start - self.start % mmap.PAGESIZE
+            self.file.madvise(mmap.MADV_DONTNEED, start, self.stop - start)
+
+
+def map_safetensors(path: str | Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name, memory-mapped and not yet read.
+
+    The library's own reader copies every tensor once before a dtype or layout change copies it
+    again; these views spare the first copy.
+
+    Raises:
+        WeightsError: See `open_safetensors`, or a dtype that NumPy does not know.
+    """
+    path = Path(path)
+    with open_safetensors(path), path.open("rb") as f:  # the library validates header and length
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        mapping = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    header.pop("__metadata__", None)
+    unknown = sorted({t["dtype"] for t in header.values()} - set(DTYPES))
+    if unknown:
+        raise WeightsError(f"{path}: expected dtypes among {sorted(DTYPES)}, found {unknown}")
+    return {
+        name: Stored(
+            mapping, np.dtype(DTYPES[t["dtype"]]), tuple(t["shape"]),
+            *(8 + length + offset for offset in t["data_offsets"]),
+        )
+        for name, t in header.items()
+    }
+
+
+def _packed(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A contiguous, aligned copy in `dtype`."""
+    size = value.size * dtype.itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    offset = -buffer.ctypes.data % ALIGNMENT
+    out = buffer[offset : offset + size].view(dtype).reshape(value.shape)
+    source, target = value, out
+    if value.dtype == dtype and dtype.itemsize == 2:  # NumPy moves bfloat16 one by one
+        source, target = value.view(np.uint16), out.view(np.uint16)
+    for i in range(0, value.shape[-1] if value.ndim else 0, COLUMNS):
+        target[..., i : i + COLUMNS] = source[..., i : i + COLUMNS]
+    if not value.ndim:
+        target[...] = source
+    return out
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -99,7 +197,7 @@ def _check_slots(
             problems.append(f"{tensor}: the network has only {expected[0]} layers in {slot.name}")
         expected = expected if slot.layer is None else expected[1:]
         # A stride-0 stand-in goes through the layout change without touching the file.
-        stand_in = np.broadcast_to(np.zeros((), np.int8), found[tensor])
+        stand_in = np.broadcast_to(np.int8(0), found[tensor])
         try:
             got = slot.transform.to_flax(stand_in).shape
         except ValueError:
@@ -130,8 +228,9 @@ def load_tree(
 ) -> trees.Tree:
     """Reads safetensors files into the parameter tree of a network.
 
-    Host memory above the final arrays is at most the largest single tensor (plus its cast):
-    stacked parameters are allocated on the device and filled layer by layer.
+    Host memory above the final arrays is at most the largest single tensor in its final dtype:
+    files are mapped, not read, and stacked parameters are allocated on the device and filled
+    layer by layer.
 
     Args:
         files: Safetensors files that together hold the model.
@@ -151,47 +250,67 @@ def load_tree(
     flat_shapes = trees.flatten(shapes)
     flat_shardings = trees.flatten(shardings) if shardings is not None else {}
     files = [Path(f) for f in files]
-    with contextlib.ExitStack() as stack:
-        handles, found, problems = {}, {}, []
-        for file in files:
-            try:
-                handle = stack.enter_context(open_safetensors(file))
-            except WeightsError as e:
-                problems.append(str(e))
-                continue
-            for tensor in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
-                if tensor in found:
-                    problems.append(f"{tensor}: stands in more than one file")
-                found[tensor] = tuple(handle.get_slice(tensor).get_shape())
-                handles[tensor] = handle
-        if problems:
-            raise WeightsError("\n".join(problems))
-        slots, problems = resolve(table, found)
-        problems += _check_slots(slots, found, flat_shapes)
-        if problems:
-            where = ", ".join(str(f) for f in files[:3]) + (" ..." if len(files) > 3 else "")
-            listed = "\n  ".join(problems[:40])
-            more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
-            raise WeightsError(
-                f"{where}: {len(problems)} tensors or parameters do not fit the network:\n  "
-                f"{listed}{more}"
-            )
-        flat: dict[str, jax.Array] = {}
-        for done, (tensor, slot) in enumerate(slots.items()):
-            value = slot.transform.to_flax(handles[tensor].get_tensor(tensor))
-            target = np.dtype(dtype) if dtype is not None else value.dtype
-            sharding = flat_shardings.get(slot.name)
-            if slot.layer is None:
-                flat[slot.name] = jax.device_put(np.ascontiguousarray(value, target), sharding)
-            else:
-                if slot.name not in flat:
-                    flat[slot.name] = _empty(flat_shapes[slot.name].shape, target, sharding)
-                part = np.ascontiguousarray(value, target)
-                flat[slot.name] = _write(flat[slot.name], slot.layer, _like(part, sharding))
-            del value
-            if report is not None:
-                report(done + 1, len(slots))
+    stored = _map_all(files)
+    slots = _match(files, table, stored, flat_shapes)
+    flat: dict[str, jax.Array] = {}
+    for done, (tensor, slot) in enumerate(slots.items()):
+        sharding = flat_shardings.get(slot.name)
+        value = slot.transform.to_flax(stored[tensor].view())
+        is_float = jnp.issubdtype(value.dtype, jnp.floating)
+        value = _packed(value, np.dtype(dtype) if dtype is not None and is_float else value.dtype)
+        if slot.layer is None:
+            flat[slot.name] = jax.device_put(value, sharding)
+        else:
+            if slot.name not in flat:
+                flat[slot.name] = _empty(flat_shapes[slot.name].shape, value.dtype, sharding)
+            flat[slot.name] = _write(flat[slot.name], slot.layer, _like(value, sharding))
+        flat[slot.name].block_until_ready()  # else many tensors wait in host memory at once
+        del value
+        stored[tensor].forget()
+        if report is not None:
+            report(done + 1, len(slots))
     return trees.unflatten(flat)
+
+
+def _map_all(files: list[Path]) -> dict[str, Stored]:
+    """Tensors of all files; duplicates and unreadable files are raised together."""
+    stored: dict[str, Stored] = {}
+    origin: dict[str, Path] = {}
+    problems = []
+    for file in files:
+        try:
+            tensors = map_safetensors(file)
+        except WeightsError as e:
+            problems.append(str(e))
+            continue
+        problems += [
+            f"{tensor}: stands in more than one file, {origin[tensor].name} and {file.name}"
+            for tensor in sorted(set(tensors) & set(stored))
+        ]
+        stored |= tensors
+        origin |= dict.fromkeys(tensors, file)
+    if problems:
+        raise WeightsError("\n".join(problems))
+    return stored
+
+
+def _match(
+    files: list[Path], table: Iterable[Rule], stored: dict[str, Stored],
+    shapes: dict[str, jax.ShapeDtypeStruct],
+) -> dict[str, Slot]:
+    """Where every tensor goes, in the order of the files."""
+    found = {tensor: s.shape for tensor, s in stored.items()}
+    slots, problems = resolve(table, found)
+    problems += _check_slots(slots, found, shapes)
+    if problems:
+        where = ", ".join(str(f) for f in files[:3]) + (" ..." if len(files) > 3 else "")
+        listed = "\n  ".join(problems[:40])
+        more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
+        raise WeightsError(
+            f"{where}: {len(problems)} tensors or parameters do not fit the network:\n  "
+            f"{listed}{more}"
+        )
+    return slots
 
 
 def _empty(shape, dtype, sharding) -> jax.Array:
