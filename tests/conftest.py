@@ -1,0 +1,38 @@
+"""Settings of every test, and the tiny models that many tests open."""
+
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+
+from dopsd_jax.weights.random_pipeline import write_random_pipeline
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """Directories of a random pipeline in the format of Z-Image-Turbo and of a random Qwen3-VL."""
+
+    pipeline: Path
+    vlm: Path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    """The two tiny models, float32, seed 0; shared by all tests, so nothing may be changed."""
+    return Tiny(*write_random_pipeline(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_torch_threads():
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(2)
