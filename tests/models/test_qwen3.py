@@ -1,5 +1,6 @@
 """Qwen3 beside transformers' own, through the real loader."""
 
+import functools
 import json
 import re
 
@@ -67,11 +68,14 @@ def run_torch(model, ids, mask):
     return [h.float().numpy() for h in out.hidden_states]
 
 
+@functools.cache
 def load(directory, depth, dtype=None):
+    """(apply under jit, variables, network)."""
     config = Qwen3Config.from_json(json.loads((directory / "config.json").read_text()))
     table = qwen3_table(config, depth)
     params = load_tree(weight_files(directory), table, shapes_of(config, depth), dtype=dtype)
-    return Qwen3(config, depth, dtype or jnp.float32), {"params": params}
+    net = Qwen3(config, depth, dtype or jnp.float32)
+    return jax.jit(net.apply, static_argnames=("taps", "method")), {"params": params}, net
 
 
 def error(got, want):
@@ -83,8 +87,8 @@ def test_equals_transformers_on_a_ragged_batch_pads_included(pair, kind):
     model, directory = pair
     ids, mask = batch()
     want = run_torch(model, ids, mask)
-    net, variables = load(directory / kind, 3)
-    got = jax.jit(net.apply)(variables, ids, mask)
+    apply, variables, _ = load(directory / kind, 3)
+    got = apply(variables, ids, mask)
     assert error(got, want[-2]) < 2e-5
 
 
@@ -92,8 +96,8 @@ def test_taps_are_concatenated_in_the_order_asked_for(pair):
     model, directory = pair
     ids, mask = batch()
     hidden = run_torch(model, ids, mask)
-    net, variables = load(directory / "base", 3)
-    got = net.apply(variables, ids, mask, taps=(1, 3, 2))
+    apply, variables, _ = load(directory / "base", 3)
+    got = apply(variables, ids, mask, taps=(1, 3, 2))
     want = np.concatenate([hidden[1], hidden[3], hidden[2]], axis=-1)
     assert got.shape == (2, max(LENGTHS), 96)
     assert error(got, want) < 2e-5
@@ -102,17 +106,17 @@ def test_taps_are_concatenated_in_the_order_asked_for(pair):
 def test_depth_does_not_change_a_tap(pair):
     ids, mask = batch()
     shallow, deep = load(pair[1] / "base", 2), load(pair[1] / "base", 4)
-    a = shallow[0].apply(shallow[1], ids, mask)
-    np.testing.assert_array_equal(a, deep[0].apply(deep[1], ids, mask, taps=(2,)))
+    a = shallow[0](shallow[1], ids, mask)
+    np.testing.assert_array_equal(a, deep[0](deep[1], ids, mask, taps=(2,)))
 
 
 def test_features_of_real_tokens_ignore_what_stands_behind_them(pair):
     ids, mask = batch()
-    net, variables = load(pair[1] / "base", 3)
+    apply, variables, _ = load(pair[1] / "base", 3)
     other = np.where(mask, ids, 5)
-    a, b = net.apply(variables, ids, mask), net.apply(variables, other, mask)
+    a, b = apply(variables, ids, mask), apply(variables, other, mask)
     np.testing.assert_array_equal(np.asarray(a)[mask], np.asarray(b)[mask])
-    alone = net.apply(variables, ids[1:, :7], mask[1:, :7])
+    alone = apply(variables, ids[1:, :7], mask[1:, :7])
     assert error(b[1, :7], np.asarray(alone[0])) < 2e-5
 
 
@@ -122,21 +126,23 @@ def test_bfloat16_is_as_close_to_float32_as_torchs_bfloat16(pair):
     exact = run_torch(model, ids, mask)[-2][mask]
     copy = transformers.Qwen3Model.from_pretrained(directory / "base", dtype=torch.bfloat16)
     theirs = error(run_torch(copy.eval(), ids, mask)[-2][mask], exact)
-    net, variables = load(directory / "base", 3, jnp.bfloat16)
-    ours = error(net.apply(variables, ids, mask)[mask], exact)
+    apply, variables, _ = load(directory / "base", 3, jnp.bfloat16)
+    ours = error(apply(variables, ids, mask)[mask], exact)
     assert ours < 1.5 * theirs, (ours, theirs)
     assert theirs < 0.05
 
 
 def test_deepstack_is_added_after_its_layer(pair):
     ids, mask = batch()
-    net, variables = load(pair[1] / "base", 4)
-    x = net.apply(variables, ids, method="embed")
+    apply, variables, _ = load(pair[1] / "base", 4)
+    x = apply(variables, ids, method="embed")
     angles = jnp.zeros((*ids.shape, 8))
     extra = jax.random.normal(jax.random.key(1), (2, *x.shape))
 
     def run(deepstack, *taps):
-        return np.asarray(net.apply(variables, x, mask, angles, taps, deepstack, method="run"))
+        return np.asarray(apply(
+            variables, x, mask, angles, taps=taps, deepstack=deepstack, method="run"
+        ))
 
     plain = run(None, 1, 2)
     got = run(extra.at[1].set(0.0), 1, 2)
@@ -149,7 +155,7 @@ def test_deepstack_is_added_after_its_layer(pair):
 
 def test_tensors_survive_the_way_in_and_out(pair):
     _, directory = pair
-    net, variables = load(directory / "base", 4)
+    _, variables, net = load(directory / "base", 4)
     table = qwen3_table(net.config, 4)
     want = {n: p.numpy() for n, p in pair[0].state_dict().items()}
     got = export_names(table, want, trees.flatten(variables["params"]))
