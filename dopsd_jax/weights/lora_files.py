@@ -1,0 +1,303 @@
+"""LoRA files of other tools, out and back in: PEFT directory, diffusers file, ComfyUI file.
+
+In memory a LoRA mirrors the params tree. At the path of every adapted Linear stand `a [in, r]` and
+`b [r, out]`, float32, with a leading axis of layers in a scanned stack; the Linear's output gains
+alpha / rank (x a) b. Torch tools keep one transposed pair per layer, `lora_A (r, in)` and
+`lora_B (out, r)`, and each has its own place for alpha:
+
+    PEFT        base_model.model.X.lora_A.weight        alpha in adapter_config.json
+    diffusers   transformer.X.lora_A.weight             alpha / rank multiplied into lora_B
+    ComfyUI     diffusion_model.X.lora_A.weight         alpha in a scalar diffusion_model.X.alpha
+
+X is the module path in diffusers' layout. ComfyUI maps it to its own fused layout while loading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from dopsd_jax.core import trees
+from dopsd_jax.weights.lora_reader import (
+    OUR_METADATA,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    LoraFileError,
+    LoraSpec,
+    raise_all,
+    read_lora,
+    stack_of,
+)
+from dopsd_jax.weights.names import Rule, resolve, rule
+
+__all__ = [
+    "FORMATS", "Z_IMAGE_MODULES", "LoraFileError", "LoraSpec", "read_lora", "save_comfyui",
+    "save_diffusers", "save_peft",
+]
+
+Z_IMAGE_BLOCK = {
+    "attention.to_q": "attention/to_q",
+    "attention.to_k": "attention/to_k",
+    "attention.to_v": "attention/to_v",
+    "attention.to_out.0": "attention/to_out",
+    "feed_forward.w1": "feed_forward/w1",
+    "feed_forward.w2": "feed_forward/w2",
+    "feed_forward.w3": "feed_forward/w3",
+    "adaLN_modulation.0": "adaLN_modulation",
+}
+Z_IMAGE_REST = {
+    "all_x_embedder.2-1": "x_embedder",
+    "all_final_layer.2-1.linear": "final_linear",
+    "all_final_layer.2-1.adaLN_modulation.1": "final_modulation",
+    "t_embedder.mlp.0": "t_embedder/mlp_0",
+    "t_embedder.mlp.2": "t_embedder/mlp_2",
+    "cap_embedder.1": "cap_embedder",
+}
+# Every Linear of Z-Image, torch module path <-> tree path. {layer} is the only group such a list
+# may use, so that its rules can be read in both directions.
+Z_IMAGE_MODULES: list[Rule] = [
+    *(
+        rule(f"{stack}.{{layer}}.{module}", f"{stack}/{path}")
+        for stack in ("layers", "noise_refiner", "context_refiner")
+        for module, path in Z_IMAGE_BLOCK.items()
+        if not (stack == "context_refiner" and path == "adaLN_modulation")
+    ),
+    *(rule(module, path) for module, path in Z_IMAGE_REST.items()),
+    # A SiLU, listed as unused: PEFT refuses a suffix that hits it, see _target_modules.
+    rule("all_final_layer.2-1.adaLN_modulation.0", None),
+]
+
+
+def save_peft(
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule]
+) -> None:
+    """Writes a directory for `PeftModel.from_pretrained`; alpha stands in its config.
+
+    Args:
+        path: Directory, made if missing; an earlier adapter there is replaced.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        spec: Rank, alpha and base model.
+        modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+
+    Raises:
+        LoraFileError: All that is wrong with the tree, or `path` holds something else.
+    """
+    path, modules = Path(path), list(modules)
+    pairs = _torch_pairs(path, lora, spec, modules)
+    held = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    others = sorted(held - {PEFT_WEIGHTS, PEFT_CONFIG})
+    if path.suffix == ".safetensors":
+        raise LoraFileError(f"{path}: expected the name of a directory, got one for a file")
+    if others or (path.exists() and not path.is_dir()):
+        what = f"a directory with {', '.join(others[:5])}" if others else "a file"
+        raise LoraFileError(
+            f"{path}: expected a new or empty directory or an earlier PEFT adapter, found "
+            f"{what}; choose another name"
+        )
+    config = {
+        "base_model_name_or_path": spec.base_model or None,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "target_modules": _target_modules(lora, pairs, modules),
+        "task_type": None,
+    }
+    tensors = {}
+    for module, (a, b) in pairs.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    with _new_sibling(path) as temporary:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / PEFT_WEIGHTS, {"format": "pt"})
+        (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for file in (PEFT_WEIGHTS, PEFT_CONFIG):
+            _finish(temporary / file)
+        if path.is_dir():
+            # A directory cannot be replaced in one step: a crash between the two renames leaves
+            # the earlier adapter whole, under this name.
+            earlier = path.with_name(f".{path.name}.earlier")
+            shutil.rmtree(earlier, ignore_errors=True)
+            os.rename(path, earlier)
+            os.rename(temporary, path)
+            shutil.rmtree(earlier)
+        else:
+            os.rename(temporary, path)
+    _fsync(path.parent)
+
+
+def save_diffusers(
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule]
+) -> None:
+    """Writes one file for diffusers' `pipe.load_lora_weights`, with alpha / rank inside lora_B.
+
+    Without alpha keys diffusers applies scale 1 to every family, and so does ComfyUI; `rank` and
+    `alpha` go to a metadata entry that both ignore and `read_lora` undoes the scale by.
+
+    Args:
+        path: File, must end in .safetensors.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        spec: Rank, alpha and base model.
+        modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+
+    Raises:
+        LoraFileError: All that is wrong with the tree or the name.
+    """
+    tensors = {}
+    for module, (a, b) in _torch_pairs(path, lora, spec, list(modules)).items():
+        tensors[f"transformer.{module}.lora_A.weight"] = a
+        baked = (b.astype(np.float64) * spec.scale).astype(np.float32)
+        tensors[f"transformer.{module}.lora_B.weight"] = baked
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": True})
+
+
+def save_comfyui(
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule]
+) -> None:
+    """Writes one file for ComfyUI's LoRA loader, with an alpha beside every pair.
+
+    diffusers reads it too for Z-Image, but refuses the alpha keys for FLUX.2.
+
+    Args:
+        path: File, must end in .safetensors.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        spec: Rank, alpha and base model.
+        modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+
+    Raises:
+        LoraFileError: All that is wrong with the tree or the name.
+    """
+    tensors = {}
+    for module, (a, b) in _torch_pairs(path, lora, spec, list(modules)).items():
+        tensors[f"diffusion_model.{module}.lora_A.weight"] = a
+        tensors[f"diffusion_model.{module}.lora_B.weight"] = b
+        tensors[f"diffusion_model.{module}.alpha"] = np.asarray(spec.alpha, np.float32)
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False})
+
+
+FORMATS = {"peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui}
+
+
+def _torch_pairs(
+    where: str | Path, lora: trees.Tree, spec: LoraSpec, modules: list[Rule]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The tree as torch names it, {module path: (A (r, in), B (out, r))}, contiguous float32."""
+    templates = {r.target: r.template for r in modules if r.target is not None}
+    problems: list[str] = []
+    leaves: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for name, leaf in trees.flatten(lora).items():
+        target, _, part = name.rpartition("/")
+        if target not in templates or part not in ("a", "b"):
+            problems.append(f"{name}: no a or b of a module this network's LoRA files can name")
+            continue
+        leaves[target][part] = np.asarray(leaf).astype(np.float32, copy=False)
+    if not leaves and not problems:
+        problems.append("the LoRA is empty")
+    pairs, layers = {}, defaultdict(set)
+    for target, pair in leaves.items():
+        if set(pair) != {"a", "b"}:
+            problems.append(f"{target}: expected a and b, got only {', '.join(pair)}")
+            continue
+        a, b = pair["a"], pair["b"]
+        stacked = "{layer}" in templates[target]
+        fits = a.ndim == b.ndim == 2 + stacked and a.shape[:-2] == b.shape[:-2]
+        if not fits or a.shape[-1] != spec.rank or b.shape[-2] != spec.rank:
+            axis = "layers, " if stacked else ""
+            problems.append(
+                f"{target}: expected a [{axis}in, {spec.rank}] and b [{axis}{spec.rank}, out], "
+                f"got {a.shape} and {b.shape}"
+            )
+            continue
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            problems.append(f"{target}: holds NaN or infinity; export an earlier checkpoint")
+        if stacked:
+            layers[stack_of(templates[target])].add(len(a))
+        for layer in range(len(a)) if stacked else [None]:
+            module = templates[target].format(layer=layer)
+            pairs[module] = tuple(
+                np.ascontiguousarray((x if layer is None else x[layer]).T) for x in (a, b)
+            )
+    problems += [
+        f"{stack}: expected one number of layers, got {sorted(lengths)}"
+        for stack, lengths in layers.items() if len(lengths) > 1
+    ]
+    raise_all(where, problems)
+    return pairs
+
+
+def _target_modules(lora: trees.Tree, pairs: Iterable[str], modules: list[Rule]) -> list[str]:
+    """PEFT's target_modules that hit exactly the modules called `pairs`.
+
+    PEFT adapts every module that is called or ends in a target. So a suffix may stand for its
+    modules only if every known module with that ending is in the LoRA; others are named in full.
+    """
+    paths = {name.rpartition("/")[0] for name in trees.flatten(lora)}
+    slots, _ = resolve(modules, pairs)
+    templates = {r.target: r.template for r in modules}
+    targets = set()
+    for module, slot in slots.items():
+        suffix = templates[slot.name].rpartition("{layer}.")[2]
+        same_ending = [r.target for r in modules if f".{r.template}".endswith(f".{suffix}")]
+        targets.add(suffix if paths.issuperset(same_ending) else module)
+    return sorted(targets)
+
+
+def _save_one(path: str | Path, tensors: dict[str, np.ndarray], ours: dict) -> None:
+    path = Path(path)
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise LoraFileError(
+            f"{path}: expected the name of a file that ends in .safetensors, by which other tools "
+            "find and open it"
+        )
+    with _new_sibling(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt", OUR_METADATA: json.dumps(ours)})
+        _finish(temporary)
+        os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def _new_sibling(path: Path):
+    """A temporary name on the same file system; nothing is left there on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)  # a killed process with the same id may have left one
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _finish(path: Path) -> None:
+    """Makes a written file durable, and readable as any new file: safetensors makes it 0600."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

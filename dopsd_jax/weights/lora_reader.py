@@ -1,0 +1,367 @@
+"""Reading the LoRA files that lora_files.py writes, and their like from other tools."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dopsd_jax.core import trees
+from dopsd_jax.weights.load import PICKLES, open_safetensors
+from dopsd_jax.weights.names import Rule, Slot, WeightsError, resolve, rule
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+STUDENT = "student"  # the published torch code keeps its two adapters in student/ and teacher/
+OUR_METADATA = "dopsd_jax_lora"
+DIFFUSERS_METADATA = "lora_adapter_metadata"  # of pipe.save_lora_weights
+
+KEY = re.compile(
+    r"(?P<prefix>base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_|)"
+    r"(?P<module>.+)\."
+    r"(?:(?P<a>(?:lora_A|lora_down)\.weight)|(?P<b>(?:lora_B|lora_up)\.weight)|(?P<alpha>alpha))"
+)
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+# PEFT's options that change what lora_A and lora_B mean, with the only value read here.
+PEFT_OPTIONS = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+}
+
+
+class LoraFileError(WeightsError):
+    """A LoRA file that cannot be written or read."""
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What stands beside the tensors.
+
+    Attributes:
+        rank: r, at least 1.
+        alpha: The output gains alpha / rank (x a) b.
+        base_model: Name or path of the model it was trained on, for PEFT's config; may be empty.
+    """
+
+    rank: int
+    alpha: float
+    base_model: str = ""
+
+    def __post_init__(self):
+        if self.rank < 1 or not (math.isfinite(self.alpha) and self.alpha != 0):
+            raise LoraFileError(
+                "expected a LoRA rank of at least 1 and a finite alpha other than 0, "
+                f"got rank {self.rank}, alpha {self.alpha}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
+def raise_all(where: str | Path, problems: list[str]) -> None:
+    """Raises one LoraFileError that lists all problems, if there are any."""
+    if problems:
+        listed = "\n  ".join(problems[:40])
+        more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
+        raise LoraFileError(f"{where}: {len(problems)} problems:\n  {listed}{more}")
+
+
+def stack_of(template: str) -> str:
+    """The part of a module name template before its layer index."""
+    return template.partition("{layer}")[0]
+
+
+def read_lora(
+    path: str | Path, modules: Iterable[Rule], shapes: trees.Tree | None = None
+) -> tuple[trees.Tree, LoraSpec]:
+    """Reads a LoRA of any of the three formats, told apart by content.
+
+    Also read: `lora_down`/`lora_up` for `lora_A`/`lora_B`, kohya's `lora_unet_` names, names
+    without a prefix, files of diffusers' `save_lora_weights`, and the directory of the published
+    torch code, whose `student` folder is taken. Without any alpha the scale is 1, as elsewhere.
+
+    Args:
+        path: A .safetensors file or a directory with one.
+        modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+        shapes: Params tree of the network (arrays or ShapeDtypeStruct) to check sizes and number
+            of layers against; without it a stack has as many layers as the file's highest index.
+
+    Returns:
+        LoRA tree of float32 NumPy leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`, and its
+        spec. Where alpha differs between modules it is folded into `b` and spec.alpha is the rank.
+
+    Raises:
+        LoraFileError: Everything that is wrong with names, shapes and scale, together; a file that
+            is missing, truncated, a pickle, no LoRA, or made for another model.
+    """
+    file = _locate(Path(path))
+    try:
+        handle = open_safetensors(file)
+    except WeightsError as e:
+        raise LoraFileError(str(e)) from e
+    with handle:
+        keys, problems = _match_keys(file, handle.keys(), modules)
+        found = {k: handle.get_slice(k) for parts in keys.values() for k in parts.values()}
+        problems += [
+            f"{key}: expected floats ({', '.join(FLOATS)}), got {entry.get_dtype()}"
+            for key, entry in found.items()
+            if entry.get_dtype() not in FLOATS and not key.endswith(".alpha")
+        ]
+        dims = {key: tuple(entry.get_shape()) for key, entry in found.items()}
+        rank, more = _check_dims(keys, dims)
+        problems += more
+        layers, more = _check_layers(keys, dims, list(modules), shapes)
+        raise_all(file, problems + more)
+
+        flat: dict[str, np.ndarray] = {}
+        alphas: dict[tuple[str, int | None], float] = {}
+        for (target, layer), parts in keys.items():
+            for leaf in ("a", "b"):
+                value = handle.get_tensor(parts[leaf]).astype(np.float32).T
+                if not np.isfinite(value).all():
+                    problems.append(f"{parts[leaf]}: holds NaN or infinity")
+                name = f"{target}/{leaf}"
+                if layer is None:
+                    flat[name] = np.ascontiguousarray(value)
+                    continue
+                if name not in flat:
+                    flat[name] = np.empty((layers[target], *value.shape), np.float32)
+                flat[name][layer] = value
+            if "alpha" in parts:
+                alphas[target, layer] = alpha = float(handle.get_tensor(parts["alpha"]).item())
+                if not math.isfinite(alpha) or alpha == 0:
+                    problems.append(f"{parts['alpha']}: expected a number but 0, got {alpha}")
+        raise_all(file, problems)
+        is_peft = any(key.startswith(PEFT_PREFIX) for key in found)
+        spec = _apply_scale(file, flat, rank, alphas, keys, is_peft, handle.metadata() or {})
+    return trees.unflatten(flat), spec
+
+
+def _locate(path: Path) -> Path:
+    """The safetensors file meant by a file or directory name."""
+    if not path.is_dir():
+        return path  # pickled, missing and unreadable files are refused where it is opened
+    for folder in (path, path / STUDENT):
+        if (folder / PEFT_WEIGHTS).is_file():
+            return folder / PEFT_WEIGHTS
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    pickles = [p for f in (path, path / STUDENT) if f.is_dir() for p in sorted(f.iterdir())
+               if p.suffix in PICKLES]
+    if not files and pickles:
+        raise LoraFileError(
+            f"{path}: expected {PEFT_WEIGHTS}, found only pickled weights "
+            f"({', '.join(str(p.relative_to(path)) for p in pickles)}); these can run code when "
+            "opened and are never read here, convert them to safetensors first"
+        )
+    raise LoraFileError(
+        f"{path}: expected {PEFT_WEIGHTS} (there or in {STUDENT}/) or a single .safetensors file, "
+        f"found {', '.join(p.name for p in files) or 'none'}; name the file itself"
+    )
+
+
+Keys = dict[tuple[str, int | None], dict[str, str]]
+
+
+def _match_keys(file: Path, names: Iterable[str], modules: Iterable[Rule]) -> tuple[Keys, list]:
+    """{(tree path, layer): {"a" | "b" | "alpha": key}}, and what is wrong with the names.
+
+    Raises:
+        LoraFileError: No key looks like LoRA, or none belongs to this network.
+    """
+    modules = list(modules)
+    kohya = [rule(r.template.replace(".", "_"), r.target) for r in modules]
+    names = sorted(names)
+    matches = {name: m for name in names if (m := KEY.fullmatch(name))}
+    if not any(m["a"] or m["b"] for m in matches.values()):
+        raise LoraFileError(
+            f"{file}: expected LoRA tensors (X.lora_A.weight and X.lora_B.weight, or lora_down and "
+            f"lora_up), found {len(names)} others such as {', '.join(names[:3]) or 'none'}; this "
+            "is no LoRA, or one of another kind (LoKr, LoHa)"
+        )
+    slots: dict[tuple[bool, str], Slot] = {}
+    for is_kohya, table in ((False, modules), (True, kohya)):
+        wanted = {
+            m["module"] for m in matches.values() if (m["prefix"] == "lora_unet_") == is_kohya
+        }
+        slots |= {(is_kohya, k): s for k, s in resolve(table, sorted(wanted))[0].items()}
+    if not slots:
+        example = next(r.template for r in modules).format(layer=0)
+        raise LoraFileError(
+            f"{file}: none of its {len(names)} tensors belongs to this network: expected modules "
+            f"such as {example}, found {', '.join(names[:3])}; it was made for another model"
+        )
+    keys, problems = defaultdict(dict), []
+    prefixes = sorted({m["prefix"] or "none" for m in matches.values()})
+    if len(prefixes) > 1:
+        listed = ", ".join(prefixes)
+        problems.append(f"expected one prefix on all keys, got {listed}; split the file")
+    for name in names:
+        match = matches.get(name)
+        slot = match and slots.get((match["prefix"] == "lora_unet_", match["module"]))
+        if slot is None:
+            problems.append(f"{name}: unknown key, belongs to no module of this network")
+            continue
+        parts = keys[slot.name, slot.layer]
+        if match.lastgroup in parts:
+            problems.append(f"{name}: stands for the same weight as {parts[match.lastgroup]}")
+        parts[match.lastgroup] = name
+    for (target, layer), parts in list(keys.items()):
+        if missing := {"a", "b"} - parts.keys():
+            lacking = " and ".join(f"lora_{m.upper()}" for m in sorted(missing))
+            problems.append(f"{', '.join(parts.values())}: {lacking} of the same module is missing")
+            del keys[target, layer]
+    return dict(keys), problems
+
+
+def _check_dims(keys: Keys, dims: dict[str, tuple]) -> tuple[int, list[str]]:
+    """The one rank of all pairs, and what is wrong with the shapes by themselves."""
+    problems, ranks = [], defaultdict(list)
+    for parts in keys.values():
+        a, b = dims[parts["a"]], dims[parts["b"]]
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            problems.append(f"{parts['a']}: expected (r, in) beside (out, r), got {a} beside {b}")
+        else:
+            ranks[a[0]].append(parts["a"])
+        if "alpha" in parts and math.prod(dims[parts["alpha"]]) != 1:
+            problems.append(f"{parts['alpha']}: expected one number, got {dims[parts['alpha']]}")
+    if len(ranks) > 1:
+        listed = "; ".join(f"{r} in {len(n)}, first {n[0]}" for r, n in sorted(ranks.items()))
+        problems.append(f"expected one rank in all modules, got {listed}; resize the LoRA to one")
+    return next(iter(ranks), 0), problems
+
+
+def _check_layers(
+    keys: Keys, dims: dict[str, tuple], modules: list[Rule], shapes: trees.Tree | None
+) -> tuple[dict[str, int], list[str]]:
+    """Number of layers by tree path, and what does not fit the network or lacks layers."""
+    stacks = {r.target: stack_of(r.template) for r in modules}
+    params = trees.flatten(shapes) if shapes is not None else None
+    problems, present, highest = [], defaultdict(set), defaultdict(int)
+    sizes: dict[str, set] = defaultdict(set)
+    for (target, layer), parts in keys.items():
+        if layer is not None:
+            present[target].add(layer)
+            sizes[target].add((dims[parts["a"]][1:], dims[parts["b"]][:1]))
+            highest[stacks[target]] = max(highest[stacks[target]], layer + 1)
+        if params is None:
+            continue
+        if f"{target}/kernel" not in params:
+            problems.append(f"{parts['a']}: the network has no parameter {target}/kernel")
+            continue
+        *_, size_in, size_out = params[f"{target}/kernel"].shape
+        a, b = dims[parts["a"]], dims[parts["b"]]
+        if (a[-1:], b[:1]) != ((size_in,), (size_out,)):
+            problems.append(
+                f"{parts['a']}: expected (r, {size_in}) and (out, r) = ({size_out}, r), got {a} "
+                f"and {b}; is it of another model size?"
+            )
+    layers = {}
+    for target, have in present.items():
+        kernel = params.get(f"{target}/kernel") if params is not None else None
+        layers[target] = count = highest[stacks[target]] if kernel is None else kernel.shape[0]
+        if len(sizes[target]) > 1 and kernel is None:
+            problems.append(f"{target}: expected one shape in all layers, got {sizes[target]}")
+        if max(have) >= count:
+            problems.append(f"{target}: the network has {count} layers, the file one {max(have)}")
+        # A file may name any index, so the missing ones are not listed beyond the first few.
+        if missing := list(itertools.islice((i for i in range(count) if i not in have), 10)):
+            problems.append(
+                f"{target}: expected all {count} layers, got {len(have)}, missing "
+                f"{', '.join(map(str, missing))}{' ..' if len(missing) == 10 else ''}; a LoRA of "
+                "some layers only is not read, add the missing ones with a lora_B of zeros"
+            )
+    return layers, problems
+
+
+def _apply_scale(
+    file: Path,
+    flat: dict[str, np.ndarray],
+    rank: int,
+    alphas: dict[tuple[str, int | None], float],
+    keys: Keys,
+    is_peft: bool,
+    metadata: dict[str, str],
+) -> LoraSpec:
+    """Finds alpha where the format keeps it; may rescale the `b` of `flat` in place."""
+    ours = _parse(f"{file}, {OUR_METADATA}", metadata.get(OUR_METADATA, "{}"))
+    theirs = _parse(f"{file}, {DIFFUSERS_METADATA}", metadata.get(DIFFUSERS_METADATA, "{}"))
+    if alphas and (is_peft or theirs):
+        raise LoraFileError(
+            f"{file}: expected alpha in the config or in .alpha tensors, got both; tools disagree "
+            "on what that means, save the LoRA again with one of them"
+        )
+    if is_peft:
+        return _spec_of_config(file, _read_json(file.with_name(PEFT_CONFIG)), rank)
+    if theirs:
+        config = {k.removeprefix("transformer."): v for k, v in theirs.items()}
+        return _spec_of_config(file, config, rank)
+    if ours.get("scale_in_b") and not alphas and ours["rank"] == rank:
+        spec = LoraSpec(rank, ours["alpha"], ours["base_model"])
+        for name in flat:
+            if name.endswith("/b"):
+                flat[name] = (flat[name].astype(np.float64) / spec.scale).astype(np.float32)
+        return spec
+    by_module = {key: alphas.get(key, float(rank)) for key in keys}
+    if len(set(by_module.values())) == 1:
+        alpha = by_module.popitem()[1]
+        if np.float32(ours.get("alpha", alpha)) == np.float32(alpha):
+            alpha = ours.get("alpha", alpha)  # the tensor holds it to float32 only
+        return LoraSpec(rank, alpha, ours.get("base_model", ""))
+    for (target, layer), alpha in by_module.items():
+        flat[f"{target}/b"][... if layer is None else layer] *= np.float32(alpha / rank)
+    return LoraSpec(rank, float(rank), ours.get("base_model", ""))
+
+
+def _spec_of_config(file: Path, config: dict, rank: int) -> LoraSpec:
+    """Rank and alpha of a PEFT config; refuses options under which they would mean another LoRA."""
+    problems = [
+        f"{key}: expected {expected!r}, got {config[key]!r}; such a LoRA is not read here"
+        for key, expected in PEFT_OPTIONS.items()
+        if key in config and (config[key] or None) != (expected or None)
+    ]
+    if config.get("r") != rank:
+        problems.append(f"r: expected {rank} as in the tensors, got {config.get('r')!r}")
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
+        problems.append(f"lora_alpha: expected a number other than 0, got {alpha!r}")
+    raise_all(f"{file}, its LoRA config", problems)
+    return LoraSpec(rank, float(alpha), config.get("base_model_name_or_path") or "")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return _parse(path, path.read_text())
+    except FileNotFoundError as e:
+        raise LoraFileError(
+            f"{path}: no such file; a PEFT adapter keeps its alpha there, put it beside the tensors"
+        ) from e
+
+
+def _parse(where: str | Path, text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise LoraFileError(f"{where}: not valid JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise LoraFileError(f"{where}: expected a JSON object, got {text[:40]}")
+    return value
