@@ -11,9 +11,8 @@ from configs.common import base
 
 def get_config():
     c = base()
-    c.resolution = 128
+    c.buckets = "128x128,144x96"
     c.small_buckets = "repeat"
-    c.teacher_tokens = 1024
     c.num_train_steps = 60
     c.batch_size = 2
     c.lora.rank, c.lora.alpha = 8, 16.0

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from PIL import Image
 
 from dopsd_jax import flow, rollout
@@ -23,6 +23,7 @@ from dopsd_jax import lora as lora_lib
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.contexts import text_context
 from dopsd_jax.core.checks import check_shapes
+from dopsd_jax.core.log import show
 from dopsd_jax.data.images import to_uint8
 from dopsd_jax.models.denoiser import ZImageDenoiser
 from dopsd_jax.models.vae import Vae
@@ -136,8 +137,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; is a prompt not quoted?")
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
+    show()
     workdir_lib.enable_compilation_cache()
     try:
         pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype)

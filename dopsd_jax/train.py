@@ -17,13 +17,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from dopsd_jax import contexts, flow, lora, previews, sample
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import sharding, trees
 from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.core.log import log, show
 from dopsd_jax.core.metrics import Metrics, Progress, save_curves
 from dopsd_jax.data.batches import BatchPlan, BatchRows
 from dopsd_jax.data.buckets import (
@@ -127,7 +128,7 @@ def read_data(config: ConfigDict) -> Data:
     buckets = parse_buckets(config.buckets) if config.buckets else make_buckets(config.resolution)
     assignment = assign_buckets(rows, buckets)
     check_fillable(assignment, config.batch_size, config.small_buckets)
-    logging.info(
+    log.info(
         "%d rows in %d buckets: %s; that many shapes of the train step will be compiled",
         len(rows), len(assignment), ", ".join(f"{b} x{len(r)}" for b, r in assignment.items()),
     )
@@ -158,7 +159,7 @@ class Contexts:
             self._compute(row, key)
             if done == len(pairs) or time.time() - shown > 10:
                 shown = time.time()
-                logging.info("contexts: %d of %d captions, %.0f s", done, len(pairs),
+                log.info("contexts: %d of %d captions, %.0f s", done, len(pairs),
                              shown - began)
 
     def _keys(self, row: int, key: str) -> tuple[str, tuple]:
@@ -201,7 +202,9 @@ class Previews:
                  method: Method, base: trees.Tree, metrics: Metrics):
         self._workdir, self._pipe, self._method = workdir, pipe, method
         self._base, self._metrics = base, metrics
-        first = data.bucket_of[0]
+        # One shape for all: the bucket with the most rows.
+        of_bucket = list(data.bucket_of.values())
+        first = max(dict.fromkeys(of_bucket), key=of_bucket.count)
         rows = [i for i, b in data.bucket_of.items() if b == first][: config.sample_rows]
         keys = tuple(next(iter(data.rows[i].captions)) for i in rows)
         self._targets = to_uint8(np.stack([data.pixels(i) for i in rows]))
@@ -243,7 +246,9 @@ class Previews:
             [("target", self._targets), ("base", base), ("student", ours), ("teacher", theirs)]
         ))
         walks = [sample.decode(self._pipe, jnp.asarray(w)) for w in (walk_s, walk_t)]
-        columns = [(f"x0, s = {s}", np.stack(pair)) for s, pair in enumerate(zip(*walks))]
+        columns = [
+            (f"x0, s = {s}", np.stack(pair)) for s, pair in enumerate(zip(*walks, strict=True))
+        ]
         self._write(step, "walk", previews.grid(columns))
         if self._prompt_ctx is not None:
             base = self._drawn_by_base("prompts", state, self._prompt_noise, self._prompt_ctx)
@@ -312,7 +317,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     if method.trainable == "lora":
         lora.match_targets(pipe.params, targets)  # before the encoders run
     vl = load_vision_language(config.vlm, pipe, dtype=config.dtype)
-    logging.info("vision tower loaded; %d of %d language tensors replaced", vl.matched, vl.matched)
+    log.info("vision tower loaded; %d of %d language tensors replaced", vl.matched, vl.matched)
     ctxs = Contexts(config, pipe, vl, data)
     ctxs.compute_all()
 
@@ -321,12 +326,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     if method.trainable == "lora":
         base = pipe.params
         student = lora.init(jax.random.fold_in(rng, 1), base, targets, config.lora.rank)
-        logging.info("LoRA: %d linears, %s parameters, scale %g", lora.num_linears(student),
+        log.info("LoRA: %d linears, %s parameters, scale %g", lora.num_linears(student),
                      f"{trees.count(student):,}", method.lora_scale)
     else:
         base, student = None, trees.cast_floats(pipe.params, jnp.float32)
         pipe.params = None
-        logging.info("full fine-tuning: %s parameters", f"{trees.count(student):,}")
+        log.info("full fine-tuning: %s parameters", f"{trees.count(student):,}")
     optimizer = make_optimizer(**{k: config[k] for k in (
         "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm"
     )})
@@ -340,7 +345,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
     if checkpoints.latest_step() is not None:
         state, meta = checkpoints.restore(state)
-        logging.info("resumed at step %d of %d, %.2f epochs", meta["step"],
+        log.info("resumed at step %d of %d, %.2f epochs", meta["step"],
                      config.num_train_steps, data.plan.epochs(meta["step"]))
     start = int(state.step)
     metrics = Metrics(workdir, start)
@@ -407,7 +412,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 pending = None
                 previewer.save(step + 1, state)
             if stopping and not last:
-                logging.info(
+                log.info(
                     "%s: saved step %d; run the same command again to continue",
                     stopper.signal, step + 1,
                 )
@@ -430,8 +435,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
+    show()
     workdir_lib.enable_compilation_cache()
     if FLAGS.config is None:
         raise app.UsageError("--config is needed, such as --config configs/z_image_turbo_lora.py")

@@ -163,7 +163,7 @@ def make_train_step(
         if method.teacher == "ema":
             next_teacher = lora.ema(state.teacher, student, method.ema_decay)
         metrics |= {
-            "grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)
+            "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)
         }
         state = state.replace(
             step=state.step + 1, student=student, teacher=next_teacher, opt_state=opt_state

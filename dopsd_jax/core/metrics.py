@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -128,7 +127,7 @@ class Progress:
             self._bar.set_postfix_str(f"{text}, {rate:.3g} images/s")
         elif log:
             left = (self._total - step) * self._images / rate if rate > 0 else math.inf
-            logging.info(
+            log.info(
                 "step %d/%d: %s, %.3g images/s, %s left", step, self._total, text, rate,
                 _clock(left),
             )

@@ -54,7 +54,7 @@ def make_buckets(resolution: int, multiple: int = 16) -> tuple[Bucket, ...]:
         )
 
     def scale(side: int) -> int:
-        return max(1, math.floor(side * resolution / 1024 / multiple + 0.5)) * multiple
+        return math.floor(side * resolution / 1024 / multiple + 0.5) * multiple
 
     return tuple(dict.fromkeys(Bucket(scale(b.width), scale(b.height)) for b in PUBLISHED))
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dopsd_jax.core import trees
+from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
 from dopsd_jax.models.denoiser import ZImageDenoiser
 from dopsd_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -219,7 +219,7 @@ def load_vision_language(
     matched = check_language_match(
         weight_files(directory), weight_files(pipe.directory / "text_encoder")
     )
-    logging.info(
+    log.info(
         "%s: all %d language tensors match the pipeline's text encoder, which replaces them",
         directory, matched,
     )
@@ -231,14 +231,14 @@ def load_vision_language(
 def _load(directory: Path, table, shapes, dtype, shardings=None) -> trees.Tree:
     files = weight_files(directory)
     total = sum(f.stat().st_size for f in files)
-    logging.info("reading %s: %d files, %.2f GB", directory, len(files), total / 1e9)
+    log.info("reading %s: %d files, %.2f GB", directory, len(files), total / 1e9)
     report = functools.partial(_report, directory.name) if total > 5e8 else None
     return load_tree(files, table, shapes, dtype=dtype, shardings=shardings, report=report)
 
 
 def _report(name: str, done: int, total: int) -> None:
     if done == total or done % max(total // 10, 1) == 0:
-        logging.info("%s: %d of %d tensors", name, done, total)
+        log.info("%s: %d of %d tensors", name, done, total)
 
 
 def fingerprint(directory: str | Path) -> str:

@@ -127,6 +127,15 @@ def test_fit_equals_the_published_transform_where_its_sizes_are_exact():
     np.testing.assert_allclose(fit_image(cat, 128, 150), (expected - 0.5) / 0.5, atol=2e-7)
 
 
+def test_fit_rounds_the_longer_side_up():
+    cat = Image.fromarray(photographs.chelsea())  # 451 x 300, and 451 * 320 / 300 = 481.07
+    resized = np.asarray(cat.resize((482, 320), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(to_uint8(fit_image(cat, 256, 320)), resized[:, 113:369])
+    cat = cat.transpose(Image.Transpose.ROTATE_90)
+    resized = np.asarray(cat.resize((320, 482), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(to_uint8(fit_image(cat, 320, 256)), resized[113:369])
+
+
 def test_fit_crops_the_centre():
     stripes = np.zeros((4, 12, 3), np.uint8)
     stripes[:, 4:8] = 255

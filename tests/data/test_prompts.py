@@ -19,8 +19,16 @@ from dopsd_jax.data.prompts import (
     smart_resize,
 )
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-           "<|image_pad|>", "<think>", "</think>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<think>",
+    "</think>",
+]
 # The turns of a user as the Qwen3 and Qwen3-VL templates write them.
 TEXT_TEMPLATE = (
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
@@ -108,8 +116,11 @@ def test_a_long_prompt_is_an_error_unless_truncation_is_asked_for(text_tokenizer
 
 @pytest.mark.parametrize(
     "prompts,words",
-    [(["a", "", " \n"], r"prompts \[1, 2\] of 3 are empty"), ([], "no prompts"),
-     ("a fox", "the string 'a fox'")],
+    [
+        (["a", "", " \n"], r"prompts \[1, 2\] of 3 are empty"),
+        ([], "no prompts"),
+        ("a fox", "the string 'a fox'"),
+    ],
 )
 def test_empty_prompts_are_an_error(text_tokenizer, image_tokenizer, prompts, words):
     with pytest.raises(ValueError, match=words):
@@ -122,7 +133,8 @@ def test_the_image_stands_before_the_prompt_with_all_its_tokens(image_tokenizer)
     ids, mask = encode_image_prompts(image_tokenizer, ["a fox", "hats"], 6, 64)
     assert decode(image_tokenizer, ids, mask) == [
         f"<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * 6}<|vision_end|>{p}<|im_end|>\n"
-        "<|im_start|>assistant\n" for p in ("a fox", "hats")
+        "<|im_start|>assistant\n"
+        for p in ("a fox", "hats")
     ]
     token = image_token_id(image_tokenizer)
     assert token == image_tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -184,8 +196,14 @@ def test_prompts_are_encoded_without_importing_torch(tmp_path):
 
 @pytest.mark.parametrize(
     "size,want",
-    [((1024, 1024), (768, 768)), ((1152, 896), (864, 672)), ((1152, 864), (864, 640)),
-     ((1248, 832), (928, 608)), ((1280, 720), (1024, 576)), ((1344, 576), (1152, 480))],
+    [
+        ((1024, 1024), (768, 768)),
+        ((1152, 896), (864, 672)),
+        ((1152, 864), (864, 640)),
+        ((1248, 832), (928, 608)),
+        ((1280, 720), (1024, 576)),
+        ((1344, 576), (1152, 480)),
+    ],
 )
 def test_buckets_become_the_published_sizes(size, want):
     assert smart_resize(*size) == want
@@ -203,8 +221,12 @@ def test_small_images_grow_and_extreme_ones_are_an_error():
 
 def processor():
     return Qwen2VLImageProcessorPil(
-        patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3,
-        image_std=[0.5] * 3, size={"shortest_edge": 512 * 512, "longest_edge": 768 * 768},
+        patch_size=16,
+        merge_size=2,
+        temporal_patch_size=2,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        size={"shortest_edge": 512 * 512, "longest_edge": 768 * 768},
     )
 
 
@@ -223,8 +245,10 @@ def test_the_resize_is_torchs_antialiased_bicubic_in_float(size):
     got, (gh, gw) = image_patches(pixels)
     # In float64: torch's float32 rounds the weights themselves, which is 1e-4 of noise here.
     want = torch.nn.functional.interpolate(
-        torch.from_numpy(pixels).double().permute(2, 0, 1)[None], (gh * 16, gw * 16),
-        mode="bicubic", antialias=True,
+        torch.from_numpy(pixels).double().permute(2, 0, 1)[None],
+        (gh * 16, gw * 16),
+        mode="bicubic",
+        antialias=True,
     )[0].numpy()
     x = got.reshape(gh // 2, gw // 2, 2, 2, 3, 2, 16, 16)
     np.testing.assert_array_equal(x[..., 0, :, :], x[..., 1, :, :])

@@ -130,6 +130,12 @@ def test_editing_rows_hold_references_then_target(folder):
     assert read_rows(file, num_images=None) == [row]
 
 
+def test_size_is_the_targets(folder):
+    Image.new("RGB", (30, 20)).save(folder / "c.png")
+    file = write_jsonl(folder, {"path": ["a.jpg", "c.png"], "prompt": "x"})
+    assert read_rows(file, num_images=2)[0].size == (30, 20)
+
+
 def test_relative_paths_start_at_the_given_root(folder):
     (folder / "lists").mkdir()
     file = write_jsonl(folder / "lists", record("a.jpg"), record(str(folder / "b.jpg")))
@@ -259,6 +265,7 @@ def test_wrong_number_of_images_is_refused(folder):
         (record(class_name=3), "class_name: expected text, got 3"),
         (record(**{"h*w": "832x1264"}), "h*w: expected \"832*1264\", got '832x1264'"),
         (record(**{"w*h": ["8*8", "0*8"]}), "w*h: expected \"832*1264\", got '0*8'"),
+        (record(**{"h*w": "832*1264px"}), "h*w: expected \"832*1264\", got '832*1264px'"),
         (record(**{"h*w": 832}), 'h*w: expected "832*1264", got 832'),
     ],
 )
@@ -282,7 +289,7 @@ def test_report_says_when_no_row_is_usable(folder):
 # What is refused: images and captions in folders.
 
 
-@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif", "bmp"])
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif", "bmp", "avif"])
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.97])
 def test_truncated_image_is_refused(folder, photograph, extension, keep):
     whole = io.BytesIO()
@@ -297,10 +304,15 @@ def test_truncated_image_is_refused(folder, photograph, extension, keep):
     )
 
 
-def test_unreadable_images_are_refused(folder):
+def test_file_that_is_no_image_is_refused(folder):
     (folder / "a.jpg").write_text("<html>404</html>")
-    (folder / "b.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    assert_refused(["a.jpg: ", "b.jpg: ", "UnidentifiedImageError", "export it again"], folder)
+    assert_refused(["a.jpg: ", "UnidentifiedImageError", "download or export it again"], folder)
+
+
+def test_image_of_another_format_than_its_name_is_refused(folder, photograph):
+    with Image.open(photograph) as image:
+        image.save(folder / "a.jpg", "GIF")
+    assert_refused(["a.jpg: ", "UnidentifiedImageError"], folder)
 
 
 def test_broken_png_text_chunk_is_refused(folder):

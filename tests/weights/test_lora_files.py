@@ -5,6 +5,7 @@ import json
 import re
 import stat
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -220,7 +221,11 @@ def test_diffusers_loads_every_tensor_and_adapts_nothing_else(base, tmp_path, sa
     pipe = ZImagePipeline(
         FlowMatchEulerDiscreteScheduler(), None, None, None, copy.deepcopy(base)
     )
-    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    diffusers.utils.logging.enable_propagation()  # else caplog sees none of its warnings
+    try:
+        pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    finally:
+        diffusers.utils.logging.disable_propagation()
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
 
     found, sites = adapted(pipe.transformer), torch_sites(lora)

@@ -1,0 +1,21 @@
+"""The project's own log: plain lines on stderr, without the libraries' chatter."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from absl import logging as absl_logging
+
+log = logging.getLogger("dopsd_jax")
+
+
+def show() -> None:
+    """Prints the project's lines; of the libraries' (Orbax logs through absl) only warnings."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Fresh machine -> environment, a D-OPSD LoRA run on real photographs, samples, a LoRA file.
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" quickstart
+exec "$VENV/bin/python" -m dopsd_jax.quickstart "$@"

@@ -1,0 +1,117 @@
+"""`sample.generate` beside diffusers' ZImagePipeline: same pixels from the same noise."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImagePipeline
+
+from dopsd_jax import sample, weights
+from dopsd_jax.core import trees
+from dopsd_jax.weights import lora_files
+from dopsd_jax.weights.pipeline import transformer_shapes
+
+PROMPTS = ["a red fox", "a long description of a quiet harbour town, with boats and gulls, at dawn"]
+HEIGHT, WIDTH = 96, 64
+
+
+@pytest.fixture(scope="module")
+def torch_pipe(tiny):
+    pipe = ZImagePipeline.from_pretrained(tiny.pipeline, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return weights.load_pipeline(tiny.pipeline, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def noise():
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((2, HEIGHT // 8, WIDTH // 8, 4)).astype(np.float32)
+
+
+def draw_torch(torch_pipe, noise, num_steps):
+    images = torch_pipe(
+        prompt=list(PROMPTS), height=HEIGHT, width=WIDTH, num_inference_steps=num_steps,
+        guidance_scale=0.0, latents=torch.from_numpy(noise).permute(0, 3, 1, 2),
+        output_type="np",
+    ).images
+    return np.round(images * 255)
+
+
+def difference(got, want):
+    return np.abs(got.astype(np.float64) - want)
+
+
+@pytest.mark.parametrize("num_steps", [4, 8])
+def test_equals_diffusers_pixel_for_pixel(pipe, torch_pipe, noise, num_steps):
+    want = draw_torch(torch_pipe, noise, num_steps)
+    got = sample.generate(
+        pipe, PROMPTS, num_steps=num_steps, height=HEIGHT, width=WIDTH, noise=noise
+    )
+    assert want.std() > 10  # a flat picture would agree with anything
+    off = difference(got, want)
+    print(f"{num_steps} calls: mean {off.mean():.4f}/255, max {off.max():.0f}/255")
+    assert off.mean() <= 1 and off.max() <= 4
+
+
+@pytest.mark.parametrize("fmt", ["peft", "diffusers", "comfyui"])
+def test_exported_lora_draws_the_same_picture_elsewhere(pipe, noise, tmp_path, fmt, tiny):
+    rng = np.random.default_rng(1)
+    shapes = trees.flatten(transformer_shapes(pipe.denoiser.network))
+    flat = {}
+    for name, x in shapes.items():
+        if name.endswith("/kernel") and ("/attention/" in name or "/feed_forward/" in name):
+            path = name.removesuffix("/kernel")
+            *stack, fan_in, fan_out = x.shape
+            flat[f"{path}/a"] = rng.standard_normal((*stack, fan_in, 4)).astype(np.float32) / 4
+            flat[f"{path}/b"] = rng.standard_normal((*stack, 4, fan_out)).astype(np.float32) / 10
+    lora = trees.unflatten(flat)
+    spec = lora_files.LoraSpec(4, 8.0)
+    path = tmp_path / ("lora" if fmt == "peft" else "lora.safetensors")
+    save = {"peft": lora_files.save_peft, "diffusers": lora_files.save_diffusers,
+            "comfyui": lora_files.save_comfyui}[fmt]
+    save(path, lora, spec, lora_files.Z_IMAGE_MODULES)
+
+    size = dict(num_steps=4, height=HEIGHT, width=WIDTH, noise=noise)
+    ours = sample.generate(pipe, PROMPTS, **size, lora=(lora, 2.0))
+    base = sample.generate(pipe, PROMPTS, **size)
+    assert difference(ours, base).mean() > 2
+    again = sample.generate(pipe, PROMPTS, **size, lora=path)
+    assert difference(again, ours).max() <= 1
+
+    other = ZImagePipeline.from_pretrained(tiny.pipeline, torch_dtype=torch.float32)
+    other.set_progress_bar_config(disable=True)
+    if fmt == "peft":
+        from peft import PeftModel
+
+        other.transformer = PeftModel.from_pretrained(other.transformer, path).merge_and_unload()
+    else:
+        other.load_lora_weights(path)
+    off = difference(ours, draw_torch(other, noise, 4))
+    assert off.mean() <= 1 and off.max() <= 4
+
+
+def test_a_picture_depends_on_its_own_seed_alone(pipe):
+    size = dict(num_steps=1, height=32, width=32)
+    both = sample.generate(pipe, ["a", "a"], seed=5, **size)
+    one = sample.generate(pipe, ["a"], seed=6, **size)
+    assert difference(both[1:], one).max() <= 1
+    assert difference(both[0], both[1]).max() > 4
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [(dict(height=40), "multiples of 16, got 40x32"),
+     (dict(num_steps=0), "at least 1 denoiser call"),
+     (dict(noise=np.zeros((1, 4, 4, 3), np.float32)), r"expected \[1 4 4 4\]"),
+     (dict(prompts=[]), "non-empty list"), (dict(prompts="fox"), "got 'fox'"),
+     (dict(prompts=[" "]), "empty"), (dict(lora="nowhere.safetensors"), "nowhere.safetensors"),
+     (dict(prompts=["x " * 600]), "at most 512 tokens")],
+)
+def test_bad_input_is_named(pipe, kwargs, message):
+    arguments = dict(prompts=["a"], num_steps=1, height=32, width=32) | kwargs
+    with pytest.raises(ValueError, match=message):
+        sample.generate(pipe, arguments.pop("prompts"), **arguments)

@@ -1,0 +1,300 @@
+"""The training command on the tiny pipeline: artefacts, resume, signals, refusals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as photographs
+
+from configs import tiny as tiny_config
+from dopsd_jax import train as train_lib, workdir as workdir_lib
+from dopsd_jax.core import trees
+from dopsd_jax.core.metrics import read_metrics
+from dopsd_jax.weights import WeightsError
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("photos")
+    for name in ("astronaut", "chelsea", "coffee"):
+        Image.fromarray(getattr(photographs, name)()).save(directory / f"{name}.png")
+        (directory / f"{name}.txt").write_text(f"a photo of {name}")
+    return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Every run of this file shares one cache of compiled programs, its subprocesses too."""
+    directory = str(tmp_path_factory.mktemp("xla"))
+    old = jax.config.jax_compilation_cache_dir
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    jax.config.update("jax_compilation_cache_dir", directory)
+    yield directory
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    jax.config.update("jax_compilation_cache_dir", old)
+
+
+OVERRIDES = {
+    "buckets": "64x64,96x64", "num_train_steps": STEPS, "checkpoint_every": 2, "sample_every": 0,
+    "teacher_tokens": 672, "text_tokens": 128, "log_every": 1, "sample_steps": 2,
+}
+
+
+@pytest.fixture
+def config(tiny, photos):
+    c = tiny_config.get_config()
+    c.model, c.vlm, c.data = str(tiny.pipeline), str(tiny.vlm), str(photos)
+    c.update(OVERRIDES)
+    return c
+
+
+def command(tiny, photos, workdir, **more):
+    values = {"model": tiny.pipeline, "vlm": tiny.vlm, "data": photos, **OVERRIDES, **more}
+    return [sys.executable, "-m", "dopsd_jax.train", "--config", "configs/tiny.py",
+            "--workdir", str(workdir), *(f"--config.{k}={v}" for k, v in values.items())]
+
+
+def start(args):
+    return subprocess.Popen(
+        args, cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )
+
+
+def finish(args):
+    process = start(args)
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output
+
+
+def wait_for(process, condition, timeout=300):
+    end = time.time() + timeout
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.time() < end, "timed out"
+        time.sleep(0.002)
+
+
+def final_state(workdir):
+    """Student, teacher and optimizer of the last step, and the losses of all steps."""
+    checkpoints = train_lib.Checkpoints(Path(workdir) / "checkpoints")
+    state = checkpoints.restore_part(("student", "teacher", "opt_state", "step"), STEPS)
+    checkpoints.close()
+    return state, [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(workdir)]
+
+
+def assert_same(one, two):
+    (state1, losses1), (state2, losses2) = one, two
+    assert losses1 == losses2 and len(losses1) == STEPS
+    for a, b in zip(jax.tree.leaves(state1), jax.tree.leaves(state2), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, photos, tmp_path_factory, compilation_cache):
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    code, output = finish(command(tiny, photos, workdir, sample_every=3,
+                                  sample_prompts="('a fox','two dogs')"))
+    assert code == 0, output
+    return workdir, output
+
+
+def test_a_run_leaves_pictures_curves_numbers_and_checkpoints(uninterrupted):
+    workdir, output = uninterrupted
+    for step in (0, 3, 6):
+        for name in ("step", "walk", "prompts"):
+            picture = np.asarray(Image.open(workdir / "samples" / f"{name}_{step:06d}.png"))
+            assert picture.std() > 5
+    assert Image.open(workdir / "curves.png").size[0] > 500
+    assert list((workdir / "tensorboard").iterdir())
+    rows = read_metrics(workdir)
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    assert {"loss", "grad_norm", "step_loss", "images_per_second"} <= set(rows[0])
+    assert np.mean(rows[0]["step_loss"]) == pytest.approx(rows[0]["loss"], rel=1e-5)
+    assert "46 of 46 language tensors" in output and "images/s" in output and "left" in output
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["lora"]["rank"] == 8
+
+
+def test_the_student_has_moved_and_the_teacher_follows(uninterrupted):
+    student, _ = workdir_lib.read_lora(uninterrupted[0])
+    teacher, spec = workdir_lib.read_lora(uninterrupted[0], role="teacher")
+    assert (spec.rank, spec.alpha) == (8, 16.0)
+    b = {n: x for n, x in trees.flatten(student).items() if n.endswith("/b")}
+    assert b and all(np.abs(x).max() > 0 for x in b.values())
+    for name, x in b.items():
+        ratio = np.linalg.norm(trees.flatten(teacher)[name]) / np.linalg.norm(x)
+        assert 0 < ratio < 0.1  # decay 0.99 over six steps
+
+
+@pytest.mark.parametrize("moment", ["before the first save", "during a save", "late"])
+def test_killed_and_resumed_equals_uninterrupted(tiny, photos, uninterrupted, tmp_path, moment):
+    args = command(tiny, photos, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    conditions = {
+        "before the first save": lambda: len(read_metrics(tmp_path / "run")) >= 1,
+        "during a save": lambda: any("tmp" in p.name for p in checkpoints.glob("*")),
+        "late": lambda: len(read_metrics(tmp_path / "run")) >= 5,
+    }
+    process = start(args)
+    wait_for(process, conditions[moment])
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    code, output = finish(args)
+    assert code == 0, output
+    assert_same(final_state(tmp_path / "run"), final_state(uninterrupted[0]))
+
+
+def test_sigterm_saves_and_the_next_start_continues(tiny, photos, uninterrupted, tmp_path):
+    args = command(tiny, photos, tmp_path / "run", checkpoint_every=1000)
+    process = start(args)
+    wait_for(process, lambda: len(read_metrics(tmp_path / "run")) >= 1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "SIGTERM: saved step" in output, output
+    code, output = finish(args)
+    assert code == 0 and "resumed at step" in output, output
+    assert_same(final_state(tmp_path / "run"), final_state(uninterrupted[0]))
+
+
+def test_a_second_run_compiles_nothing(tiny, photos, uninterrupted, tmp_path, compilation_cache):
+    # Different files, same config: whatever is compiled anew would leave a new entry.
+    code, output = finish(command(tiny, photos, tmp_path / "warm"))
+    assert code == 0, output
+    before = {p.name for p in Path(compilation_cache).iterdir() if p.name.endswith("-cache")}
+    assert before
+    code, output = finish(command(tiny, photos, tmp_path / "run"))
+    assert code == 0, output
+    after = {p.name for p in Path(compilation_cache).iterdir() if p.name.endswith("-cache")}
+    assert after == before
+
+
+def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+    config, tmp_path, monkeypatch
+):
+    made = train_lib.make_train_step
+
+    def poisoned(*args):
+        step_fn = made(*args)
+
+        def train_step(state, base, batch):
+            bad = jax.numpy.where(state.step == 3, np.nan, 1.0)
+            return step_fn(state, base, batch.replace(noise=batch.noise * bad))
+
+        return train_step
+
+    monkeypatch.setattr(train_lib, "make_train_step", poisoned)
+    with pytest.raises(train_lib.TrainingError, match=r"step 4: loss = nan.*checkpoint of step 2"):
+        train_lib.train(config, tmp_path)
+    checkpoints = train_lib.Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.all_steps() == [2]
+    tree = checkpoints.restore_part(("student",))
+    checkpoints.close()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
+
+
+def test_a_workdir_of_another_config_is_refused(config, uninterrupted):
+    config.learning_rate = 5e-4
+    config.lora.rank = 4
+    with pytest.raises(ValueError, match=r"another config(.|\n)*learning_rate: the run has 0.001, "
+                                         r"now 0.0005(.|\n)*lora.rank: the run has 8, now 4"):
+        train_lib.train(config, uninterrupted[0])
+
+
+def test_a_workdir_of_other_weights_is_refused(config, uninterrupted, tmp_path):
+    shutil.copytree(config.model, tmp_path / "model")
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text() + "\n")
+    config.model = str(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"weights \(model\): the run has"):
+        train_lib.train(config, uninterrupted[0])
+
+
+def test_a_checkpoint_of_another_rank_is_refused(config, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    file.write_text(file.read_text().replace('"rank": 8', '"rank": 4'))
+    config.update({"sample_every": 3, "sample_prompts": ("a fox", "two dogs")})
+    config.lora.rank = 4
+    with pytest.raises(ValueError, match="another model, rank or optimizer.*expected .*got"):
+        train_lib.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [({"model": ""}, "model: expected a path"),
+     ({"model": "nowhere"}, "nowhere"),
+     ({"data": "nowhere"}, "nowhere"),
+     ({"small_buckets": "error"}, "batch_size"),
+     ({"recipe": "edit"}, r"recipe: expected one of \('vlm',\), got 'edit'"),
+     ({"num_steps": 0, "teacher": "old", "text_tokens": 100}, r"num_steps: expected at least 1"),
+     ({"text_tokens": 100}, "text_tokens: expected a multiple of 32, got 100"),
+     ({"teacher": "old"}, "teacher: expected one of .*got 'old'"),
+     ({"batch_size": 3, "accumulation": 2}, "expected a multiple of accumulation = 2, got 3"),
+     ({"lora.targets": "no_such"}, "'no_such' matches no parameter"),
+     ({"text_tokens": 32}, r"astronaut.png, caption 'caption': .*at most 32 tokens"),
+     ({"mesh.fsdp": 7}, "mesh: expected data x fsdp x tensor = 1 devices")],
+)
+def test_bad_configs_say_what_is_wrong(config, tmp_path, changes, message):
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        train_lib.train(config, tmp_path)
+
+
+def test_vision_tower_of_another_language_model_is_refused(config, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(config.vlm, tmp_path / "vlm")
+    (file,) = (tmp_path / "vlm").glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:-1]
+    save_file(tensors, file, metadata={"format": "pt"})
+    config.vlm = str(tmp_path / "vlm")
+    with pytest.raises(WeightsError, match="layers.1.mlp.up_proj.weight"):
+        train_lib.train(config, tmp_path / "run")
+
+
+def test_unknown_config_key_is_refused(tiny, photos, tmp_path):
+    code, output = finish(command(tiny, photos, tmp_path, learning_rat=1))
+    assert code != 0 and "learning_rat" in output and not (tmp_path / "config.json").exists()
+
+
+def test_training_imports_neither_torch_nor_tensorflow(tiny, photos, tmp_path, uninterrupted):
+    args = command(tiny, photos, tmp_path / "run", num_train_steps=1)[3:]
+    script = (
+        "import sys; from absl import app; from dopsd_jax import train; train.define_flags()\n"
+        f"sys.argv = ['train', *{args!r}]\n"
+        "try: app.run(train.main)\n"
+        "except SystemExit as e: assert not e.code, e\n"
+        "bad = {'torch', 'tensorflow', 'diffusers', 'peft'} & set(sys.modules)\n"
+        "assert not bad, bad\nprint('clean')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)), check=False)
+    assert "clean" in done.stdout, done.stdout + done.stderr
+
+
+def test_full_fine_tuning_runs_and_resumes(config, tmp_path):
+    config.update({"trainable": "full", "num_train_steps": 2, "checkpoint_every": 1,
+                   "learning_rate": 1e-4})
+    train_lib.train(config, tmp_path)
+    config.num_train_steps = 3
+    state = train_lib.train(config, tmp_path)
+    assert int(state.step) == 3 and len(read_metrics(tmp_path)) == 3
+    with pytest.raises(ValueError, match="it holds no LoRA"):
+        workdir_lib.read_lora(tmp_path)
