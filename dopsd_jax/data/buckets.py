@@ -121,12 +121,12 @@ def check_fillable(
         DataError: All small buckets with their counts, and what can be done.
     """
     if policy not in ("error", "repeat"):
-        raise ValueError(f'data_small_buckets: expected "error" or "repeat", got {policy!r}')
+        raise ValueError(f'small_buckets: expected "error" or "repeat", got {policy!r}')
     small = {bucket: len(rows) for bucket, rows in assignment.items() if len(rows) < batch_size}
     if small and policy == "error":
         raise DataError(
             f"expected at least batch_size = {batch_size} rows in every bucket, got "
             + ", ".join(f"{count} in {bucket}" for bucket, count in small.items())
             + f"; choose batch_size <= {min(small.values())}, another list of buckets, or "
-            'data_small_buckets="repeat" to repeat rows within a batch'
+            'small_buckets="repeat" to repeat rows within a batch'
         )

@@ -133,7 +133,7 @@ def read_rows(
     root = Path(root if root is not None else data if data.is_dir() else data.parent)
     root = root.expanduser().resolve()
     if not root.is_dir():
-        raise DataError(f"root: expected a folder, got {str(root)!r}, which does not exist")
+        raise DataError(f"data_root: expected a folder, got {str(root)!r}, which does not exist")
     for draft in drafts:
         _resolve_images(draft, root, num_images)
     # Rows may share an image; each file is decoded once.
@@ -346,12 +346,12 @@ def _resolve_images(draft: _Draft, root: Path, num_images: int | None) -> None:
         if not path.is_relative_to(root):
             draft.problems.append(
                 f"{_shorten(written)}: expected an image under the data root {root}, got {path} "
-                "outside it; move it there, or give a root that holds it"
+                "outside it; move it there, or set data_root to a folder that holds it"
             )
         elif not exists:
             draft.problems.append(
                 f"{_shorten(written)}: expected an image file, found none at {path}; check the "
-                "path, or give the root it is relative to"
+                "path, or set data_root to the folder it starts from"
             )
         else:
             draft.images.append(path)

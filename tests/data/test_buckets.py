@@ -133,7 +133,7 @@ def test_small_buckets_are_refused_with_their_counts_and_the_choices():
         check_fillable(assignment, 4, "error")
     assert str(caught.value) == (
         "expected at least batch_size = 4 rows in every bucket, got 1 in 80x48, 2 in 48x80; choose "
-        'batch_size <= 1, another list of buckets, or data_small_buckets="repeat" to repeat rows '
+        'batch_size <= 1, another list of buckets, or small_buckets="repeat" to repeat rows '
         "within a batch"
     )
     check_fillable(assignment, 1, "error")

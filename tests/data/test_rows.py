@@ -178,7 +178,7 @@ def test_missing_data_is_refused(tmp_path):
 
 
 def test_missing_root_is_refused(folder):
-    assert_refused("root: expected a folder, got", folder, root=folder / "nowhere")
+    assert_refused("data_root: expected a folder, got", folder, root=folder / "nowhere")
 
 
 def test_zero_rows_are_refused(tmp_path):
@@ -212,7 +212,7 @@ def test_path_outside_root_is_refused(folder, how):
     file = write_jsonl(root, record(path))
     assert_refused(
         [f"train.jsonl:1: '{path}'", f"expected an image under the data root {root}",
-         f"got {folder / 'a.jpg'} outside it", "give a root that holds it"],
+         f"got {folder / 'a.jpg'} outside it", "set data_root to a folder that holds it"],
         file,
     )  # fmt: skip
     if how == "absolute":
