@@ -37,7 +37,10 @@ SPECIAL_TOKENS = (
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )
 THINK_TOKENS = ("<think>", "</think>")
-MERGES = (("Ġ", "a"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("in", "g"), ("o", "n"))
+# The last one must never apply: digits are single words.
+MERGES = (
+    ("Ġ", "a"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("in", "g"), ("1", "2"),
+)
 # Words, single digits, runs of punctuation, line ends, spaces: how Qwen2 cuts text before merging.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

@@ -7,6 +7,7 @@ import sys
 import diffusers
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -147,6 +148,19 @@ def test_tokenizer_is_reversible_normalises_and_pads_on_the_right(tiny):
     assert padded.input_ids[2:] == [tokenizer.convert_tokens_to_ids("<|endoftext|>")] * 2
     assert padded.attention_mask == [1, 1, 0, 0]
     assert max(tokenizer.get_vocab().values()) < 320
+
+
+def test_tokenizer_json_alone_means_the_same_as_the_qwen2_class(tiny):
+    # transformers 5 rebuilds normaliser and word pattern in its class; other readers use the file.
+    for directory in (tiny.pipeline / "tokenizer", tiny.vlm):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        assert type(tokenizer) is transformers.Qwen2Tokenizer
+        stored = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        for text in ("The cat's at 1234...\n\n  ok", "nai\u0308ve ½ 雪🙂", "<|im_end|>a<think> b"):
+            assert stored.encode(text).ids == tokenizer(text).input_ids
+            assert stored.decode(stored.encode(text).ids) == tokenizer.decode(
+                tokenizer(text).input_ids, skip_special_tokens=True
+            )
 
 
 def test_vlm_template_puts_the_image_before_the_prompt(tiny):
