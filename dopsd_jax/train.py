@@ -384,7 +384,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         metrics.scalars(step, row)
         progress.update(
             step, {"loss": values["loss"], "grad norm": values["grad_norm"]},
-            log=step % config.log_every == 0 or step == config.num_train_steps,
+            line=step % config.log_every == 0 or step == config.num_train_steps,
         )
 
     # The loop.

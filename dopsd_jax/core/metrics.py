@@ -14,6 +14,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from dopsd_jax.core.log import log
+
 
 class Metrics:
     """Writes scalars of a run and keeps its files true across a restart.
@@ -119,13 +121,13 @@ class Progress:
         """Leaves what came before, such as compilation, out of the rate."""
         self._began, self._first = time.time(), step
 
-    def update(self, step: int, values: dict[str, float], log: bool) -> None:
+    def update(self, step: int, values: dict[str, float], line: bool) -> None:
         rate = self.images_per_second(step)
         text = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
         if self._bar is not None:
             self._bar.update(step - self._last)
             self._bar.set_postfix_str(f"{text}, {rate:.3g} images/s")
-        elif log:
+        elif line:
             left = (self._total - step) * self._images / rate if rate > 0 else math.inf
             log.info(
                 "step %d/%d: %s, %.3g images/s, %s left", step, self._total, text, rate,

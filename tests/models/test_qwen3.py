@@ -155,6 +155,7 @@ def test_deepstack_is_added_after_its_layer(pair):
     late = run(extra.at[0].set(0.0), 2, 3)
     np.testing.assert_array_equal(late[..., :32], plain[..., 32:])
     assert error(late[..., 32:], run(None, 3)) > 1e-2
+    np.testing.assert_array_equal(run(0 * extra, 4), run(None, 4))
 
 
 def test_tensors_survive_the_way_in_and_out(pair):
