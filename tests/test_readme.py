@@ -1,0 +1,87 @@
+"""The README's commands, run as printed on the tiny pipeline under the real names."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dopsd_jax.quickstart import write_photographs
+
+ROOT = Path(__file__).parents[1]
+# Only sizes change, so that it takes seconds: one small shape, two updates.
+SMALLER = {
+    "dopsd_jax.train": [
+        "--config.buckets=64x64", "--config.num_train_steps=2", "--config.sample_every=1",
+        "--config.lora.rank=4", "--config.text_tokens=128", "--config.teacher_tokens=672",
+    ],
+    "dopsd_jax.sample": ["--num_steps=2", "--height=64", "--width=64"],
+    "dopsd_jax.export": [],
+}
+
+
+def block(mark: str) -> str:
+    (found,) = re.findall(rf"<!-- {mark} -->\n```\w*\n(.*?)```", (ROOT / "README.md").read_text(),
+                          re.S)
+    return found
+
+
+@pytest.fixture(scope="module")
+def home(tiny, tmp_path_factory):
+    """A folder with what the README says you need, and the commands already run in it."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "Z-Image-Turbo").symlink_to(tiny.pipeline)
+    (home / "Qwen3-VL-4B-Instruct").symlink_to(tiny.vlm)
+    (home / "configs").symlink_to(ROOT / "configs")
+    write_photographs(home / "photos")
+    for line in block("tested").strip().splitlines():
+        python, _, module, *rest = shlex.split(line)
+        assert python == "python"
+        run(home, "-m", module, *rest, *SMALLER[module])
+    return home
+
+
+def run(home, *args):
+    env = dict(os.environ, PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=str(home / "xla"))
+    done = subprocess.run([sys.executable, *args], cwd=home, env=env, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_commands_train_sample_and_export(home):
+    assert (home / "runs/a/samples/step_000002.png").is_file()
+    (picture,) = (home / "runs/a/drawn").glob("*.png")
+    assert np.asarray(Image.open(picture)).shape == (64, 64, 3)
+    assert (home / "runs/a/lora.safetensors").stat().st_size > 10_000
+
+
+def test_the_python_lines_draw_with_the_lora(home):
+    code = block("tested python").replace("512", "64") + "print(pixels.dtype, pixels.shape)"
+    assert "uint8 (1, 64, 64, 3)" in run(home, "-c", code)
+
+
+def test_every_file_and_key_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"(?:launch|configs)/\w+\.\w+", text):
+        assert (ROOT / path).is_file(), path
+    from configs.common import base
+
+    keys = base()
+    for key in re.findall(r"--config\.([\w.]+)=", text):
+        node = keys
+        for part in key.split("."):
+            assert part in node, key
+            node = node[part]
+
+
+def test_scripts_and_ci_run_the_same_tests():
+    assert "bash launch/test.sh" in (ROOT / ".ci" / "run").read_text()
+    for script in (ROOT / "launch").glob("*.sh"):
+        done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
