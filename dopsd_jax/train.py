@@ -9,6 +9,8 @@ Run the same command again and it continues from the latest checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import signal
 import time
 from collections.abc import Sequence
@@ -111,6 +113,11 @@ class Data:
     rows: list[Row]
     bucket_of: dict[int, Bucket]
     plan: BatchPlan
+
+    def fingerprint(self) -> str:
+        """Identifies names, captions and sizes, wherever the files lie."""
+        rows = [(r.target.name, r.captions, r.size, r.where) for r in self.rows]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def pixels(self, row: int) -> np.ndarray:
         """The target image of a row, float32 [H, W, 3] in [-1, 1], at its bucket's size."""
@@ -303,9 +310,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     workdir = Path(workdir)
     method = check_config(config)
     data = read_data(config)
-    # The identity of the weights is known without loading them: a wrong workdir fails now.
-    model = {"model": fingerprint(config.model), "vlm": fingerprint(config.vlm)}
-    workdir_lib.claim(workdir, config.to_dict(), model)
+    # Weights are identified without loading them: a wrong workdir fails now.
+    identity = {"model": fingerprint(config.model), "vlm": fingerprint(config.vlm),
+                "data": data.fingerprint()}
+    workdir_lib.claim(workdir, config.to_dict(), identity)
 
     # Weights, and the contexts that only the encoders can make; then the encoders may go.
     mesh = sharding.make_mesh(**config.mesh.to_dict())
@@ -349,6 +357,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                      config.num_train_steps, data.plan.epochs(meta["step"]))
     start = int(state.step)
     metrics = Metrics(workdir, start)
+    progress = Progress(config.num_train_steps, start, config.batch_size)
     previewer = Previews(config, workdir, pipe, data, ctxs, method, base, metrics)
     pipe.text_params = vl.params = None
 
@@ -388,8 +397,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         )
 
     # The loop.
-    stopper, progress, pending = Stopper(), None, None
-    progress = Progress(config.num_train_steps, start, config.batch_size)
+    stopper, pending = Stopper(), None
     if start == 0 and config.sample_every:
         previewer.save(0, state)
     progress.start_clock(start)

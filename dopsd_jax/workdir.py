@@ -1,4 +1,4 @@
-"""A run's directory: config.json, model.json, metrics.jsonl, checkpoints/, samples/."""
+"""A run's directory: config.json, identity.json, metrics.jsonl, checkpoints/, samples/."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from dopsd_jax.weights.lora_files import LoraSpec
 # A run may be continued with other values of these: they do not change what a step computes.
 FREE_KEYS = (
     "num_train_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints",
-    "sample_steps", "sample_rows", "sample_prompts", "model", "vlm", "data", "data_root",
-    "workdir_note",
+    "sample_steps", "sample_rows", "sample_prompts",
+    # Paths may move; what they hold is compared by fingerprint.
+    "model", "vlm", "data", "data_root",
 )
 
 
@@ -60,16 +61,16 @@ def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def claim(workdir: str | Path, config: dict[str, Any], model: dict[str, Any]) -> None:
-    """Writes config.json and model.json, or checks them against a run that is already there.
+def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str]) -> None:
+    """Writes config.json and identity.json, or checks them against a run that is already there.
 
     Args:
         workdir: The run's directory; made if missing.
         config: The resolved config.
-        model: What identifies the weights, {"fingerprint": ..}.
+        identity: Fingerprints of weights and data, by name.
 
     Raises:
-        ValueError: The directory holds a run of another config or of other weights; every
+        ValueError: The directory holds a run of another config, weights or data; every
             difference is listed.
     """
     workdir = Path(workdir)
@@ -82,18 +83,17 @@ def claim(workdir: str | Path, config: dict[str, Any], model: dict[str, Any]) ->
             for k in sorted(set(old) | set(new))
             if old.get(k) != new.get(k) and k not in FREE_KEYS
         ]
-        model_file = workdir / "model.json"
-        before = json.loads(model_file.read_text()) if model_file.is_file() else model
+        old = json.loads((workdir / "identity.json").read_text())
         different += [
-            f"weights ({k}): the run has {before.get(k)}, now {model.get(k)}"
-            for k in sorted(set(before) | set(model)) if before.get(k) != model.get(k)
+            f"contents of {k}: the run has {old.get(k)}, now {identity.get(k)}"
+            for k in sorted(set(old) | set(identity)) if old.get(k) != identity.get(k)
         ]
         if different:
             raise ValueError(
                 f"{workdir}: holds a run of another config; choose another --workdir or the "
                 "run's own values:\n  " + "\n  ".join(different)
             )
-    write_atomic(workdir / "model.json", json.dumps(model, indent=2))
+    write_atomic(workdir / "identity.json", json.dumps(identity, indent=2))
     write_atomic(file, json.dumps(config, indent=2, sort_keys=True))
 
 

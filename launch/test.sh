@@ -3,4 +3,5 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" test
 "$VENV/bin/python" -m ruff check .
-exec "$VENV/bin/python" -m pytest "$@"
+# Two processes: most of the time goes into compiling, which uses one core.
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"

@@ -22,7 +22,7 @@ from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.weights import WeightsError
 
 ROOT = Path(__file__).parents[1]
-STEPS = 6
+STEPS = 30  # enough that a signal sent after the first finds the run still going
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def compilation_cache(tmp_path_factory):
 
 
 OVERRIDES = {
-    "buckets": "64x64,96x64", "num_train_steps": STEPS, "checkpoint_every": 2, "sample_every": 0,
+    "buckets": "64x64,96x64", "num_train_steps": STEPS, "checkpoint_every": 10, "sample_every": 0,
     "teacher_tokens": 672, "text_tokens": 128, "log_every": 1, "sample_steps": 2,
 }
 
@@ -84,7 +84,7 @@ def wait_for(process, condition, timeout=300):
     while not condition():
         assert process.poll() is None, process.stdout.read()
         assert time.time() < end, "timed out"
-        time.sleep(0.002)
+        time.sleep(0.001)
 
 
 def final_state(workdir):
@@ -105,7 +105,7 @@ def assert_same(one, two):
 @pytest.fixture(scope="module")
 def uninterrupted(tiny, photos, tmp_path_factory, compilation_cache):
     workdir = tmp_path_factory.mktemp("run") / "whole"
-    code, output = finish(command(tiny, photos, workdir, sample_every=3,
+    code, output = finish(command(tiny, photos, workdir, sample_every=15,
                                   sample_prompts="('a fox','two dogs')"))
     assert code == 0, output
     return workdir, output
@@ -113,7 +113,7 @@ def uninterrupted(tiny, photos, tmp_path_factory, compilation_cache):
 
 def test_a_run_leaves_pictures_curves_numbers_and_checkpoints(uninterrupted):
     workdir, output = uninterrupted
-    for step in (0, 3, 6):
+    for step in (0, 15, 30):
         for name in ("step", "walk", "prompts"):
             picture = np.asarray(Image.open(workdir / "samples" / f"{name}_{step:06d}.png"))
             assert picture.std() > 5
@@ -136,7 +136,7 @@ def test_the_student_has_moved_and_the_teacher_follows(uninterrupted):
     assert b and all(np.abs(x).max() > 0 for x in b.values())
     for name, x in b.items():
         ratio = np.linalg.norm(trees.flatten(teacher)[name]) / np.linalg.norm(x)
-        assert 0 < ratio < 0.1  # decay 0.99 over six steps
+        assert 0 < ratio < 0.3  # decay 0.99 over thirty steps
 
 
 @pytest.mark.parametrize("moment", ["before the first save", "during a save", "late"])
@@ -146,7 +146,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, photos, uninterrupted, tm
     conditions = {
         "before the first save": lambda: len(read_metrics(tmp_path / "run")) >= 1,
         "during a save": lambda: any("tmp" in p.name for p in checkpoints.glob("*")),
-        "late": lambda: len(read_metrics(tmp_path / "run")) >= 5,
+        "late": lambda: len(read_metrics(tmp_path / "run")) >= 22,
     }
     process = start(args)
     wait_for(process, conditions[moment])
@@ -197,6 +197,7 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
         return train_step
 
     monkeypatch.setattr(train_lib, "make_train_step", poisoned)
+    config.checkpoint_every = 2
     with pytest.raises(train_lib.TrainingError, match=r"step 4: loss = nan.*checkpoint of step 2"):
         train_lib.train(config, tmp_path)
     checkpoints = train_lib.Checkpoints(tmp_path / "checkpoints")
@@ -219,7 +220,15 @@ def test_a_workdir_of_other_weights_is_refused(config, uninterrupted, tmp_path):
     file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     file.write_text(file.read_text() + "\n")
     config.model = str(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"weights \(model\): the run has"):
+    with pytest.raises(ValueError, match=r"contents of model: the run has"):
+        train_lib.train(config, uninterrupted[0])
+
+
+def test_a_workdir_of_other_data_is_refused(config, photos, uninterrupted, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "coffee.txt").write_text("tea")
+    config.data = str(tmp_path / "photos")
+    with pytest.raises(ValueError, match="contents of data: the run has"):
         train_lib.train(config, uninterrupted[0])
 
 
@@ -227,7 +236,7 @@ def test_a_checkpoint_of_another_rank_is_refused(config, uninterrupted, tmp_path
     shutil.copytree(uninterrupted[0], tmp_path / "run")
     file = tmp_path / "run" / "config.json"
     file.write_text(file.read_text().replace('"rank": 8', '"rank": 4'))
-    config.update({"sample_every": 3, "sample_prompts": ("a fox", "two dogs")})
+    config.update({"sample_every": 15, "sample_prompts": ("a fox", "two dogs")})
     config.lora.rank = 4
     with pytest.raises(ValueError, match="another model, rank or optimizer.*expected .*got"):
         train_lib.train(config, tmp_path / "run")

@@ -62,8 +62,8 @@ class Checkpoints:
     def restore_part(self, names: tuple[str, ...], step: int | None = None) -> dict[str, Tree]:
         """Some top-level entries of a state as NumPy arrays, whatever devices wrote them."""
         step = self._find(step)
+        path = self._manager.directory / str(step) / "state"
         with ocp.PyTreeCheckpointer() as reader:
-            path = self._manager.directory / str(step) / "state"
             tree = reader.metadata(path).item_metadata.tree
             wanted = {n: tree[n] for n in names}
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
@@ -81,8 +81,9 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _check(self, step: int, abstract: Tree) -> None:
-        found = self._manager.item_metadata(step).state.tree
-        have = _shapes(found)
+        with ocp.PyTreeCheckpointer() as reader:
+            path = self._manager.directory / str(step) / "state"
+            have = _shapes(reader.metadata(path).item_metadata.tree)
         want = _shapes(ocp.utils.serialize_tree(abstract, keep_empty_nodes=True))
         problems = [
             f"{name}: expected {want.get(name, 'nothing')}, got {have.get(name, 'nothing')}"
