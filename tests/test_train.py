@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage import data as photographs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import tiny as tiny_config
-from dopsd_jax import train as train_lib, workdir as workdir_lib
+from dopsd_jax import train as train_lib
+from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import trees
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.weights import WeightsError
@@ -118,7 +120,9 @@ def test_a_run_leaves_pictures_curves_numbers_and_checkpoints(uninterrupted):
             picture = np.asarray(Image.open(workdir / "samples" / f"{name}_{step:06d}.png"))
             assert picture.std() > 5
     assert Image.open(workdir / "curves.png").size[0] > 500
-    assert list((workdir / "tensorboard").iterdir())
+    board = EventAccumulator(str(workdir / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
+    assert set(board.Tags()["images"]) == {"step", "walk", "prompts"}
     rows = read_metrics(workdir)
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
     assert {"loss", "grad_norm", "step_loss", "images_per_second"} <= set(rows[0])

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from dopsd_jax.core.board import Board
 from dopsd_jax.core.log import log
 
 
@@ -31,9 +31,7 @@ class Metrics:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         os.replace(temporary, self.file)
         self._stream = self.file.open("a", buffering=1)
-        self._board = SummaryWriter(
-            str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1
-        )
+        self._board = Board(Path(workdir) / "tensorboard", resume_step=resume_step)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl; arrays become lists there and name/0, name/1.. elsewhere."""
@@ -42,11 +40,11 @@ class Metrics:
         for name, value in row.items():
             for i, x in enumerate(value if isinstance(value, list) else [value]):
                 tag = f"train/{name}/{i}" if isinstance(value, list) else f"train/{name}"
-                self._board.add_scalar(tag, x, step)
+                self._board.scalar(step, tag, x)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture [H, W, 3] uint8 for TensorBoard."""
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+        self._board.image(step, name, pixels)
 
     def flush(self) -> None:
         self._stream.flush()
