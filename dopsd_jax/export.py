@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.core.log import show
 from dopsd_jax.weights import lora_files
 
 FLAGS = flags.FLAGS
@@ -52,6 +53,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    show()
     try:
         export(FLAGS.workdir, FLAGS.format, FLAGS.out, step=FLAGS.step, role=FLAGS.role)
     except ValueError as e:

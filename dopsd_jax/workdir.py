@@ -126,7 +126,7 @@ def read_lora(
     config = read_config(workdir)
     if config["trainable"] != "lora":
         raise ValueError(f"{workdir}: this run trains {config['trainable']!r}, it holds no LoRA")
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints")
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
     try:
         tree = checkpoints.restore_part((role,), step)[role]
     finally:

@@ -143,6 +143,14 @@ def test_the_student_has_moved_and_the_teacher_follows(uninterrupted):
         assert 0 < ratio < 0.3  # decay 0.99 over thirty steps
 
 
+def test_reading_a_lora_leaves_an_unfinished_save_alone(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    unfinished = tmp_path / "run" / "checkpoints" / "40.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "30", unfinished)
+    workdir_lib.read_lora(tmp_path / "run")
+    assert unfinished.is_dir()
+
+
 @pytest.mark.parametrize("moment", ["before the first save", "during a save", "late"])
 def test_killed_and_resumed_equals_uninterrupted(tiny, photos, uninterrupted, tmp_path, moment):
     args = command(tiny, photos, tmp_path / "run")

@@ -19,11 +19,22 @@ class Checkpoints:
     the previous checkpoint as the latest.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int | None = None):
-        """`keep`: how many of the latest to keep; None keeps all."""
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+    def __init__(
+        self, directory: str | Path, *, keep: int | None = None, read_only: bool = False
+    ):
+        """Opens or makes the directory.
+
+        Args:
+            directory: Where the steps are.
+            keep: How many of the latest to keep; None keeps all.
+            read_only: Touch nothing: a run may be saving here right now, and what an owner
+                clears away as left over from a crash may be its unfinished save.
+        """
+        options = ocp.CheckpointManagerOptions(read_only=True) if read_only else (
+            ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+            )
         )
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
 

@@ -11,8 +11,11 @@ log = logging.getLogger("dopsd_jax")
 
 
 def show() -> None:
-    """Prints the project's lines; of the libraries' (Orbax logs through absl) only warnings."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    """Prints the project's lines; of the libraries' only errors.
+
+    Orbax logs through absl and warns of what is normal here, such as opening read-only.
+    """
+    absl_logging.set_verbosity(absl_logging.ERROR)
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
