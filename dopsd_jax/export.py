@@ -14,11 +14,7 @@ from dopsd_jax.core.log import show
 from dopsd_jax.weights import lora_files
 
 FLAGS = flags.FLAGS
-FORMATS = {
-    "peft": lora_files.save_peft,
-    "diffusers": lora_files.save_diffusers,
-    "comfyui": lora_files.save_comfyui,
-}
+FORMATS = lora_files.FORMATS
 
 
 def export(
@@ -45,7 +41,7 @@ def export(
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
     flags.DEFINE_enum("format", None, sorted(FORMATS), "Whose format.", required=True)
-    flags.DEFINE_string("out", None, "File, or directory for peft.", required=True)
+    flags.DEFINE_string("out", None, "A .safetensors file; for peft a directory.", required=True)
     flags.DEFINE_integer("step", None, "Which checkpoint; default: the latest.")
     flags.DEFINE_enum("role", "student", ["student", "teacher"], "Whose weights.")
 

@@ -71,9 +71,7 @@ def test_exported_lora_draws_the_same_picture_elsewhere(pipe, noise, tmp_path, f
     lora = trees.unflatten(flat)
     spec = lora_files.LoraSpec(4, 8.0)
     path = tmp_path / ("lora" if fmt == "peft" else "lora.safetensors")
-    save = {"peft": lora_files.save_peft, "diffusers": lora_files.save_diffusers,
-            "comfyui": lora_files.save_comfyui}[fmt]
-    save(path, lora, spec, lora_files.Z_IMAGE_MODULES)
+    lora_files.FORMATS[fmt](path, lora, spec, lora_files.Z_IMAGE_MODULES)
 
     size = dict(num_steps=4, height=HEIGHT, width=WIDTH, noise=noise)
     ours = sample.generate(pipe, PROMPTS, **size, lora=(lora, 2.0))
