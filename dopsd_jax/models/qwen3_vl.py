@@ -1,7 +1,7 @@
 """Qwen3-VL around a Qwen3 text encoder: vision tower, DeepStack, interleaved M-RoPE.
 
 The language weights are the pipeline's own text encoder; only the rope base and the position rule
-are Qwen3-VL's, as in the published D-OPSD teacher.
+are Qwen3-VL's, as the published code combines them.
 
 Source: transformers `Qwen3VLModel` and Qwen/Qwen3-VL-4B-Instruct.
 """
@@ -367,7 +367,7 @@ def multimodal_features(
     Raises:
         ValueError: Shapes that do not fit.
 
-    Source: D-OPSD, z-image-turbo_self-distill-vlm (the teacher's context).
+    Source: D-OPSD, z-image-turbo_self-distill-vlm.
     """
     check_shapes(
         "multimodal_features", ids=(ids, "B L"), mask=(mask, "B L"), patches=(patches, "B n C")
