@@ -1,0 +1,158 @@
+"""Dependencies run one way (design): parsed from the imports of the package's source."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "dopsd_jax"
+
+# Every file belongs to the first layer that names it, and may import from its own layer and from
+# those before it, in this order. An entry that ends with "/" is a folder.
+LAYERS = [
+    ("core", ["core/"]),
+    ("maths, shared layers, data",
+     ["flow.py", "data/", "models/rope.py", "models/attention.py", "models/layers.py"]),
+    ("networks, LoRA trees",
+     ["models/z_image.py", "models/flux2.py", "models/vae.py", "models/qwen3.py",
+      "models/qwen3_vl.py", "models/__init__.py", "lora.py"]),
+    ("denoiser, weights", ["models/", "weights/"]),
+    ("contexts, rollout, baselines", ["contexts.py", "rollout.py", "baselines.py"]),
+    ("train step", ["train_step.py"]),
+    ("commands", [""]),
+]
+TRAINING_WORDS = r"student|teacher|(\b|_)loss(es)?(\b|_)"
+FOREIGN = {"torch", "tensorflow", "diffusers", "peft", "torchvision", "accelerate"}
+
+
+def source_files():
+    return sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+def relative(path):
+    return path.relative_to(ROOT / PACKAGE).as_posix()
+
+
+def layer_of(name):
+    for index, (_, entries) in enumerate(LAYERS):
+        if any(name == e or (e.endswith("/") and name.startswith(e)) or not e for e in entries):
+            return index
+    raise AssertionError(name)
+
+
+def module_file(dotted):
+    """The file of a module of the package inside it, or None where there is no such module."""
+    path = ROOT.joinpath(*dotted.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file():
+            return relative(candidate)
+    return None
+
+
+def imported_modules(path):
+    """(line, dotted module) of every import anywhere in a file, functions included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write it in full"
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            own = node.module.split(".")[0] == PACKAGE
+            found = [m for m in submodules if own and module_file(m)]
+            yield from ((node.lineno, m) for m in found)
+            if len(found) < len(submodules):
+                yield node.lineno, node.module
+
+
+def own_imports():
+    """(importing file, line, imported file), the package's own only."""
+    for path in source_files():
+        for line, module in imported_modules(path):
+            if module.split(".")[0] == PACKAGE:
+                target = module_file(module)
+                assert target, f"{relative(path)}:{line}: no module {module}"
+                yield relative(path), line, target
+
+
+def test_the_parser_sees_what_it_should():
+    edges = {(a, b) for a, _, b in own_imports()}
+    assert len(edges) > 30
+    for edge in [
+        ("rollout.py", "flow.py"), ("train_step.py", "rollout.py"), ("lora.py", "core/trees.py"),
+        ("models/denoiser.py", "models/z_image.py"), ("weights/load.py", "weights/names.py"),
+    ]:
+        assert edge in edges
+
+
+def test_dependencies_run_one_way():
+    wrong = [
+        f"{name}:{line} ({LAYERS[layer_of(name)][0]}) imports {target} "
+        f"({LAYERS[layer_of(target)][0]})"
+        for name, line, target in own_imports()
+        if target != "__init__.py" and layer_of(target) > layer_of(name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_import_goes_in_a_circle():
+    edges = {}
+    for name, _, target in own_imports():
+        edges.setdefault(name, set()).add(target)
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path[path.index(name):], name])
+        if name not in done:
+            for target in sorted(edges.get(name, ())):
+                visit(target, [*path, name])
+            done.add(name)
+
+    done = set()
+    for name in sorted(edges):
+        visit(name, [])
+
+
+def test_networks_read_no_files_and_know_no_training_words():
+    wrong = []
+    for path in sorted((ROOT / PACKAGE / "models").glob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            cites = "D-OPSD" in line  # the published trainer, as the source of a rule
+            if re.search(TRAINING_WORDS, line, re.IGNORECASE) and not cites:
+                wrong.append(f"{relative(path)}:{number}: {line.strip()}")
+        for line, module in imported_modules(path):
+            if module.split(".")[0] in {"optax", "orbax", "safetensors", "pathlib", "os", "io"}:
+                wrong.append(f"{relative(path)}:{line}: imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_data_imports_no_network():
+    wrong = [
+        f"{name}:{line} imports {target}" for name, line, target in own_imports()
+        if name.startswith("data/") and not target.startswith(("data/", "core/"))
+        and target != "__init__.py"
+    ]
+    wrong += [
+        f"{relative(path)}:{line} imports {module}"
+        for path in source_files() if relative(path).startswith("data/")
+        for line, module in imported_modules(path) if module.split(".")[0] in {"flax", "optax"}
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_core_knows_nothing_of_the_rest():
+    wrong = [f"{name}:{line} imports {target}" for name, line, target in own_imports()
+             if name.startswith("core/") and not target.startswith("core/")]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_imports_the_training_command():
+    importers = [f"{name}:{line}" for name, line, target in own_imports() if target == "train.py"]
+    assert not importers
+
+
+@pytest.mark.parametrize("path", source_files(), ids=relative)
+def test_no_module_imports_other_frameworks(path):
+    wrong = [f"{line}: {m}" for line, m in imported_modules(path) if m.split(".")[0] in FOREIGN]
+    assert not wrong
