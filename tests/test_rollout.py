@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dopsd_jax import flow, lora, rollout
+from dopsd_jax import flow, lora, rollout, train_step
 from dopsd_jax.core import trees
 from dopsd_jax.models.denoiser import Context, ZImageDenoiser
 from dopsd_jax.models.layers import Dense
@@ -214,8 +214,8 @@ def test_what_does_not_fit_is_named(setup):
         run(setup, noise=setup["noise"][0])
 
 
-def z_image_rollout():
-    """The loss of a tiny Z-Image with LoRA as a function of arrays, and its arguments' shapes."""
+def z_image_train_step():
+    """The train step of a tiny Z-Image with LoRA, jitted, and its arguments' shapes."""
     config = ZImageConfig(
         in_channels=4, dim=64, n_layers=3, n_refiner_layers=1, n_heads=4, cap_feat_dim=32,
         axes_dims=(4, 6, 6), axes_lens=(256, 64, 64),
@@ -226,26 +226,29 @@ def z_image_rollout():
     base = jax.eval_shape(
         denoiser.network.init, jax.random.key(0), noise, jnp.zeros(2), ctx.text, ctx.text_mask
     )["params"]
-    adapters = jax.eval_shape(
-        lambda: lora.init(jax.random.key(0), base, lora.TARGETS["published"], 4)
+    optimizer = train_step.make_optimizer(
+        learning_rate=1e-4, warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01,
+        max_grad_norm=1.0,
     )
+    state = jax.eval_shape(lambda: train_step.init_state(
+        lora.init(jax.random.key(0), base, lora.TARGETS["published"], 4), optimizer,
+        jax.random.key(0),
+    ))
+    step = train_step.make_train_step(train_step.Method(), optimizer, denoiser.velocity)
 
-    def loss_and_grad(student, teacher, base, noise, student_ctx, teacher_ctx, sigmas):
-        return rollout.dopsd_loss_and_grad(
-            student, teacher, base, noise, student_ctx, teacher_ctx, sigmas,
-            velocity=denoiser.velocity, assemble=with_lora,
-        )
+    def batch(num_steps):
+        sigmas = jax.ShapeDtypeStruct((num_steps + 1,), jnp.float32)
+        return train_step.Batch(noise, ctx, ctx, sigmas)
 
-    return loss_and_grad, (adapters, adapters, base, noise, ctx, ctx)
+    return jax.jit(step, donate_argnums=0), state, base, batch
 
 
 def test_memory_does_not_grow_with_the_number_of_steps():
-    function, shapes = z_image_rollout()
+    step, state, base, batch = z_image_train_step()
     temporaries = {}
     for num_steps in (1, 2, 4, 8):
-        sigmas = jax.ShapeDtypeStruct((num_steps + 1,), jnp.float32)
         # Level 0 spares half the compile time; buffers are planned before it matters.
-        compiled = jax.jit(function).lower(*shapes, sigmas).compile(
+        compiled = step.lower(state, base, batch(num_steps)).compile(
             compiler_options={"xla_backend_optimization_level": 0}
         )
         temporaries[num_steps] = compiled.memory_analysis().temp_size_in_bytes
