@@ -115,8 +115,11 @@ class Data:
     plan: BatchPlan
 
     def fingerprint(self) -> str:
-        """Identifies names, captions and sizes, wherever the files lie."""
-        rows = [(r.target.name, r.captions, r.size, r.where) for r in self.rows]
+        """Identifies names, captions and image files by content, wherever they lie."""
+        rows = [
+            (r.target.name, r.captions, r.where, hashlib.sha256(r.target.read_bytes()).hexdigest())
+            for r in self.rows
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def pixels(self, row: int) -> np.ndarray:

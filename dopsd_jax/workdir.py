@@ -76,7 +76,8 @@ def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str])
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "config.json"
-    if file.is_file():
+    # A start that failed before its first checkpoint has nothing to protect.
+    if file.is_file() and any((workdir / "checkpoints").glob("[0-9]*")):
         old, new = flat_config(json.loads(file.read_text())), flat_config(config)
         different = [
             f"{k}: the run has {old.get(k)!r}, now {new.get(k)!r}"
