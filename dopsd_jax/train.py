@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +21,11 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax import contexts, flow, lora, previews, sample
+from dopsd_jax import contexts, flow, loop, lora, previews, sample
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import sharding, trees
-from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.log import log, show
-from dopsd_jax.core.metrics import Metrics, Progress, save_curves
+from dopsd_jax.core.metrics import Metrics
 from dopsd_jax.data.batches import BatchPlan, BatchRows
 from dopsd_jax.data.buckets import (
     Bucket,
@@ -57,10 +55,6 @@ from dopsd_jax.weights.pipeline import (
 )
 
 FLAGS = flags.FLAGS
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on: its numbers are no longer finite."""
 
 
 # Act 1: the config, checked before anything else.
@@ -209,9 +203,8 @@ class Previews:
     """Grids of base, student and teacher, and both walks, for some rows of one bucket."""
 
     def __init__(self, config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Contexts,
-                 method: Method, base: trees.Tree, metrics: Metrics):
-        self._workdir, self._pipe, self._method = workdir, pipe, method
-        self._base, self._metrics = base, metrics
+                 method: Method, base: trees.Tree):
+        self._workdir, self._pipe, self._method, self._base = workdir, pipe, method, base
         # One shape for all: the bucket with the most rows.
         of_bucket = list(data.bucket_of.values())
         first = max(dict.fromkeys(of_bucket), key=of_bucket.count)
@@ -243,7 +236,7 @@ class Previews:
             self._base_pixels[name] = self._draw(variables, noise, ctx)[0]
         return self._base_pixels[name]
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Writes samples/step_N.png and step_N_walk.png, and prompts_N.png if there are any."""
         student = self._method.assemble(self._base, state.student)
         teacher = self._method.assemble(
@@ -252,55 +245,26 @@ class Previews:
         base = self._drawn_by_base("rows", state, self._noise, self._student_ctx)
         ours, walk_s = self._draw(student, self._noise, self._student_ctx)
         theirs, walk_t = self._draw(teacher, self._noise, self._teacher_ctx)
-        self._write(step, "step", previews.grid(
+        self._write(metrics, step, "step", previews.grid(
             [("target", self._targets), ("base", base), ("student", ours), ("teacher", theirs)]
         ))
         walks = [sample.decode(self._pipe, jnp.asarray(w)) for w in (walk_s, walk_t)]
         columns = [
             (f"x0, s = {s}", np.stack(pair)) for s, pair in enumerate(zip(*walks, strict=True))
         ]
-        self._write(step, "walk", previews.grid(columns))
+        self._write(metrics, step, "walk", previews.grid(columns))
         if self._prompt_ctx is not None:
             base = self._drawn_by_base("prompts", state, self._prompt_noise, self._prompt_ctx)
             ours, _ = self._draw(student, self._prompt_noise, self._prompt_ctx)
-            self._write(step, "prompts", previews.grid([("base", base), ("student", ours)]))
+            columns = [("base", base), ("student", ours)]
+            self._write(metrics, step, "prompts", previews.grid(columns))
 
-    def _write(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def _write(self, metrics: Metrics, step: int, name: str, pixels: np.ndarray) -> None:
         previews.save(self._workdir / "samples" / f"{name}_{step:06d}.png", pixels)
-        self._metrics.image(step, name, pixels)
+        metrics.image(step, name, pixels)
 
 
-# Act 5: the loop.
-
-
-class Stopper:
-    """Remembers SIGTERM (and a first Ctrl-C), so that the loop can save before it ends."""
-
-    def __init__(self):
-        self.signal: str | None = None
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number, frame):
-        del frame
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
-
-    def restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
-def check_finite(step: int, metrics: dict[str, np.ndarray], checkpoints: Checkpoints) -> None:
-    """Stops the run at the first loss or gradient that is not a number."""
-    bad = [k for k in ("loss", "grad_norm") if not np.isfinite(metrics[k])]
-    if bad:
-        checkpoints.wait()
-        raise TrainingError(
-            f"step {step}: {' and '.join(f'{k} = {metrics[k]}' for k in bad)}; nothing after the "
-            f"checkpoint of step {checkpoints.latest_step()} is kept. Lower learning_rate, or "
-            "try dtype=float32 to tell overflow from divergence"
-        )
+# Act 5: all together.
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -308,7 +272,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     Raises:
         ValueError: Bad config, data, weights, or a workdir of another run.
-        TrainingError: The loss or gradient is not finite; the last good checkpoint stays.
+        loop.TrainingError: The loss or gradient is not finite; the last good checkpoint stays.
     """
     workdir = Path(workdir)
     method = check_config(config)
@@ -352,20 +316,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         else sharding.shard_params(mesh, state)
     )
 
-    # Restore.
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    if checkpoints.latest_step() is not None:
-        state, meta = checkpoints.restore(state)
-        log.info("resumed at step %d of %d, %.2f epochs", meta["step"],
-                     config.num_train_steps, data.plan.epochs(meta["step"]))
-    start = int(state.step)
-    metrics = Metrics(workdir, start)
-    progress = Progress(config.num_train_steps, start, config.batch_size)
-    previewer = Previews(config, workdir, pipe, data, ctxs, method, base, metrics)
+    previewer = Previews(config, workdir, pipe, data, ctxs, method, base)
     pipe.text_params = vl.params = None
 
     # Compile lazily, once per bucket; the persistent cache makes a second start cheap.
-    step_fn = jax.jit(make_train_step(method, optimizer, pipe.denoiser.velocity), donate_argnums=0)
+    jitted = jax.jit(make_train_step(method, optimizer, pipe.denoiser.velocity), donate_argnums=0)
     noise_fn = jax.jit(
         lambda rng, step, shape: draw_noise(jax.random.wrap_key_data(rng), step, shape),
         static_argnums=2, out_shardings=sharding.batch_sharding(mesh),
@@ -381,60 +336,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         noise = noise_fn(rng, step, (config.batch_size, *shape))
         return Batch(noise, student_ctx, teacher_ctx, sigmas)
 
-    def save(step: int) -> None:
-        checkpoints.save(step, state, {"step": step, "rows_seen": step * config.batch_size})
-
-    def settle(pending) -> None:
-        """Fetches a finished step's numbers; they are looked at one step late, so that the
-        device already works on the next one."""
-        if pending is None:
-            return
-        step, values = pending[0], jax.tree.map(np.asarray, pending[1])
-        check_finite(step, values, checkpoints)
-        row = values | {"images_per_second": progress.images_per_second(step),
-                        "epochs": data.plan.epochs(step)}
-        metrics.scalars(step, row)
-        progress.update(
-            step, {"loss": values["loss"], "grad norm": values["grad_norm"]},
-            line=step % config.log_every == 0 or step == config.num_train_steps,
-        )
-
-    # The loop.
-    stopper, pending = Stopper(), None
-    if start == 0 and config.sample_every:
-        previewer.save(0, state)
-    progress.start_clock(start)
-    try:
-        for step in range(start, config.num_train_steps):
-            state, values = step_fn(state, base, make_batch(step, state.rng))
-            settle(pending)
-            pending = (step + 1, values)
-            if step == start:
-                jax.block_until_ready(values)
-                progress.start_clock(step + 1)
-            last = step + 1 == config.num_train_steps
-            stopping = stopper.signal is not None
-            if last or stopping or (step + 1) % config.checkpoint_every == 0:
-                settle(pending)  # never save a state whose numbers have not been looked at
-                pending = None
-                save(step + 1)
-            if config.sample_every and (last or (step + 1) % config.sample_every == 0):
-                settle(pending)
-                pending = None
-                previewer.save(step + 1, state)
-            if stopping and not last:
-                log.info(
-                    "%s: saved step %d; run the same command again to continue",
-                    stopper.signal, step + 1,
-                )
-                break
-    finally:
-        stopper.restore()
-        progress.close()
-        metrics.close()
-        checkpoints.close()
-    save_curves(workdir)
-    return state
+    return loop.run(config, workdir, loop.Task(
+        state, lambda state, batch: jitted(state, base, batch), make_batch,
+        preview=previewer.save, epochs=data.plan.epochs,
+    ))
 
 
 def define_flags() -> None:
@@ -452,7 +357,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError("--config is needed, such as --config configs/z_image_turbo_lora.py")
     try:
         state = train(FLAGS.config, FLAGS.workdir)
-    except (ValueError, TrainingError) as e:
+    except (ValueError, loop.TrainingError) as e:
         raise SystemExit(f"error: {e}") from e
     workdir = Path(FLAGS.workdir)
     print(f"step {int(state.step)} of {FLAGS.config.num_train_steps}")

@@ -17,9 +17,11 @@ from skimage import data as photographs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import tiny as tiny_config
+from dopsd_jax import loop
 from dopsd_jax import train as train_lib
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import trees
+from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.weights import WeightsError
 
@@ -91,7 +93,7 @@ def wait_for(process, condition, timeout=300):
 
 def final_state(workdir):
     """Student, teacher and optimizer of the last step, and the losses of all steps."""
-    checkpoints = train_lib.Checkpoints(Path(workdir) / "checkpoints")
+    checkpoints = Checkpoints(Path(workdir) / "checkpoints")
     state = checkpoints.restore_part(("student", "teacher", "opt_state", "step"), STEPS)
     checkpoints.close()
     return state, [(r["step"], r["loss"], r["grad_norm"]) for r in read_metrics(workdir)]
@@ -210,9 +212,9 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
 
     monkeypatch.setattr(train_lib, "make_train_step", poisoned)
     config.checkpoint_every = 2
-    with pytest.raises(train_lib.TrainingError, match=r"step 4: loss = nan.*checkpoint of step 2"):
+    with pytest.raises(loop.TrainingError, match=r"step 4: loss = nan.*checkpoint of step 2"):
         train_lib.train(config, tmp_path)
-    checkpoints = train_lib.Checkpoints(tmp_path / "checkpoints")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.all_steps() == [2]
     tree = checkpoints.restore_part(("student",))
     checkpoints.close()

@@ -69,38 +69,48 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 def save_curves(workdir: str | Path) -> Path | None:
-    """Draws loss, loss per rollout step and gradient norm to curves.png; None without rows."""
+    """Draws every metric of the run to curves.png, loss first; None without rows."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     rows = read_metrics(workdir)
-    if not rows:
+    names = list(dict.fromkeys(k for r in rows for k in r))
+    names = [k for k in names if k not in ("step", "epochs", "images_per_second")]
+    names.sort(key=lambda k: k != "loss")
+    if not names:
         return None
-    steps = [r["step"] for r in rows]
-    fig, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    loss = np.array([r["loss"] for r in rows])
-    axes[0].plot(steps, loss, alpha=0.35, color="C0")
-    window = max(len(loss) // 20, 1)
-    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-    axes[0].plot(steps[window - 1:], smooth, color="C0", label=f"mean of {window}")
-    axes[0].set_title("loss")
-    axes[0].legend()
-    for s, values in enumerate(np.array([r["step_loss"] for r in rows]).T):
-        axes[1].plot(steps, values, label=f"s = {s}")
-    axes[1].set_title("loss at each rollout step")
-    axes[1].set_yscale("log")
-    axes[1].legend()
-    axes[2].plot(steps, [r["grad_norm"] for r in rows], color="C3")
-    axes[2].set_title("gradient norm before clipping")
-    for ax in axes:
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.3)
+    columns = min(len(names), 3)
+    lines = -(-len(names) // columns)
+    fig, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 3.6 * lines), squeeze=False,
+                             constrained_layout=True)
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, names, strict=False):
+        _draw_curve(ax, name, [r["step"] for r in rows if name in r],
+                    np.array([r[name] for r in rows if name in r]))
     path = Path(workdir) / "curves.png"
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return path
+
+
+def _draw_curve(ax, name: str, steps: list[int], values: np.ndarray) -> None:
+    """One metric: scalars [rows] and their running mean, or vectors [rows, parts], logarithmic."""
+    if values.ndim == 1:
+        ax.plot(steps, values, alpha=0.35, color="C0")
+        window = max(len(values) // 20, 1)
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        ax.plot(steps[window - 1:], smooth, color="C0", label=f"mean of {window}")
+    else:
+        for i, part in enumerate(values.T):
+            ax.plot(steps, part, label=f"{i}")
+        ax.set_yscale("log")
+    ax.legend()
+    ax.set_title(name.replace("_", " "))
+    ax.set_xlabel("step")
+    ax.grid(alpha=0.3)
 
 
 class Progress:
