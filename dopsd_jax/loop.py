@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import Metrics, Progress, save_curves
 
@@ -36,7 +38,8 @@ class Task:
     """What the loop needs of an objective.
 
     Attributes:
-        state: State at step 0, placed on the devices; of no use to the caller afterwards.
+        state: State at step 0, placed on the devices. It is given up, as what step_fn is called
+            with: run() frees its arrays, so hold no other use of them.
         step_fn: (state, batch) -> state, metrics; jitted, state donated. Metrics must have
             "loss" and may have "grad_norm", which stop the run when not finite; every name is
             logged, scalars and vectors alike.
@@ -84,6 +87,51 @@ def check_finite(step: int, metrics: dict[str, np.ndarray], checkpoints: Checkpo
         )
 
 
+def _last_drawn(workdir: Path) -> int:
+    """The last step whose preview is complete; -1: none."""
+    file = workdir / "samples" / ".last"
+    return int(file.read_text()) if file.is_file() else -1
+
+
+def _draws_at(config: ConfigDict, step: int) -> bool:
+    every = config.sample_every
+    return every > 0 and (step == config.num_train_steps or step % every == 0)
+
+
+def finished(config: ConfigDict, workdir: str | Path) -> bool:
+    """Whether the run has nothing left to do; says so. Needs neither weights nor a device.
+
+    A task without preview must have sample_every = 0: its last picture would be waited for.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "checkpoints").is_dir():
+        return False
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    step = checkpoints.latest_step()
+    checkpoints.close()
+    if step is None or step < config.num_train_steps:
+        return False
+    if _draws_at(config, step) and _last_drawn(workdir) < step:
+        return False
+    log.info("already finished: step %d of %d", step, config.num_train_steps)
+    return True
+
+
+def _restore(checkpoints: Checkpoints, task: Task, total: int) -> State:
+    """The latest checkpoint's state, or the fresh one where there is none."""
+    if checkpoints.latest_step() is None:
+        return task.state
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), task.state
+    )
+    for leaf in jax.tree.leaves(task.state):
+        leaf.delete()  # two states may not fit
+    state, meta = checkpoints.restore(like)
+    epochs = "" if task.epochs is None else f", {task.epochs(meta['step']):.2f} epochs"
+    log.info("resumed at step %d of %d%s", meta["step"], total, epochs)
+    return state
+
+
 def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
     """Runs a task to config.num_train_steps, resuming from the workdir's latest checkpoint.
 
@@ -104,69 +152,74 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
         TrainingError: The loss or gradient is not finite; the last good checkpoint stays.
     """
     workdir, total = Path(workdir), config.num_train_steps
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    state = task.state
-    if checkpoints.latest_step() is not None:
-        state, meta = checkpoints.restore(state)
-        epochs = "" if task.epochs is None else f", {task.epochs(meta['step']):.2f} epochs"
-        log.info("resumed at step %d of %d%s", meta["step"], total, epochs)
-    start = int(state.step)
-    metrics = Metrics(workdir, start)
-    progress = Progress(total, start, config.batch_size)
+    with contextlib.ExitStack() as at_end:  # whatever ends the run, the last named first
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+        at_end.callback(checkpoints.close)
+        state = _restore(checkpoints, task, total)
+        start = int(state.step)
+        metrics = Metrics(workdir, start)
+        at_end.callback(save_curves, workdir)
+        at_end.callback(metrics.close)
+        progress = Progress(total, start, config.batch_size)
+        at_end.callback(progress.close)
+        stopper = Stopper()
+        at_end.callback(stopper.restore)
 
-    def save(step: int) -> None:
-        checkpoints.save(step, state, {"step": step, "rows_seen": step * config.batch_size})
+        def draw(step: int) -> None:
+            if task.preview is not None:
+                task.preview(step, state, metrics)
+                (workdir / "samples").mkdir(exist_ok=True)
+                write_atomic(workdir / "samples" / ".last", str(step))
 
-    def draw(step: int) -> None:
-        if task.preview is not None:
-            task.preview(step, state, metrics)
+        def settle(step: int, values, *, timed: bool) -> None:
+            """Fetches a finished step's numbers, checks and logs them."""
+            values = jax.tree.map(np.asarray, values)
+            check_finite(step, values, checkpoints)
+            if timed:
+                progress.lap()
+            else:
+                progress.restart()
+            row = dict(values)
+            if progress.images_per_second is not None:
+                row["images_per_second"] = progress.images_per_second
+            if task.epochs is not None:
+                row["epochs"] = task.epochs(step)
+            metrics.scalars(step, row)
+            shown = {k.replace("_", " "): values[k] for k in ("loss", "grad_norm") if k in values}
+            progress.update(step, shown, line=step % config.log_every == 0 or step == total)
 
-    def settle(pending) -> None:
-        """Fetches a finished step's numbers; they are looked at one step late, so that the
-        device already works on the next one."""
-        if pending is None:
-            return
-        step, values = pending[0], jax.tree.map(np.asarray, pending[1])
-        check_finite(step, values, checkpoints)
-        row = values | {"images_per_second": progress.images_per_second(step)}
-        if task.epochs is not None:
-            row["epochs"] = task.epochs(step)
-        metrics.scalars(step, row)
-        shown = {k.replace("_", " "): values[k] for k in ("loss", "grad_norm") if k in values}
-        progress.update(step, shown, line=step % config.log_every == 0 or step == total)
-
-    stopper, pending = Stopper(), None
-    if start == 0 and config.sample_every:
-        draw(0)
-    progress.start_clock(start)
-    try:
-        for step in range(start, total):
-            state, values = task.step_fn(state, task.make_batch(step, state.rng))
-            settle(pending)
-            pending = (step + 1, values)
-            if step == start:
-                jax.block_until_ready(values)
-                progress.start_clock(step + 1)
-            last = step + 1 == total
+        # A process killed between a checkpoint and its picture owes the picture.
+        if _draws_at(config, start) and (start == 0 or _last_drawn(workdir) < start):
+            draw(start)
+        progress.restart()
+        pending, compiled = None, set()
+        for step in range(start + 1, total + 1):
+            batch = task.make_batch(step - 1, state.rng)
+            shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
+            compiles = shapes not in compiled
+            compiled.add(shapes)
+            state, values = task.step_fn(state, batch)
+            # Numbers are looked at one step late, so that the device already works on the next
+            # one; but at once after compiling, and before a save: nothing is saved unseen.
+            if pending is not None:
+                settle(*pending, timed=not compiles)
+            pending = (step, values)
             stopping = stopper.signal is not None
-            if last or stopping or (step + 1) % config.checkpoint_every == 0:
-                settle(pending)  # never save a state whose numbers have not been looked at
+            saves = step == total or stopping or step % config.checkpoint_every == 0
+            draws = _draws_at(config, step)
+            if compiles or saves or draws:
+                settle(*pending, timed=not compiles)
                 pending = None
-                save(step + 1)
-            if config.sample_every and (last or (step + 1) % config.sample_every == 0):
-                settle(pending)
-                pending = None
-                draw(step + 1)
-            if stopping and not last:
+            if saves:
+                checkpoints.save(step, state, {"step": step, "rows_seen": step * config.batch_size})
+            if draws:
+                draw(step)
+            if saves or draws:
+                progress.restart()
+            if stopping and step < total:
                 log.info(
                     "%s: saved step %d; run the same command again to continue",
-                    stopper.signal, step + 1,
+                    stopper.signal, step,
                 )
                 break
-    finally:
-        stopper.restore()
-        progress.close()
-        metrics.close()
-        checkpoints.close()
-    save_curves(workdir)
     return state

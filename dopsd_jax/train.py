@@ -203,7 +203,8 @@ class Previews:
     """Grids of base, student and teacher, and both walks, for some rows of one bucket."""
 
     def __init__(self, config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Contexts,
-                 method: Method, base: trees.Tree):
+                 method: Method, base: trees.Tree, student: trees.Tree):
+        """`student`: the untrained one, which equals the base; drawn now, and not kept."""
         self._workdir, self._pipe, self._method, self._base = workdir, pipe, method, base
         # One shape for all: the bucket with the most rows.
         of_bucket = list(data.bucket_of.values())
@@ -222,19 +223,15 @@ class Previews:
             self._prompt_ctx = jax.tree.map(np.asarray, ctx)
             seeds = [config.seed + 1000 + i for i in range(len(prompts))]
             self._prompt_noise = sample.draw_noise(seeds, shape)
-        self._base_pixels: dict[str, np.ndarray] = {}
+        # Now, because full fine-tuning keeps no base and a resumed run's student has moved.
+        untrained = method.assemble(base, student)
+        self._base_rows, _ = self._draw(untrained, self._noise, self._student_ctx)
+        if self._prompt_ctx is not None:
+            self._base_prompts, _ = self._draw(untrained, self._prompt_noise, self._prompt_ctx)
 
     def _draw(self, variables, noise, ctx) -> tuple[np.ndarray, np.ndarray]:
         x, x0 = sample.walk(self._pipe.denoiser, variables, noise, ctx, self._sigmas)
         return sample.decode(self._pipe, x), np.asarray(x0[:, 0])
-
-    def _drawn_by_base(self, name: str, state: TrainState, noise, ctx) -> np.ndarray:
-        if name not in self._base_pixels:
-            # Before the first update every role equals the base.
-            variables = ({"params": self._base} if self._method.trainable == "lora"
-                         else self._method.assemble(None, state.student))
-            self._base_pixels[name] = self._draw(variables, noise, ctx)[0]
-        return self._base_pixels[name]
 
     def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Writes samples/step_N.png and step_N_walk.png, and prompts_N.png if there are any."""
@@ -242,11 +239,11 @@ class Previews:
         teacher = self._method.assemble(
             self._base, state.student if self._method.teacher == "live" else state.teacher
         )
-        base = self._drawn_by_base("rows", state, self._noise, self._student_ctx)
         ours, walk_s = self._draw(student, self._noise, self._student_ctx)
         theirs, walk_t = self._draw(teacher, self._noise, self._teacher_ctx)
         self._write(metrics, step, "step", previews.grid(
-            [("target", self._targets), ("base", base), ("student", ours), ("teacher", theirs)]
+            [("target", self._targets), ("base", self._base_rows), ("student", ours),
+             ("teacher", theirs)]
         ))
         walks = [sample.decode(self._pipe, jnp.asarray(w)) for w in (walk_s, walk_t)]
         columns = [
@@ -254,9 +251,8 @@ class Previews:
         ]
         self._write(metrics, step, "walk", previews.grid(columns))
         if self._prompt_ctx is not None:
-            base = self._drawn_by_base("prompts", state, self._prompt_noise, self._prompt_ctx)
             ours, _ = self._draw(student, self._prompt_noise, self._prompt_ctx)
-            columns = [("base", base), ("student", ours)]
+            columns = [("base", self._base_prompts), ("student", ours)]
             self._write(metrics, step, "prompts", previews.grid(columns))
 
     def _write(self, metrics: Metrics, step: int, name: str, pixels: np.ndarray) -> None:
@@ -267,8 +263,8 @@ class Previews:
 # Act 5: all together.
 
 
-def train(config: ConfigDict, workdir: str | Path) -> TrainState:
-    """Trains, resuming by itself, and returns the last state.
+def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
+    """Trains, resuming by itself, and returns the last state; None if nothing was left to do.
 
     Raises:
         ValueError: Bad config, data, weights, or a workdir of another run.
@@ -281,6 +277,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     identity = {"model": fingerprint(config.model), "vlm": fingerprint(config.vlm),
                 "data": data.fingerprint()}
     workdir_lib.claim(workdir, config.to_dict(), identity)
+    if loop.finished(config, workdir):
+        return None
 
     # Weights, and the contexts that only the encoders can make; then the encoders may go.
     mesh = sharding.make_mesh(**config.mesh.to_dict())
@@ -316,7 +314,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         else sharding.shard_params(mesh, state)
     )
 
-    previewer = Previews(config, workdir, pipe, data, ctxs, method, base)
+    preview = None
+    if config.sample_every:
+        preview = Previews(config, workdir, pipe, data, ctxs, method, base, state.student).save
     pipe.text_params = vl.params = None
 
     # Compile lazily, once per bucket; the persistent cache makes a second start cheap.
@@ -338,7 +338,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     return loop.run(config, workdir, loop.Task(
         state, lambda state, batch: jitted(state, base, batch), make_batch,
-        preview=previewer.save, epochs=data.plan.epochs,
+        preview=preview, epochs=data.plan.epochs,
     ))
 
 
@@ -360,7 +360,8 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, loop.TrainingError) as e:
         raise SystemExit(f"error: {e}") from e
     workdir = Path(FLAGS.workdir)
-    print(f"step {int(state.step)} of {FLAGS.config.num_train_steps}")
+    if state is not None:
+        print(f"step {int(state.step)} of {FLAGS.config.num_train_steps}")
     print(f"pictures    {workdir}/samples")
     print(f"curves      {workdir}/curves.png, {workdir}/metrics.jsonl, {workdir}/tensorboard")
     print(f"checkpoints {workdir}/checkpoints")

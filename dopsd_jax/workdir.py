@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import jax
 
 from dopsd_jax.core import trees
 from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.core.files import write_atomic
+from dopsd_jax.core.log import log
 from dopsd_jax.weights.lora_files import LoraSpec
 
 # A run may be continued with other values of these: they do not change what a step computes.
@@ -34,17 +38,6 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Writes a file so that a crash leaves either the old or the new text."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
 def is_workdir(path: str | Path) -> bool:
     """Whether `path` is a run's directory."""
     return (Path(path) / "config.json").is_file() and (Path(path) / "checkpoints").is_dir()
@@ -61,8 +54,45 @@ def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_LOCKS: dict[Path, int] = {}  # open files by workdir: closing one would give up its lock
+
+
+def lock(workdir: str | Path) -> None:
+    """Makes the directory and keeps other processes from training there until this one ends.
+
+    Raises:
+        ValueError: Another process has it.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if workdir.resolve() in _LOCKS:
+        return
+    file = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        owner = os.read(file, 200).decode(errors="replace") or "unknown"
+        os.close(file)
+        raise ValueError(
+            f"another process is training in {workdir} (process {owner}); wait for it, stop it, "
+            "or choose another --workdir"
+        ) from e
+    except OSError as e:
+        log.warning("%s cannot be locked (%s); start no second run there", workdir, e)
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
+    _LOCKS[workdir.resolve()] = file
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    # An unfinished save has a longer name.
+    return any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+
+
 def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str]) -> None:
     """Writes config.json and identity.json, or checks them against a run that is already there.
+
+    The directory is locked first, for as long as the process lives.
 
     Args:
         workdir: The run's directory; made if missing.
@@ -70,14 +100,14 @@ def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str])
         identity: Fingerprints of weights and data, by name.
 
     Raises:
-        ValueError: The directory holds a run of another config, weights or data; every
-            difference is listed.
+        ValueError: Another process trains there, or the directory holds a run of another
+            config, weights or data; every difference is listed.
     """
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    lock(workdir)
     file = workdir / "config.json"
     # A start that failed before its first checkpoint has nothing to protect.
-    if file.is_file() and any((workdir / "checkpoints").glob("[0-9]*")):
+    if file.is_file() and _has_checkpoint(workdir):
         old, new = flat_config(json.loads(file.read_text())), flat_config(config)
         different = [
             f"{k}: the run has {old.get(k)!r}, now {new.get(k)!r}"

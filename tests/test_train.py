@@ -17,7 +17,7 @@ from skimage import data as photographs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import tiny as tiny_config
-from dopsd_jax import loop
+from dopsd_jax import loop, previews
 from dopsd_jax import train as train_lib
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import trees
@@ -127,7 +127,8 @@ def test_a_run_leaves_pictures_curves_numbers_and_checkpoints(uninterrupted):
     assert set(board.Tags()["images"]) == {"step", "walk", "prompts"}
     rows = read_metrics(workdir)
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
-    assert {"loss", "grad_norm", "step_loss", "images_per_second"} <= set(rows[0])
+    assert {"loss", "grad_norm", "step_loss"} <= set(rows[0])
+    assert "images_per_second" not in rows[0] and rows[-1]["images_per_second"] > 0
     assert np.mean(rows[0]["step_loss"]) == pytest.approx(rows[0]["loss"], rel=1e-5)
     assert "46 of 46 language tensors" in output and "images/s" in output and "left" in output
     config = json.loads((workdir / "config.json").read_text())
@@ -321,3 +322,52 @@ def test_full_fine_tuning_runs_and_resumes(config, tmp_path):
     assert int(state.step) == 3 and len(read_metrics(tmp_path)) == 3
     with pytest.raises(ValueError, match="it holds no LoRA"):
         workdir_lib.read_lora(tmp_path)
+
+
+def test_full_fine_tuning_shows_the_base_as_the_base_after_a_resume(config, tmp_path, monkeypatch):
+    grids = []
+    grid = previews.grid
+    monkeypatch.setattr(previews, "grid", lambda c: (grids.append(dict(c)), grid(c))[1])
+    config.update({"trainable": "full", "num_train_steps": 2, "checkpoint_every": 1,
+                   "learning_rate": 1e-2, "sample_every": 2, "sample_prompts": ("a fox",)})
+    train_lib.train(config, tmp_path)
+    config.num_train_steps = 4
+    train_lib.train(config, tmp_path)
+    rows = [g for g in grids if "target" in g]
+    prompts = [g for g in grids if set(g) == {"base", "student"}]
+    assert len(rows) == len(prompts) == 3  # steps 0, 2, 4
+    for kind in (rows, prompts):
+        np.testing.assert_array_equal(kind[0]["base"], kind[0]["student"])
+        for later in kind[1:]:
+            np.testing.assert_array_equal(later["base"], kind[0]["base"])
+            assert (later["student"] != later["base"]).any()
+
+
+def test_a_finished_run_ends_before_its_weights_are_loaded(
+    config, uninterrupted, monkeypatch, caplog
+):
+    monkeypatch.setattr(train_lib, "load_pipeline", None)
+    config.update({"sample_every": 15, "sample_prompts": ("a fox", "two dogs")})
+    with caplog.at_level("INFO", "dopsd_jax"):
+        assert train_lib.train(config, uninterrupted[0]) is None
+    assert "already finished: step 30 of 30" in caplog.text
+
+
+def test_a_first_start_that_failed_claims_nothing(config, tmp_path):
+    config.lora.targets = "no_such"
+    with pytest.raises(ValueError, match="matches no parameter"):
+        train_lib.train(config, tmp_path)
+    assert (tmp_path / "config.json").is_file()
+    config.lora.targets, config.num_train_steps, config.learning_rate = "published", 1, 5e-4
+    assert int(train_lib.train(config, tmp_path).step) == 1
+
+
+def test_a_workdir_of_other_pixels_is_refused(config, photos, uninterrupted, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    file = tmp_path / "photos" / "coffee.png"
+    pixels = np.asarray(Image.open(file)).copy()
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(file)
+    config.data = str(tmp_path / "photos")
+    with pytest.raises(ValueError, match="contents of data: the run has"):
+        train_lib.train(config, uninterrupted[0])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dopsd_jax.core.board import Board
+from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 
 
@@ -27,9 +27,7 @@ class Metrics:
     def __init__(self, workdir: str | Path, resume_step: int):
         self.file = Path(workdir) / "metrics.jsonl"
         kept = [r for r in read_metrics(workdir) if r["step"] <= resume_step]
-        temporary = self.file.with_name(f".metrics.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(temporary, self.file)
+        write_atomic(self.file, "".join(json.dumps(r) + "\n" for r in kept))
         self._stream = self.file.open("a", buffering=1)
         self._board = Board(Path(workdir) / "tensorboard", resume_step=resume_step)
 
@@ -114,33 +112,49 @@ def _draw_curve(ax, name: str, steps: list[int], values: np.ndarray) -> None:
 
 
 class Progress:
-    """A bar with rate and time left on a terminal, plain lines in a log."""
+    """A bar with rate and time left on a terminal, plain lines in a log.
 
-    def __init__(self, total: int, start: int, images_per_step: int):
-        self._total, self._images = total, images_per_step
-        self._began, self._first, self._last = time.time(), start, start
-        self._bar = tqdm(total=total, initial=start, unit="step") if sys.stderr.isatty() else None
+    Both count the time of steps alone: `lap` takes the time since the last `lap` or `restart` for
+    one step's, `restart` leaves it out.
+    """
 
-    def images_per_second(self, step: int) -> float:
-        """Since the last call of `start_clock`."""
-        return (step - self._first) * self._images / max(time.time() - self._began, 1e-9)
+    def __init__(self, total: int, start: int, images_per_step: int,
+                 clock: Callable[[], float] = time.perf_counter):
+        self._total, self._images, self._last = total, images_per_step, start
+        self._clock, self._steps, self._seconds = clock, 0, 0.0
+        self._mark = clock()
+        # tqdm's own rate and time left count everything.
+        self._bar = tqdm(
+            total=total, initial=start, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
+        ) if sys.stderr.isatty() else None
 
-    def start_clock(self, step: int) -> None:
-        """Leaves what came before, such as compilation, out of the rate."""
-        self._began, self._first = time.time(), step
+    def lap(self) -> None:
+        now = self._clock()
+        self._seconds += now - self._mark
+        self._steps, self._mark = self._steps + 1, now
+
+    def restart(self) -> None:
+        self._mark = self._clock()
+
+    @property
+    def images_per_second(self) -> float | None:
+        """None before the first lap."""
+        return self._steps * self._images / self._seconds if self._seconds > 0 else None
+
+    def seconds_left(self, step: int) -> float | None:
+        """Of training after `step`; None before the first lap."""
+        return (self._total - step) * self._seconds / self._steps if self._steps else None
 
     def update(self, step: int, values: dict[str, float], line: bool) -> None:
-        rate = self.images_per_second(step)
         text = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+        if self.images_per_second is not None:
+            left = _clock(self.seconds_left(step))
+            text += f", {self.images_per_second:.3g} images/s, {left} left"
         if self._bar is not None:
             self._bar.update(step - self._last)
-            self._bar.set_postfix_str(f"{text}, {rate:.3g} images/s")
+            self._bar.set_postfix_str(text)
         elif line:
-            left = (self._total - step) * self._images / rate if rate > 0 else math.inf
-            log.info(
-                "step %d/%d: %s, %.3g images/s, %s left", step, self._total, text, rate,
-                _clock(left),
-            )
+            log.info("step %d/%d: %s", step, self._total, text)
         self._last = step
 
     def close(self) -> None:
@@ -149,7 +163,5 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "unknown time"
     minutes, s = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}"

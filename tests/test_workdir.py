@@ -1,0 +1,66 @@
+"""A run's directory: who may write there."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dopsd_jax import workdir as workdir_lib
+
+ROOT = Path(__file__).parents[1]
+CLAIM = "import sys; from dopsd_jax import workdir; workdir.claim(sys.argv[1], {}, {})"
+
+
+def claim_elsewhere(workdir):
+    """Claims in a process of its own, which then ends."""
+    return subprocess.run(
+        [sys.executable, "-c", CLAIM, str(workdir)], cwd=ROOT, capture_output=True, text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)), check=False,
+    )
+
+
+def test_a_second_process_is_refused_while_the_first_lives(tmp_path):
+    workdir_lib.claim(tmp_path, {}, {})
+    workdir_lib.claim(tmp_path, {}, {})  # the process that has it may claim it again
+    refused = claim_elsewhere(tmp_path)
+    assert refused.returncode
+    assert f"another process is training in {tmp_path} (process {os.getpid()}" in refused.stderr
+
+
+def test_a_process_that_ended_leaves_no_lock(tmp_path):
+    assert claim_elsewhere(tmp_path).returncode == 0
+    workdir_lib.claim(tmp_path, {}, {})
+
+
+def test_a_refused_process_changes_nothing(tmp_path):
+    claim_elsewhere(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with (tmp_path / ".lock").open("a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is training in"):
+            workdir_lib.claim(tmp_path, {"seed": 1}, {})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def unsupported(*_):
+        raise OSError("No locks available")
+
+    monkeypatch.setattr(workdir_lib.fcntl, "flock", unsupported)
+    workdir_lib.claim(tmp_path, {"seed": 1}, {})
+    assert "cannot be locked (No locks available)" in caplog.text
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 1}
+
+
+def test_a_start_that_failed_before_its_first_checkpoint_claims_nothing(tmp_path):
+    workdir_lib.claim(tmp_path, {"seed": 1}, {"data": "a"})
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir()
+    workdir_lib.claim(tmp_path, {"seed": 2}, {"data": "b"})
+    (tmp_path / "checkpoints" / "10").mkdir()
+    with pytest.raises(ValueError, match=r"seed: the run has 2, now 3(.|\n)*contents of data"):
+        workdir_lib.claim(tmp_path, {"seed": 3}, {"data": "c"})
