@@ -36,11 +36,13 @@ from dopsd_jax.data.buckets import (
 )
 from dopsd_jax.data.images import fit_image, read_image, to_uint8
 from dopsd_jax.data.rows import Row, read_rows
+from dopsd_jax.mini import stages
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.train_step import (
     Batch,
     Method,
     TrainState,
+    dopsd,
     draw_noise,
     init_state,
     make_optimizer,
@@ -270,6 +272,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         ValueError: Bad config, data, weights, or a workdir of another run.
         loop.TrainingError: The loss or gradient is not finite; the last good checkpoint stays.
     """
+    if config.get("objective", "dopsd") != "dopsd":
+        return stages.train(config, workdir)
     workdir = Path(workdir)
     method = check_config(config)
     data = read_data(config)
@@ -320,7 +324,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     pipe.text_params = vl.params = None
 
     # Compile lazily, once per bucket; the persistent cache makes a second start cheap.
-    jitted = jax.jit(make_train_step(method, optimizer, pipe.denoiser.velocity), donate_argnums=0)
+    objective = dopsd(method, pipe.denoiser.velocity)
+    jitted = jax.jit(make_train_step(method, optimizer, objective), donate_argnums=0)
     noise_fn = jax.jit(
         lambda rng, step, shape: draw_noise(jax.random.wrap_key_data(rng), step, shape),
         static_argnums=2, out_shardings=sharding.batch_sharding(mesh),
@@ -365,7 +370,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"pictures    {workdir}/samples")
     print(f"curves      {workdir}/curves.png, {workdir}/metrics.jsonl, {workdir}/tensorboard")
     print(f"checkpoints {workdir}/checkpoints")
-    if FLAGS.config.trainable == "lora":
+    if FLAGS.config.get("trainable") == "lora":
         print(f"export      python -m dopsd_jax.export --workdir {workdir} --format diffusers "
               "--out lora.safetensors")
 

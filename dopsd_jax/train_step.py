@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from dopsd_jax import lora, rollout
 from dopsd_jax.core.trees import Tree
@@ -17,6 +18,8 @@ from dopsd_jax.models.denoiser import Context
 
 TEACHERS = ("ema", "frozen", "live")
 TRAINABLE = ("lora", "full")
+OPTIMIZERS = ("adamw", "muon")
+MUON_STACKS = ("layers", "noise_refiner", "context_refiner", "mid_block")
 
 
 @flax.struct.dataclass
@@ -88,16 +91,53 @@ class Method:
 
 def make_optimizer(
     *, learning_rate: float, warmup_steps: int, b1: float, b2: float, eps: float,
-    weight_decay: float, max_grad_norm: float,
+    weight_decay: float, max_grad_norm: float, optimizer: str = "adamw", decay_steps: int = 0,
+    num_train_steps: int = 0,
 ) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW; linear warm-up from lr / warmup_steps, then constant."""
-    def schedule(count):
-        return learning_rate * jnp.minimum(1.0, (count + 1) / max(warmup_steps, 1))
+    """Clip by global norm, then AdamW or Muon.
 
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
-    )
+    The rate warms up linearly from lr / warmup_steps, stays, and falls linearly to 0 over the last
+    `decay_steps` of `num_train_steps`.
+
+    Args:
+        optimizer: "adamw", or "muon": orthogonalised momentum for the kernels inside blocks, its
+            steps scaled to the size of Adam's, and Adam for everything else.
+
+    Raises:
+        ValueError: Unknown optimizer.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer: expected one of {OPTIMIZERS}, got {optimizer!r}")
+
+    def schedule(count):
+        rate = learning_rate * jnp.minimum(1.0, (count + 1) / max(warmup_steps, 1))
+        if decay_steps:
+            rate *= jnp.clip((num_train_steps - count) / decay_steps, 0.0, 1.0)
+        return rate
+
+    if optimizer == "muon":
+        update = optax.contrib.muon(
+            schedule, adam_b1=b1, adam_b2=b2, eps=eps, weight_decay=weight_decay,
+            adam_weight_decay=weight_decay, consistent_rms=0.2,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    else:
+        update = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), update)
+
+
+def _muon_dimensions(params: Tree) -> Tree:
+    """Which axes of a kernel are its inputs and outputs; None where Muon does not apply."""
+    def dimensions(path, x):
+        names = [k.key for k in path]
+        if names[-1] != "kernel" or not any(n in MUON_STACKS or "blocks" in n for n in names[:-1]):
+            return None
+        kind = optax.contrib.MuonDimensionNumbers
+        if x.ndim == 4:  # convolution [kh, kw, in, out]
+            return kind((0, 1, 2), 3)
+        return kind(x.ndim - 2, x.ndim - 1)  # leading axes are layers
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def init_state(
@@ -115,14 +155,12 @@ def draw_noise(rng: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.A
     return jax.random.normal(jax.random.fold_in(rng, step), shape, jnp.float32)
 
 
-def make_train_step(
-    method: Method, optimizer: optax.GradientTransformation, velocity: rollout.Velocity
-) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure step (state, base, batch) -> state, metrics, to be jitted with state donated.
+Objective = Callable[[Tree, Tree, Tree, Any], tuple[Tree, dict[str, jax.Array]]]
 
-    Metrics: `loss`, `grad_norm` (before clipping), `update_norm`, `step_loss` [S].
-    """
-    def loss_and_grad(student, teacher, base, batch: Batch):
+
+def dopsd(method: Method, velocity: rollout.Velocity) -> Objective:
+    """The method itself: (student, teacher, base, Batch) -> gradient, {loss, step_loss [S]}."""
+    def one(student, teacher, base, batch: Batch):
         loss, grads, metrics = rollout.dopsd_loss_and_grad(
             student, teacher, base, batch.noise, batch.student_ctx, batch.teacher_ctx,
             batch.sigmas, velocity=velocity, assemble=method.assemble, loss=method.loss,
@@ -131,8 +169,6 @@ def make_train_step(
 
     def accumulated(student, teacher, base, batch: Batch):
         parts = method.accumulation
-        if parts == 1:
-            return loss_and_grad(student, teacher, base, batch)
         if batch.noise.shape[0] % parts:
             raise ValueError(
                 f"batch_size: expected a multiple of accumulation = {parts}, got "
@@ -142,11 +178,11 @@ def make_train_step(
         rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
 
         def add(total, part):
-            new = loss_and_grad(student, teacher, base, part.replace(sigmas=batch.sigmas))
+            new = one(student, teacher, base, part.replace(sigmas=batch.sigmas))
             return jax.tree.map(lambda t, n: t + n / parts, total, new), None
 
         shapes = jax.eval_shape(
-            lambda: loss_and_grad(
+            lambda: one(
                 student, teacher, base,
                 jax.tree.map(lambda x: x[0], rows).replace(sigmas=batch.sigmas),
             )
@@ -154,9 +190,26 @@ def make_train_step(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, rows)[0]
 
-    def train_step(state: TrainState, base: Tree, batch: Batch):
+    return one if method.accumulation == 1 else accumulated
+
+
+def make_train_step(
+    method: Method, optimizer: optax.GradientTransformation, objective: Objective
+) -> Callable[[TrainState, Tree, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure step (state, base, batch) -> state, metrics, to be jitted with state donated.
+
+    Args:
+        method: Its `teacher` and `ema_decay` say how the teacher follows.
+        optimizer: From `make_optimizer`.
+        objective: Gradient and metrics of one batch, such as `dopsd(method, velocity)`.
+
+    Returns:
+        The step. To the objective's metrics it adds `grad_norm` (before clipping) and
+        `update_norm`.
+    """
+    def train_step(state: TrainState, base: Tree, batch):
         teacher = state.student if method.teacher == "live" else state.teacher
-        grads, metrics = accumulated(state.student, teacher, base, batch)
+        grads, metrics = objective(state.student, teacher, base, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
         next_teacher = state.teacher

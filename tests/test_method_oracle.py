@@ -222,7 +222,9 @@ class OurRun:
             jax.tree.map(jnp.asarray, student), optimizer, jax.random.key(0)
         )
         self.step = jax.jit(
-            train_step.make_train_step(method, optimizer, denoiser.velocity), donate_argnums=0,
+            train_step.make_train_step(
+                method, optimizer, train_step.dopsd(method, denoiser.velocity)
+            ), donate_argnums=0,
             compiler_options={"xla_backend_optimization_level": 0},  # half the compile time
         )
         self.sigmas = jnp.asarray(sigmas_shifted(case.num_steps, 3.0))

@@ -234,7 +234,9 @@ def z_image_train_step():
         lora.init(jax.random.key(0), base, lora.TARGETS["published"], 4), optimizer,
         jax.random.key(0),
     ))
-    step = train_step.make_train_step(train_step.Method(), optimizer, denoiser.velocity)
+    step = train_step.make_train_step(
+        train_step.Method(), optimizer, train_step.dopsd(train_step.Method(), denoiser.velocity)
+    )
 
     def batch(num_steps):
         sigmas = jax.ShapeDtypeStruct((num_steps + 1,), jnp.float32)

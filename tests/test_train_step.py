@@ -85,7 +85,7 @@ def sgd():
 @functools.cache
 def jitted(method, optimizer):
     return jax.jit(
-        train_step.make_train_step(method, optimizer, velocity),
+        train_step.make_train_step(method, optimizer, train_step.dopsd(method, velocity)),
         compiler_options={"xla_backend_optimization_level": 0},  # half the compile time
     )
 
@@ -245,7 +245,8 @@ def test_the_state_is_donated_and_the_base_is_not():
     optimizer = make_optimizer()
     state, frozen = make_state(optimizer), base()
     step = jax.jit(
-        train_step.make_train_step(Method(), optimizer, velocity), donate_argnums=0
+        train_step.make_train_step(Method(), optimizer, train_step.dopsd(Method(), velocity)),
+        donate_argnums=0,
     )
     new, _ = step(state, frozen, make_batch(0))
     assert all(x.is_deleted() for x in jax.tree.leaves((state.student, state.teacher)))

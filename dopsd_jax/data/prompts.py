@@ -48,6 +48,7 @@ def encode_prompts(
     *,
     enable_thinking: bool,
     truncate: bool = False,
+    allow_empty: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chat template (once), tokens, padding on the right.
 
@@ -59,6 +60,7 @@ def encode_prompts(
             adds an empty block of thoughts.
         truncate: Cut longer prompts to L tokens, template end included, as the published
             pipelines do.
+        allow_empty: Take empty prompts too: what guidance leads away from.
 
     Returns:
         ids int32 [B, L], mask bool [B, L], True = real token.
@@ -68,7 +70,8 @@ def encode_prompts(
     """
     # Differs from reference: the caller's list stays as it is. The published Z-Image code writes
     # the templated text back and so templates the teacher's prompt twice.
-    _check_prompts(prompts)
+    if not allow_empty:
+        _check_prompts(prompts)
     texts = [_render(tokenizer, prompt, enable_thinking=enable_thinking) for prompt in prompts]
     return _encode(tokenizer, texts, length, truncate)
 

@@ -113,4 +113,6 @@ def scan_layers(layer: type[nn.Module], length: int, remat: str, num_broadcast: 
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * num_broadcast,
         length=length,
+        # Small networks: a loop would copy each layer's weights and activations out of the stack.
+        unroll=length if REMAT_POLICIES[remat] is None else 1,
     )

@@ -12,11 +12,12 @@ Source: diffusers 0.42.1 and transformers 5.23 (configs, names and shapes).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,30 +141,61 @@ PREPROCESSOR = {
 }
 
 
-def language_config(ids: dict[str, int], dtype: str) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The numbers of a pipeline and its VLM; everything else is as published.
+
+    Attributes:
+        transformer, vae: Their config.json.
+        language: What the text encoder and the VLM's language model share.
+        vision: vision_config of the VLM.
+        mrope_section: Of the VLM; sums to half the head's dim.
+        vlm_rope_theta: RoPE base of the VLM's language model; the text encoder's is 1e6.
+        preprocessor: preprocessor_config.json of the VLM.
+        merges: Byte-pair merges of the tokenizer.
+    """
+
+    transformer: dict
+    vae: dict
+    language: dict
+    vision: dict
+    mrope_section: tuple[int, ...]
+    vlm_rope_theta: float
+    preprocessor: dict
+    merges: tuple[tuple[str, str], ...]
+
+
+TINY = Sizes(
+    TRANSFORMER, VAE, LANGUAGE, VISION, mrope_section=(4, 2, 2), vlm_rope_theta=5000000,
+    preprocessor=PREPROCESSOR, merges=MERGES,
+)
+
+
+def language_config(sizes: Sizes, ids: dict[str, int], dtype: str) -> dict:
     """text_encoder/config.json, in the spelling of the published file (transformers 4)."""
     return {
-        **LANGUAGE,
+        **sizes.language,
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": dtype,
         "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-        "max_position_embeddings": 40960, "max_window_layers": LANGUAGE["num_hidden_layers"],
+        "max_position_embeddings": 40960, "max_window_layers": sizes.language["num_hidden_layers"],
         "rope_scaling": None, "rope_theta": 1000000,
         "sliding_window": None, "use_sliding_window": False, "transformers_version": "4.51.0",
     }
 
 
-def vlm_config(ids: dict[str, int], dtype: str) -> dict:
-    """config.json of the VLM; its language model has another RoPE base than the text encoder."""
-    rope = {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"}
+def vlm_config(sizes: Sizes, ids: dict[str, int], dtype: str) -> dict:
+    """config.json of the VLM; its language model has a RoPE base of its own."""
+    section = list(sizes.mrope_section)
+    rope = {"mrope_interleaved": True, "mrope_section": section, "rope_type": "default"}
     text = {
-        **LANGUAGE,
+        **sizes.language,
         "model_type": "qwen3_vl_text", "dtype": dtype,
         "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
-        "max_position_embeddings": 262144, "rope_scaling": rope, "rope_theta": 5000000,
+        "max_position_embeddings": 262144, "rope_scaling": rope, "rope_theta": sizes.vlm_rope_theta,
     }
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl",
-        "text_config": text, "vision_config": VISION,
+        "text_config": text, "vision_config": sizes.vision,
         "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
         "vision_start_token_id": ids["<|vision_start|>"],
         "vision_end_token_id": ids["<|vision_end|>"],
@@ -330,11 +362,11 @@ def draw(shapes: Shapes, dtype: np.dtype, *stream: int) -> dict[str, np.ndarray]
     return tensors
 
 
-def tokenizer() -> Tokenizer:
-    """Byte-level BPE like Qwen2's: 256 bytes, a few merges, then the special tokens."""
+def tokenizer(merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    """Byte-level BPE like Qwen2's: 256 bytes, some merges, then the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*alphabet, *(a + b for a, b in MERGES)]
-    result = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=list(MERGES)))
+    pieces = [*alphabet, *(a + b for a, b in merges)]
+    result = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=list(merges)))
     result.normalizer = normalizers.NFC()
     result.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
@@ -378,10 +410,10 @@ def _write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(directory: Path, **config) -> dict[str, int]:
+def _write_tokenizer(directory: Path, merges, **config) -> dict[str, int]:
     """Writes tokenizer.json, vocab.json, merges.txt and the config; returns the special ids."""
     directory.mkdir(parents=True, exist_ok=True)
-    made = tokenizer()
+    made = tokenizer(merges)
     made.save(str(directory / "tokenizer.json"))
     made.model.save(str(directory))
     ids = {t: made.token_to_id(t) for t in (*SPECIAL_TOKENS, *THINK_TOKENS)}
@@ -426,37 +458,37 @@ def _numpy_dtype(dtype: str) -> np.dtype:
     return np.dtype(dtype)
 
 
-def _write_pipeline(out: Path, seed: int, dtype: str, prefix: str) -> None:
+def _write_pipeline(out: Path, sizes: Sizes, seed: int, dtype: str, prefix: str) -> None:
     kind = _numpy_dtype(dtype)
     _write_json(out / "model_index.json", MODEL_INDEX)
     _write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
-    ids = _write_tokenizer(out / "tokenizer", chat_template=TEXT_TEMPLATE)
-    config = language_config(ids, dtype)
+    ids = _write_tokenizer(out / "tokenizer", sizes.merges, chat_template=TEXT_TEMPLATE)
+    config = language_config(sizes, ids, dtype)
     _write_json(out / "text_encoder" / "config.json", config)
-    _write_json(out / "transformer" / "config.json", TRANSFORMER)
-    _write_json(out / "vae" / "config.json", VAE)
+    _write_json(out / "transformer" / "config.json", sizes.transformer)
+    _write_json(out / "vae" / "config.json", sizes.vae)
     stem = "diffusion_pytorch_model"
-    transformer = draw(transformer_shapes(TRANSFORMER), kind, seed, 0)
+    transformer = draw(transformer_shapes(sizes.transformer), kind, seed, 0)
     _write_tensors(out / "transformer", stem, transformer, sharded=True)
-    _write_tensors(out / "vae", stem, draw(vae_shapes(VAE), kind, seed, 1))
+    _write_tensors(out / "vae", stem, draw(vae_shapes(sizes.vae), kind, seed, 1))
     language = draw(language_shapes(config, prefix), kind, seed, 2)
     _write_tensors(out / "text_encoder", "model", language)
 
 
-def _write_vlm(out: Path, seed: int, dtype: str) -> None:
+def _write_vlm(out: Path, sizes: Sizes, seed: int, dtype: str) -> None:
     kind = _numpy_dtype(dtype)
-    ids = _write_tokenizer(out, processor_class="Qwen3VLProcessor")
-    config = vlm_config(ids, dtype)
+    ids = _write_tokenizer(out, sizes.merges, processor_class="Qwen3VLProcessor")
+    config = vlm_config(sizes, ids, dtype)
     _write_json(out / "config.json", config)
-    _write_json(out / "preprocessor_config.json", PREPROCESSOR)
-    video = PREPROCESSOR | {"video_processor_type": "Qwen3VLVideoProcessor"}
+    _write_json(out / "preprocessor_config.json", sizes.preprocessor)
+    video = sizes.preprocessor | {"video_processor_type": "Qwen3VLVideoProcessor"}
     del video["image_processor_type"]
     _write_json(out / "video_preprocessor_config.json", video)
     (out / "chat_template.jinja").write_text(VL_TEMPLATE, encoding="utf-8")
     language = draw(
         language_shapes(config["text_config"], "model.language_model."), kind, seed, 3
     )
-    vision = draw(vision_shapes(VISION, "model.visual."), kind, seed, 4)
+    vision = draw(vision_shapes(sizes.vision, "model.visual."), kind, seed, 4)
     _write_tensors(out, "model", language | vision)
 
 
@@ -466,6 +498,8 @@ def write_random_pipeline(
     seed: int = 0,
     dtype: str = "float32",
     text_encoder_prefix: str = "model.",
+    sizes: Sizes = TINY,
+    names: tuple[str, str] = (PIPELINE, VLM),
 ) -> tuple[Path, Path]:
     """Writes `out`/z_image_tiny and `out`/qwen3_vl_tiny; the same seed gives the same bytes.
 
@@ -478,6 +512,8 @@ def write_random_pipeline(
         text_encoder_prefix: Before every tensor name of the text encoder. The published files were
             saved from a Qwen3ForCausalLM and carry "model."; a pipeline saved again by diffusers
             has "".
+        sizes: Numbers of the networks, and the tokenizer's merges.
+        names: Of the two directories.
 
     Returns:
         The pipeline directory and the VLM directory.
@@ -488,7 +524,7 @@ def write_random_pipeline(
     """
     out = Path(out)
     _numpy_dtype(dtype)
-    targets = (out / PIPELINE, out / VLM)
+    targets = tuple(out / name for name in names)
     present = [str(t) for t in targets if t.exists()]
     if present:
         raise FileExistsError(f"{', '.join(present)}: exists already; remove it or choose another")
@@ -496,8 +532,8 @@ def write_random_pipeline(
     # Renamed when complete: an interrupted run leaves no half-written model under the final name.
     partial = Path(tempfile.mkdtemp(prefix=".random_pipeline-", dir=out))
     try:
-        _write_pipeline(partial / PIPELINE, seed, dtype, text_encoder_prefix)
-        _write_vlm(partial / VLM, seed, dtype)
+        _write_pipeline(partial / names[0], sizes, seed, dtype, text_encoder_prefix)
+        _write_vlm(partial / names[1], sizes, seed, dtype)
         for target in targets:
             (partial / target.name).rename(target)
     finally:

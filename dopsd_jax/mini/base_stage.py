@@ -1,0 +1,229 @@
+"""Stage 2 of the mini model: transformer and encoders together, by flow matching.
+
+Two thirds of the rows see their caption, one third a picture and the caption: the picture is the
+target itself or another one of the same words, often in colours that no style has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dopsd_jax import flow, loop, previews, sample
+from dopsd_jax.core import trees
+from dopsd_jax.core.log import log
+from dopsd_jax.guidance import GuidedContext, guided
+from dopsd_jax.mini import data as data_lib
+from dopsd_jax.mini import encoding
+from dopsd_jax.mini.model import fresh, save_models
+from dopsd_jax.rollout import trajectory
+from dopsd_jax.train_step import Method, init_state, make_optimizer, make_train_step
+from dopsd_jax.weights.pipeline import (
+    Pipeline,
+    VisionLanguage,
+    load_pipeline,
+    load_vision_language,
+    text_shapes,
+    transformer_shapes,
+    vision_shapes,
+)
+
+PARTS = ("transformer", "text_encoder", "vision")
+
+
+@flax.struct.dataclass
+class Rows:
+    """Rows of one kind of context.
+
+    Attributes:
+        latents, noise: float32 [B, h, w, C].
+        sigma: float32 [B].
+        ids, mask: [B, L].
+        patches: float32 [B, n, d] of the reference picture, or None.
+    """
+
+    latents: jax.Array
+    noise: jax.Array
+    sigma: jax.Array
+    ids: jax.Array
+    mask: jax.Array
+    patches: jax.Array | None = None
+
+
+def flow_matching_loss(velocity, variables, x0, noise, sigma, ctx) -> jax.Array:
+    """Mean squared error of the velocity at (1 - sigma) x0 + sigma noise, float32 [B]."""
+    s = sigma[:, None, None, None]
+    v = velocity(variables, (1 - s) * x0 + s * noise, sigma, ctx)
+    return jnp.mean(jnp.square(v - (noise - x0)), (1, 2, 3))
+
+
+def context(pipe: Pipeline, vl: VisionLanguage, params: trees.Tree, rows: Rows):
+    """What the rows' captions, or captions and pictures, say."""
+    if rows.patches is None:
+        return encoding.text_features(pipe, params["text_encoder"], rows.ids, rows.mask)
+    return encoding.pair_features(
+        pipe, vl, params["text_encoder"], params["vision"], rows.ids, rows.mask, rows.patches
+    )
+
+
+def base_objective(pipe: Pipeline, vl: VisionLanguage):
+    """Flow matching over rows of both kinds. Metrics: `loss`, `loss_text`, `loss_pair`."""
+    def loss(params, batch: tuple[Rows, Rows]):
+        losses = [
+            flow_matching_loss(
+                pipe.denoiser.velocity, {"params": params["transformer"]}, rows.latents,
+                rows.noise, rows.sigma, context(pipe, vl, params, rows),
+            ) for rows in batch
+        ]
+        metrics = {"loss_text": jnp.mean(losses[0]), "loss_pair": jnp.mean(losses[1])}
+        return jnp.mean(jnp.concatenate(losses)), metrics
+
+    def objective(student, teacher, base, batch):
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(student, batch)
+        return grads, {"loss": value} | metrics
+
+    return objective
+
+
+def draw_sigma(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Noise levels to train on: logit-normal around 0.65, one in ten uniform; float32 [count]."""
+    sigma = 1 / (1 + np.exp(-(0.6 + 1.2 * rng.standard_normal(count))))
+    sigma = np.where(rng.uniform(size=count) < 0.1, rng.uniform(size=count), sigma)
+    return np.clip(sigma, 1e-3, 1.0).astype(np.float32)
+
+
+class World:
+    """The training rows of the world, tokenised and encoded once."""
+
+    def __init__(self, config: ConfigDict, pipe: Pipeline, vl: VisionLanguage):
+        self._config, self._vl = config, vl
+        self.scenes = data_lib.read_part(config.data, "scenes")
+        self.pairs = data_lib.read_part(config.data, "pairs")
+        self.scene_latents = encoding.latents(pipe, config.data, "scenes", self.scenes)
+        self.pair_latents = encoding.latents(pipe, config.data, "pairs", self.pairs)
+        self.scene_ids = encoding.caption_ids(pipe.tokenizer, self.scenes.captions)
+        self.pair_ids = encoding.pair_ids(vl.tokenizer, self.pairs.captions)
+        self.empty_ids = encoding.caption_ids(pipe.tokenizer, [""])
+
+    def rows(self, rng: np.random.Generator, count: int, *, drop: float = 0.0) -> Rows:
+        """Rows that see captions, a share `drop` of them the empty one."""
+        index = rng.integers(len(self.scenes), size=count)
+        ids, mask = (a[index] for a in self.scene_ids)
+        dropped = rng.uniform(size=count) < drop
+        ids[dropped], mask[dropped] = self.empty_ids[0][0], self.empty_ids[1][0]
+        return self._rows(rng, self.scene_latents[index], ids, mask)
+
+    def pair_rows(self, rng: np.random.Generator, count: int) -> Rows:
+        """Rows that see a picture and a caption."""
+        index = rng.integers(len(self.pairs), size=count)
+        ids, mask = (a[index] for a in self.pair_ids)
+        patches = encoding.patches(self._vl, self.pairs.references[index])
+        return self._rows(rng, self.pair_latents[index], ids, mask, patches)
+
+    def _rows(self, rng, latents, ids, mask, patches=None) -> Rows:
+        latents = latents.astype(np.float32)
+        noise = rng.standard_normal(latents.shape, np.float32)
+        return Rows(latents, noise, draw_sigma(rng, len(latents)), ids, mask, patches)
+
+
+def load(config: ConfigDict) -> tuple[Pipeline, VisionLanguage]:
+    pipe = load_pipeline(config.model, dtype="float32", remat="none")
+    return pipe, load_vision_language(config.vlm, pipe, dtype="float32")
+
+
+class Gallery:
+    """Pictures of a stage: prompts as drawn with the given steps, and the teacher's view."""
+
+    COUNT = 10
+
+    def __init__(self, config: ConfigDict, workdir: Path, pipe: Pipeline, vl: VisionLanguage):
+        test = data_lib.read_part(config.data, "judge_test")
+        newest = sorted(set(test.styles.tolist()))[-2:]
+        trained = np.flatnonzero(test.styles < newest[0])[: self.COUNT]
+        held_out = np.flatnonzero(test.styles >= newest[0])[: self.COUNT]
+        chosen = np.concatenate([trained, held_out])
+        captions = [test.captions[i] for i in chosen]
+        self._real = test.pixels[chosen]
+        self._rows = encoding.caption_ids(pipe.tokenizer, captions[: self.COUNT])
+        self._pairs = encoding.pair_ids(vl.tokenizer, captions[self.COUNT :])
+        self._patches = encoding.patches(vl, self._real[self.COUNT :])
+        self._empty = encoding.caption_ids(pipe.tokenizer, [""])
+        self._pipe, self._vl, self._workdir = pipe, vl, workdir
+        shape = pipe.denoiser.latent_shape(*self._real.shape[1:3])
+        self._noise = sample.draw_noise(range(self.COUNT), shape)
+        self._walk = jax.jit(self._draw)
+
+    def _draw(self, params, sigmas, scale):
+        v = guided(self._pipe.denoiser.velocity)
+        text = params["text_encoder"]
+        empty = encoding.text_features(self._pipe, text, *self._empty)
+        empty = jax.tree.map(lambda x: jnp.repeat(x, self.COUNT, 0), empty)
+        contexts = (
+            encoding.text_features(self._pipe, text, *self._rows),
+            encoding.pair_features(
+                self._pipe, self._vl, text, params["vision"], *self._pairs, self._patches
+            ),
+        )
+        return [
+            trajectory({"params": params["transformer"]}, self._noise,
+                       GuidedContext(ctx, empty, scale), sigmas, velocity=v)[0]
+            for ctx in contexts
+        ]
+
+    def save(self, step: int, params, metrics, settings) -> None:
+        """One row of pictures per (steps, guidance scale), below the real ones."""
+        rows = [("real", np.concatenate([self._real]))]
+        for steps, scale in settings:
+            sigmas = jnp.asarray(flow.sigmas_shifted(steps, self._pipe.shift))
+            x = jnp.concatenate(self._walk(params, sigmas, jnp.float32(scale)))
+            rows.append((f"{steps} steps x{scale:g}", sample.decode(self._pipe, x)))
+        grid = previews.grid(rows)
+        previews.save(self._workdir / "samples" / f"step_{step:06d}.png", grid)
+        metrics.image(step, "gallery", grid)
+
+
+def prepare(config: ConfigDict, workdir: Path):
+    """The task, and what to do with its last state: write the pipeline with the new weights."""
+    pipe, vl = load(config)
+    world = World(config, pipe, vl)
+    shapes = {"transformer": transformer_shapes(pipe.denoiser.network),
+              "text_encoder": text_shapes(pipe.text_encoder), "vision": vision_shapes(vl.vision)}
+    if config.init == "fresh":
+        params = fresh(shapes, jax.random.key(config.seed))
+    else:
+        params = {"transformer": pipe.params, "text_encoder": pipe.text_params,
+                  "vision": vl.params}
+    optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
+    state = init_state(
+        jax.tree.map(jnp.asarray, params), optimizer,
+        jax.random.key_data(jax.random.key(config.seed + 1)),
+    )
+    log.info("%s parameters", f"{trees.count(state.student):,}")
+    method = Method(trainable="full", teacher="ema", ema_decay=config.ema_decay)
+    step_fn = jax.jit(
+        make_train_step(method, optimizer, base_objective(pipe, vl)), donate_argnums=0
+    )
+    pair_rows = config.batch_size // 3
+
+    def make_batch(step: int, rng) -> tuple[Rows, Rows]:
+        draw = np.random.default_rng([config.seed, step])
+        rows = world.rows(draw, config.batch_size - pair_rows, drop=config.caption_dropout)
+        return jax.tree.map(jnp.asarray, (rows, world.pair_rows(draw, pair_rows)))
+
+    gallery = Gallery(config, workdir, pipe, vl)
+
+    def preview(step: int, state, metrics) -> None:
+        gallery.save(step, state.teacher, metrics, ((2, 1.0), (24, 1.0), (24, 2.5)))
+
+    def finish(state) -> None:
+        save_models(config.model, config.vlm, workdir, jax.tree.map(np.asarray, state.teacher))
+
+    return loop.Task(
+        state, lambda state, batch: step_fn(state, None, batch), make_batch, preview,
+        epochs=lambda step: step * config.batch_size / len(world.scenes),
+    ), finish

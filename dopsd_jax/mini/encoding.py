@@ -1,0 +1,86 @@
+"""Captions, reference pictures and pictures of the mini world, as the networks read them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dopsd_jax.core import trees
+from dopsd_jax.core.log import log
+from dopsd_jax.data import prompts
+from dopsd_jax.mini.data import Part, to_float
+from dopsd_jax.models.denoiser import Context
+from dopsd_jax.models.qwen3_vl import multimodal_features
+from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage, fingerprint
+
+TEXT_TOKENS = 32     # padded captions; with the template the longest has 26
+PAIR_TOKENS = 64     # padded captions with 16 tokens of a picture before them
+IMAGE_TOKENS = 16
+
+
+def caption_ids(tokenizer, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """ids int32 [N, 32], mask bool [N, 32]; an empty caption is the template alone."""
+    return prompts.encode_prompts(
+        tokenizer, captions, TEXT_TOKENS, enable_thinking=True, allow_empty=True
+    )
+
+
+def pair_ids(tokenizer, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """ids int32 [N, 64], mask bool [N, 64], of captions with a picture before them."""
+    return prompts.encode_image_prompts(tokenizer, captions, IMAGE_TOKENS, PAIR_TOKENS)
+
+
+def patches(vl: VisionLanguage, pixels: np.ndarray) -> np.ndarray:
+    """uint8 [B, 64, 64, 3] -> the vision tower's patches, float32 [B, 64, 384]."""
+    v, (_, H, W, _) = vl.config.vision, pixels.shape
+    area = dict(min_pixels=H * W, max_pixels=H * W)
+    return np.stack([
+        prompts.image_patches(
+            image, v.patch_size, v.spatial_merge_size, v.temporal_patch_size, **area
+        )[0] for image in to_float(pixels)
+    ])
+
+
+def text_features(pipe: Pipeline, params: trees.Tree, ids, mask) -> Context:
+    """Context of captions, differentiable in the text encoder's parameters."""
+    features = pipe.text_encoder.apply({"params": params}, ids, mask)
+    return Context(jnp.where(mask[..., None], features, 0), mask)
+
+
+def pair_features(
+    pipe: Pipeline, vl: VisionLanguage, text: trees.Tree, vision: trees.Tree, ids, mask, patches
+) -> Context:
+    """Context of captions with pictures, differentiable in both encoders' parameters."""
+    side = int(patches.shape[1] ** 0.5)
+    features = multimodal_features(
+        pipe.text_encoder, {"params": text}, vl.vision, {"params": vision}, ids=ids, mask=mask,
+        patches=patches, grid=(side, side), image_token_id=vl.config.image_token_id,
+        mrope_section=vl.config.mrope_section, rope_theta=vl.config.rope_theta,
+        tap=pipe.text_encoder.depth,
+    )
+    return Context(jnp.where(mask[..., None], features, 0), mask)
+
+
+def latents(pipe: Pipeline, world: str | Path, kind: str, part: Part) -> np.ndarray:
+    """Normalised latents of every picture of a part, float16 [N, 8, 8, C]; kept beside them."""
+    file = Path(world) / kind / f"latents_{fingerprint(pipe.directory / 'vae')}.npy"
+    if file.is_file():
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    encode = jax.jit(
+        lambda p, x: pipe.vae.apply({"params": p}, x, method="encode_mode").astype(jnp.float16)
+    )
+    result, batch = [], 125
+    for i in range(0, len(part), batch):
+        images = to_float(part.pixels[i : i + batch])
+        result.append(np.asarray(encode(pipe.vae_params, images)))
+        if i // batch % 80 == 79:
+            log.info("%s: latents of %d of %d pictures", kind, i + batch, len(part))
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")
+    np.save(temporary, np.concatenate(result))
+    os.replace(temporary, file)
+    return np.load(file, mmap_mode="r", allow_pickle=False)

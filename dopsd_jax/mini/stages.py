@@ -1,0 +1,39 @@
+"""The mini model's training stages, on the project's own loop and train step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dopsd_jax import loop
+from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.mini import base_stage, vae_stage
+from dopsd_jax.mini import data as data_lib
+from dopsd_jax.weights.pipeline import fingerprint
+
+PREPARE = {"vae": vae_stage.prepare, "flow_matching": base_stage.prepare}
+
+
+def train(config: ConfigDict, workdir: str | Path):
+    """Runs one stage, resuming by itself; leaves its models in `workdir`.
+
+    Returns:
+        The last state.
+
+    Raises:
+        ValueError: Bad config, data, weights, or a workdir of another run.
+        TrainingError: The loss or gradient is not finite.
+    """
+    workdir = Path(workdir)
+    if config.objective not in PREPARE:
+        raise ValueError(
+            f"objective: expected dopsd or one of {sorted(PREPARE)}, got {config.objective!r}"
+        )
+    identity = {"model": fingerprint(config.model), "vlm": fingerprint(config.vlm),
+                "data": data_lib.fingerprint(config.data)}
+    workdir_lib.claim(workdir, config.to_dict(), identity)
+    task, finish = PREPARE[config.objective](config, workdir)
+    state = loop.run(config, workdir, task)
+    finish(state)
+    return state
