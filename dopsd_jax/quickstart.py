@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
+from dopsd_jax.core import cli
 from dopsd_jax.weights.random_pipeline import write_random_pipeline
 
 FLAGS = flags.FLAGS
@@ -53,10 +53,9 @@ def run(*command: str) -> None:
         raise SystemExit(f"error: {command[0]} ended with status {done.returncode}")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def main() -> None:
     out = Path(FLAGS.out)
+    cli.check_directory(out)
     models, workdir = out / "models", out / "run"
     pipeline, vlm = models / "z_image_tiny", models / "qwen3_vl_tiny"
     if not (pipeline.is_dir() and vlm.is_dir()):
@@ -80,4 +79,4 @@ Done. The weights of this tiny pipeline are random, so its pictures are noise; u
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/quickstart", "Where everything goes.")
-    app.run(main)
+    cli.run_command(main)

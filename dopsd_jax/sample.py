@@ -15,20 +15,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
 from dopsd_jax import flow, rollout
 from dopsd_jax import lora as lora_lib
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.contexts import text_context
-from dopsd_jax.core.checks import check_shapes
-from dopsd_jax.core.log import show
+from dopsd_jax.core import cli
+from dopsd_jax.core.checks import check_shapes, noted
 from dopsd_jax.data.images import to_uint8
+from dopsd_jax.data.prompts import prompt_problems
 from dopsd_jax.models.denoiser import ZImageDenoiser
 from dopsd_jax.models.vae import Vae
 from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.pipeline import Pipeline, load_pipeline, transformer_shapes
+from dopsd_jax.weights.pipeline import DTYPES, Pipeline, load_pipeline, transformer_shapes
 
 TEXT_TOKENS = 512  # as the torch pipelines pad
 
@@ -68,6 +69,26 @@ def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Any, float]:
     return tree, spec.scale
 
 
+def check_request(
+    pipe: Pipeline, prompts: Sequence[str], *, num_steps: int, height: int, width: int
+) -> None:
+    """Refuses what `generate` cannot draw; needs no weights (`load_pipeline(.., parts=())`).
+
+    Raises:
+        ValueError: Everything that is wrong, together.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r}")
+    problems = prompt_problems(pipe.tokenizer, prompts, TEXT_TOKENS, enable_thinking=True)
+    with noted(problems):
+        h, w, _ = pipe.denoiser.latent_shape(height, width)
+        pipe.denoiser.network.check_sizes(h, w, TEXT_TOKENS)
+    with noted(problems):
+        flow.sigmas_shifted(num_steps, pipe.shift)
+    if problems:
+        raise ValueError("\n  ".join(problems))
+
+
 def generate(
     pipe: Pipeline,
     prompts: Sequence[str],
@@ -99,8 +120,7 @@ def generate(
     Raises:
         ValueError: Empty prompts, sizes or noise that do not fit, a LoRA of another model.
     """
-    if isinstance(prompts, str) or not len(prompts):
-        raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r}")
+    check_request(pipe, prompts, num_steps=num_steps, height=height, width=width)
     shape = pipe.denoiser.latent_shape(height, width)
     if noise is None:
         noise = draw_noise([seed + i for i in range(len(prompts))], shape)
@@ -126,28 +146,26 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Pipeline directory.", required=True)
     flags.DEFINE_string("lora", None, "Workdir of a run, LoRA file, or PEFT directory.")
     flags.DEFINE_multi_string("prompt", None, "Prompt; may be given several times.", required=True)
-    flags.DEFINE_integer("num_steps", 8, "Number of denoiser calls.", lower_bound=1)
+    flags.DEFINE_integer("num_steps", 8, "Number of denoiser calls.")
     flags.DEFINE_integer("height", 1024, "Pixels, a multiple of 16.")
     flags.DEFINE_integer("width", 1024, "Pixels, a multiple of 16.")
-    flags.DEFINE_integer("seed", 0, "Picture i starts from seed + i.")
-    flags.DEFINE_string("dtype", "bfloat16", "Dtype of transformer and text encoder.")
+    flags.DEFINE_integer("seed", 0, "Picture i starts from seed + i.",
+                         lower_bound=0, upper_bound=2**31)
+    flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Dtype of transformer and text encoder.")
     flags.DEFINE_string("out", "samples", "Directory for the pictures.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; is a prompt not quoted?")
-    show()
-    workdir_lib.enable_compilation_cache()
-    try:
-        pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype)
-        pixels = generate(
-            pipe, FLAGS.prompt, num_steps=FLAGS.num_steps, height=FLAGS.height, width=FLAGS.width,
-            seed=FLAGS.seed, lora=FLAGS.lora,
-        )
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from e
+def main() -> None:
     out = Path(FLAGS.out)
+    cli.check_directory(out)
+    workdir_lib.enable_compilation_cache()
+    # Whatever can be wrong is found before gigabytes of weights are read.
+    size = dict(num_steps=FLAGS.num_steps, height=FLAGS.height, width=FLAGS.width)
+    pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype, parts=())
+    check_request(pipe, FLAGS.prompt, **size)
+    lora = None if FLAGS.lora is None else read_lora(FLAGS.lora, pipe)
+    pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype)
+    pixels = generate(pipe, FLAGS.prompt, **size, seed=FLAGS.seed, lora=lora)
     out.mkdir(parents=True, exist_ok=True)
     for i, (prompt, image) in enumerate(zip(FLAGS.prompt, pixels, strict=True)):
         words = re.sub(r"\W+", "-", prompt).strip("-")[:60]
@@ -161,4 +179,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    cli.run_command(main)

@@ -12,19 +12,19 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dopsd_jax import contexts, flow, loop, lora, previews, sample
 from dopsd_jax import workdir as workdir_lib
-from dopsd_jax.core import sharding, trees
-from dopsd_jax.core.log import log, show
+from dopsd_jax.config_check import check_config
+from dopsd_jax.core import cli, sharding, trees
+from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import Metrics
 from dopsd_jax.data.batches import BatchPlan, BatchRows
 from dopsd_jax.data.buckets import (
@@ -59,47 +59,8 @@ from dopsd_jax.weights.pipeline import (
 FLAGS = flags.FLAGS
 
 
-# Act 1: the config, checked before anything else.
-
-
-def check_config(config: ConfigDict) -> Method:
-    """The method of a config.
-
-    Raises:
-        ValueError: Every missing or impossible value, together.
-    """
-    problems = []
-    for key in ("model", "vlm", "data"):
-        if not config[key]:
-            problems.append(f"{key}: expected a path, got nothing (--config.{key}=..)")
-    positive = ("num_train_steps", "batch_size", "accumulation", "num_steps", "text_tokens",
-                "teacher_tokens", "log_every", "checkpoint_every", "sample_steps", "resolution")
-    problems += [f"{k}: expected at least 1, got {config[k]}" for k in positive if config[k] < 1]
-    if config.recipe not in contexts.RECIPES:
-        problems.append(f"recipe: expected one of {contexts.RECIPES}, got {config.recipe!r}")
-    for key in ("text_tokens", "teacher_tokens"):
-        if config[key] % 32:
-            problems.append(f"{key}: expected a multiple of 32, got {config[key]}")
-    if config.accumulation >= 1 and config.batch_size % config.accumulation:
-        problems.append(
-            f"batch_size: expected a multiple of accumulation = {config.accumulation}, got "
-            f"{config.batch_size}"
-        )
-    try:
-        flow.make_sigmas(config.schedule, config.num_steps, config.shift or 1.0)
-        method = Method(
-            trainable=config.trainable, lora_scale=config.lora.alpha / max(config.lora.rank, 1),
-            teacher=config.teacher, ema_decay=config.ema_decay, loss=config.loss,
-            accumulation=config.accumulation,
-        )
-    except ValueError as e:
-        problems.append(str(e))
-    if problems:
-        raise ValueError("config:\n  " + "\n  ".join(problems))
-    return method
-
-
-# Act 2: the rows, all read and validated before a device is touched.
+# Act 1, the config checked before anything else, is config_check.py.
+# Act 2: the rows, all read and validated before anything is put on a device.
 
 
 @dataclasses.dataclass
@@ -353,17 +314,12 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run; made or continued.", required=True)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    show()
-    workdir_lib.enable_compilation_cache()
+def main() -> None:
     if FLAGS.config is None:
-        raise app.UsageError("--config is needed, such as --config configs/z_image_turbo_lora.py")
-    try:
-        state = train(FLAGS.config, FLAGS.workdir)
-    except (ValueError, loop.TrainingError) as e:
-        raise SystemExit(f"error: {e}") from e
+        raise ValueError("--config is needed, such as --config configs/z_image_turbo_lora.py")
+    cli.check_directory(FLAGS.workdir)
+    workdir_lib.enable_compilation_cache()
+    state = train(FLAGS.config, FLAGS.workdir)
     workdir = Path(FLAGS.workdir)
     if state is not None:
         print(f"step {int(state.step)} of {FLAGS.config.num_train_steps}")
@@ -377,4 +333,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    cli.run_command(main, errors=(loop.TrainingError,))

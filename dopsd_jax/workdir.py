@@ -17,10 +17,13 @@ from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.weights.lora_files import LoraSpec
 
-# A run may be continued with other values of these: they do not change what a step computes.
+# A run may be continued with other values of these: they do not change what a step computes. The
+# name of a group stands for all keys in it.
 FREE_KEYS = (
     "num_train_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints",
     "sample_steps", "sample_rows", "sample_prompts",
+    # The VAE only draws previews; sums over other meshes differ by rounding alone.
+    "vae_dtype", "mesh",
     # Paths may move; what they hold is compared by fingerprint.
     "model", "vlm", "data", "data_root",
 )
@@ -39,8 +42,11 @@ def enable_compilation_cache() -> None:
 
 
 def is_workdir(path: str | Path) -> bool:
-    """Whether `path` is a run's directory."""
-    return (Path(path) / "config.json").is_file() and (Path(path) / "checkpoints").is_dir()
+    """Whether `path` is a run's directory, were it one that has no checkpoint yet."""
+    path = Path(path)
+    return (path / "config.json").is_file() and (
+        (path / "checkpoints").is_dir() or (path / "identity.json").is_file()
+    )
 
 
 def flat_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -89,6 +95,30 @@ def _has_checkpoint(workdir: Path) -> bool:
     return any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
 
 
+def is_free(key: str) -> bool:
+    """Whether a run may be continued with another value of a key such as "mesh.data"."""
+    parts = key.split(".")
+    return any(".".join(parts[:n]) in FREE_KEYS for n in range(1, len(parts) + 1))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of a run's directory.
+
+    Raises:
+        ValueError: Missing, or no JSON object.
+    """
+    advice = "restore it, or choose another --workdir"
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError as e:
+        raise ValueError(f"{file}: missing, but the run has other files here; {advice}") from e
+    except ValueError as e:
+        raise ValueError(f"{file}: not valid JSON ({e}); {advice}") from e
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {values!r:.40}; {advice}")
+    return values
+
+
 def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str]) -> None:
     """Writes config.json and identity.json, or checks them against a run that is already there.
 
@@ -101,20 +131,21 @@ def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str])
 
     Raises:
         ValueError: Another process trains there, or the directory holds a run of another
-            config, weights or data; every difference is listed.
+            config, weights or data, with every difference listed; or a run whose config.json or
+            identity.json is lost.
     """
     workdir = Path(workdir)
     lock(workdir)
     file = workdir / "config.json"
     # A start that failed before its first checkpoint has nothing to protect.
-    if file.is_file() and _has_checkpoint(workdir):
-        old, new = flat_config(json.loads(file.read_text())), flat_config(config)
+    if _has_checkpoint(workdir):
+        old, new = flat_config(_read_json(file)), flat_config(config)
         different = [
             f"{k}: the run has {old.get(k)!r}, now {new.get(k)!r}"
             for k in sorted(set(old) | set(new))
-            if old.get(k) != new.get(k) and k not in FREE_KEYS
+            if old.get(k) != new.get(k) and not is_free(k)
         ]
-        old = json.loads((workdir / "identity.json").read_text())
+        old = _read_json(workdir / "identity.json")
         different += [
             f"contents of {k}: the run has {old.get(k)}, now {identity.get(k)}"
             for k in sorted(set(old) | set(identity)) if old.get(k) != identity.get(k)
@@ -132,13 +163,16 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     """config.json of a run.
 
     Raises:
-        ValueError: Not a run's directory.
+        ValueError: Not a run's directory, or a config.json that is not one of a run.
     """
     if not is_workdir(workdir):
         raise ValueError(
             f"{workdir}: expected a run's directory with config.json and checkpoints/, found none"
         )
-    return json.loads((Path(workdir) / "config.json").read_text())
+    config = _read_json(Path(workdir) / "config.json")
+    if missing := sorted({"model", "trainable", "teacher", "lora"} - set(config)):
+        raise ValueError(f"{workdir}/config.json: expected the config of a run, found no {missing}")
+    return config
 
 
 def read_lora(
@@ -152,11 +186,19 @@ def read_lora(
         role: "student" or "teacher".
 
     Raises:
-        ValueError: Not a run's directory, no such checkpoint, or a run without LoRA.
+        ValueError: Not a run's directory, no such checkpoint, a run without LoRA, or the
+            teacher of a run that keeps none.
     """
     config = read_config(workdir)
     if config["trainable"] != "lora":
         raise ValueError(f"{workdir}: this run trains {config['trainable']!r}, it holds no LoRA")
+    if role == "teacher" and config["teacher"] == "live":
+        raise ValueError(
+            f"{workdir}: this run has teacher=live, its teacher is the student itself; take the "
+            "role student"
+        )
+    if not (Path(workdir) / "checkpoints").is_dir():
+        raise ValueError(f"no checkpoint yet in {workdir}/checkpoints")
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
     try:
         tree = checkpoints.restore_part((role,), step)[role]

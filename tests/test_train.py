@@ -265,7 +265,7 @@ def test_a_checkpoint_of_another_rank_is_refused(config, uninterrupted, tmp_path
      ({"small_buckets": "error"}, "batch_size"),
      ({"recipe": "edit"}, r"recipe: expected one of \('vlm',\), got 'edit'"),
      ({"num_steps": 0, "teacher": "old", "text_tokens": 100}, r"num_steps: expected at least 1"),
-     ({"text_tokens": 100}, "text_tokens: expected a multiple of 32, got 100"),
+     ({"text_tokens": 100}, "text_tokens: expected a multiple of 32, above 0, got 100"),
      ({"teacher": "old"}, "teacher: expected one of .*got 'old'"),
      ({"batch_size": 3, "accumulation": 2}, "expected a multiple of accumulation = 2, got 3"),
      ({"lora.targets": "no_such"}, "'no_such' matches no parameter"),
@@ -301,9 +301,9 @@ def test_unknown_config_key_is_refused(tiny, photos, tmp_path):
 def test_training_imports_neither_torch_nor_tensorflow(tiny, photos, tmp_path, uninterrupted):
     args = command(tiny, photos, tmp_path / "run", num_train_steps=1)[3:]
     script = (
-        "import sys; from absl import app; from dopsd_jax import train; train.define_flags()\n"
+        "import sys; from dopsd_jax import train; train.define_flags()\n"
         f"sys.argv = ['train', *{args!r}]\n"
-        "try: app.run(train.main)\n"
+        "try: train.cli.run_command(train.main)\n"
         "except SystemExit as e: assert not e.code, e\n"
         "bad = {'torch', 'tensorflow', 'diffusers', 'peft'} & set(sys.modules)\n"
         "assert not bad, bad\nprint('clean')"

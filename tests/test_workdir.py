@@ -64,3 +64,35 @@ def test_a_start_that_failed_before_its_first_checkpoint_claims_nothing(tmp_path
     (tmp_path / "checkpoints" / "10").mkdir()
     with pytest.raises(ValueError, match=r"seed: the run has 2, now 3(.|\n)*contents of data"):
         workdir_lib.claim(tmp_path, {"seed": 3}, {"data": "c"})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The directory of a run with one checkpoint."""
+    (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
+    for name in ("config.json", "identity.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    return tmp_path / "run"
+
+
+def test_a_run_may_continue_elsewhere_but_not_with_another_method(run):
+    old = {"seed": 1, "vae_dtype": "float32", "mesh": {"data": -1, "fsdp": 1}, "lora": {"rank": 2}}
+    (run / "config.json").write_text(json.dumps(old))
+    new = old | {"vae_dtype": "bfloat16", "mesh": {"data": 2, "fsdp": 4}}
+    workdir_lib.claim(run, new, {})
+    with pytest.raises(ValueError, match=r"values:\n  lora.rank: the run has 2, now 4$"):
+        workdir_lib.claim(run, new | {"lora": {"rank": 4}}, {})
+    assert workdir_lib.is_free("mesh.data") and workdir_lib.is_free("mesh")
+    assert not workdir_lib.is_free("meshes") and not workdir_lib.is_free("lora.mesh")
+
+
+@pytest.mark.parametrize("name", ["config.json", "identity.json"])
+def test_a_run_whose_records_are_lost_is_not_taken_over(run, name):
+    (run / name).unlink()
+    before = {p.name for p in run.iterdir()} | {".lock"}
+    with pytest.raises(ValueError, match=f"run/{name}: missing, but the run has other files here"):
+        workdir_lib.claim(run, {}, {})
+    assert {p.name for p in run.iterdir()} == before
+    (run / name).write_text("{")
+    with pytest.raises(ValueError, match=f"run/{name}: not valid JSON"):
+        workdir_lib.claim(run, {}, {})

@@ -71,11 +71,17 @@ class Checkpoints:
         return restored.state, restored.meta
 
     def restore_part(self, names: tuple[str, ...], step: int | None = None) -> dict[str, Tree]:
-        """Some top-level entries of a state as NumPy arrays, whatever devices wrote them."""
+        """Some top-level entries of a state as NumPy arrays, whatever devices wrote them.
+
+        Raises:
+            ValueError: No checkpoint, or one without such an entry.
+        """
         step = self._find(step)
         path = self._manager.directory / str(step) / "state"
         with ocp.PyTreeCheckpointer() as reader:
             tree = reader.metadata(path).item_metadata.tree
+            if missing := [n for n in names if n not in tree]:
+                raise ValueError(f"{path}: expected {missing} in it, found {sorted(tree)}")
             wanted = {n: tree[n] for n in names}
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             return reader.restore(
@@ -86,9 +92,13 @@ class Checkpoints:
 
     def _find(self, step: int | None) -> int:
         steps = self.all_steps()
-        if not steps or (step is not None and step not in steps):
-            wanted = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-            raise ValueError(f"{self._manager.directory}: expected {wanted}, found steps {steps}")
+        if not steps:
+            raise ValueError(f"no checkpoint yet in {self._manager.directory}")
+        if step is not None and step not in steps:
+            raise ValueError(
+                f"{self._manager.directory}: expected the checkpoint of step {step}, found steps "
+                f"{steps}"
+            )
         return steps[-1] if step is None else step
 
     def _check(self, step: int, abstract: Tree) -> None:

@@ -1,8 +1,19 @@
-"""Executed shape annotations: one line per public boundary, run at trace time."""
+"""Executed shape annotations, one line per public boundary; and problems told all together."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+
+
+@contextlib.contextmanager
+def noted(problems: list[str], name: str = "") -> Iterator[None]:
+    """Adds the message of a ValueError to `problems`, after "name: ", instead of raising it."""
+    try:
+        yield
+    except ValueError as e:
+        problems.append(f"{name}: {e}" if name else str(e))
 
 
 def check_shapes(where: str, **arrays: tuple[Any, str]) -> dict[str, int]:

@@ -76,6 +76,30 @@ def encode_prompts(
     return _encode(tokenizer, texts, length, truncate)
 
 
+def prompt_problems(
+    tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int, *,
+    enable_thinking: bool,
+) -> list[str]:
+    """What is wrong with prompts, one line each: the empty ones and those beyond `length` tokens.
+
+    See `encode_prompts` for the arguments.
+    """
+    problems = []
+    for i, prompt in enumerate(prompts):
+        if not prompt.strip():
+            problems.append(f"prompt {i} is empty")
+            continue
+        text = _render(tokenizer, prompt, enable_thinking=enable_thinking)
+        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if tokens > length:
+            begin = prompt if len(prompt) <= 40 else prompt[:40] + ".."
+            problems.append(
+                f"prompt {i} ({begin!r}): expected at most {length} tokens, template included, "
+                f"got {tokens}; shorten it"
+            )
+    return problems
+
+
 def encode_image_prompts(
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],

@@ -248,7 +248,7 @@ class ZImageTransformer(nn.Module):
             text=(text, f"B L {c.cap_feat_dim}"), text_mask=(text_mask, "B L"),
         )
         h, w, L = dims["h"], dims["w"], dims["L"]
-        self._check_sizes(h, w, L)
+        self.check_sizes(h, w, L)
         rows, cols = h // c.patch_size, w // c.patch_size
         num_image = rows * cols
         num_padded = round_up(num_image)
@@ -287,7 +287,8 @@ class ZImageTransformer(nn.Module):
         out = Dense(c.patch_size**2 * c.in_channels, dtype=self.dtype, name="final_linear")(out)
         return unpatchify(out, c.patch_size, h, w)
 
-    def _check_sizes(self, h: int, w: int, L: int) -> None:
+    def check_sizes(self, h: int, w: int, L: int) -> None:
+        """Raises ValueError unless the network takes latents [h, w] beside L text tokens."""
         c = self.config
         problems = []
         if h % c.patch_size or w % c.patch_size:

@@ -27,6 +27,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dopsd_jax.core import trees
+from dopsd_jax.weights.load import open_safetensors
 from dopsd_jax.weights.lora_reader import (
     OUR_METADATA,
     PEFT_CONFIG,
@@ -37,11 +38,11 @@ from dopsd_jax.weights.lora_reader import (
     read_lora,
     stack_of,
 )
-from dopsd_jax.weights.names import Rule, resolve, rule
+from dopsd_jax.weights.names import Rule, WeightsError, resolve, rule
 
 __all__ = [
-    "FORMATS", "Z_IMAGE_MODULES", "LoraFileError", "LoraSpec", "read_lora", "save_comfyui",
-    "save_diffusers", "save_peft",
+    "FORMATS", "Z_IMAGE_MODULES", "LoraFileError", "LoraSpec", "check_replaceable", "read_lora",
+    "save_comfyui", "save_diffusers", "save_peft",
 ]
 
 Z_IMAGE_BLOCK = {
@@ -77,16 +78,45 @@ Z_IMAGE_MODULES: list[Rule] = [
 ]
 
 
+def check_replaceable(path: str | Path, *, overwrite: bool = False) -> None:
+    """Refuses to replace a LoRA file or PEFT directory that was not written here.
+
+    Args:
+        path: Where a LoRA is about to be written.
+        overwrite: Replace a LoRA of another origin too.
+
+    Raises:
+        LoraFileError: There is one, and `overwrite` does not allow to replace it.
+    """
+    path = Path(path)
+    file = path / PEFT_WEIGHTS if path.is_dir() else path
+    config = path / PEFT_CONFIG
+    if overwrite or not (file.exists() or config.exists()):
+        return
+    try:
+        with open_safetensors(file) as handle:
+            ours = OUR_METADATA in (handle.metadata() or {})
+    except (WeightsError, OSError):
+        ours = False
+    if not ours:
+        raise LoraFileError(
+            f"{path}: exists and was not written by dopsd_jax; choose another name, or pass "
+            "--overwrite to replace it"
+        )
+
+
 def save_peft(
-    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule]
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule],
+    *, overwrite: bool = False,
 ) -> None:
     """Writes a directory for `PeftModel.from_pretrained`; alpha stands in its config.
 
     Args:
-        path: Directory, made if missing; an earlier adapter there is replaced.
+        path: Directory, made if missing; an earlier adapter of ours there is replaced.
         lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
         spec: Rank, alpha and base model.
         modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+        overwrite: Replace an adapter of another origin too; never anything else.
 
     Raises:
         LoraFileError: All that is wrong with the tree, or `path` holds something else.
@@ -103,6 +133,7 @@ def save_peft(
             f"{path}: expected a new or empty directory or an earlier PEFT adapter, found "
             f"{what}; choose another name"
         )
+    check_replaceable(path, overwrite=overwrite)
     config = {
         "base_model_name_or_path": spec.base_model or None,
         "bias": "none",
@@ -121,7 +152,9 @@ def save_peft(
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
     with _new_sibling(path) as temporary:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / PEFT_WEIGHTS, {"format": "pt"})
+        # PEFT itself reads no metadata; it is how `check_replaceable` knows its own.
+        ours = {"format": "pt", OUR_METADATA: json.dumps(asdict(spec))}
+        save_file(tensors, temporary / PEFT_WEIGHTS, ours)
         (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in (PEFT_WEIGHTS, PEFT_CONFIG):
             _finish(temporary / file)
@@ -139,7 +172,8 @@ def save_peft(
 
 
 def save_diffusers(
-    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule]
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule],
+    *, overwrite: bool = False,
 ) -> None:
     """Writes one file for diffusers' `pipe.load_lora_weights`, with alpha / rank inside lora_B.
 
@@ -151,20 +185,22 @@ def save_diffusers(
         lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
         spec: Rank, alpha and base model.
         modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+        overwrite: Replace a file of another origin too.
 
     Raises:
-        LoraFileError: All that is wrong with the tree or the name.
+        LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
     """
     tensors = {}
     for module, (a, b) in _torch_pairs(path, lora, spec, list(modules)).items():
         tensors[f"transformer.{module}.lora_A.weight"] = a
         baked = (b.astype(np.float64) * spec.scale).astype(np.float32)
         tensors[f"transformer.{module}.lora_B.weight"] = baked
-    _save_one(path, tensors, {**asdict(spec), "scale_in_b": True})
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": True}, overwrite)
 
 
 def save_comfyui(
-    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule]
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule],
+    *, overwrite: bool = False,
 ) -> None:
     """Writes one file for ComfyUI's LoRA loader, with an alpha beside every pair.
 
@@ -175,16 +211,17 @@ def save_comfyui(
         lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
         spec: Rank, alpha and base model.
         modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+        overwrite: Replace a file of another origin too.
 
     Raises:
-        LoraFileError: All that is wrong with the tree or the name.
+        LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
     """
     tensors = {}
     for module, (a, b) in _torch_pairs(path, lora, spec, list(modules)).items():
         tensors[f"diffusion_model.{module}.lora_A.weight"] = a
         tensors[f"diffusion_model.{module}.lora_B.weight"] = b
         tensors[f"diffusion_model.{module}.alpha"] = np.asarray(spec.alpha, np.float32)
-    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False})
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite)
 
 
 FORMATS = {"peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui}
@@ -254,13 +291,16 @@ def _target_modules(lora: trees.Tree, pairs: Iterable[str], modules: list[Rule])
     return sorted(targets)
 
 
-def _save_one(path: str | Path, tensors: dict[str, np.ndarray], ours: dict) -> None:
+def _save_one(
+    path: str | Path, tensors: dict[str, np.ndarray], ours: dict, overwrite: bool
+) -> None:
     path = Path(path)
     if path.suffix != ".safetensors" or path.is_dir():
         raise LoraFileError(
             f"{path}: expected the name of a file that ends in .safetensors, by which other tools "
             "find and open it"
         )
+    check_replaceable(path, overwrite=overwrite)
     with _new_sibling(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", OUR_METADATA: json.dumps(ours)})
         _finish(temporary)

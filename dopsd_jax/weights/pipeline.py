@@ -27,6 +27,7 @@ from dopsd_jax.weights.vae_names import vae_table
 from dopsd_jax.weights.z_image_names import z_image_table
 
 PARTS = ("transformer", "vae", "text_encoder")
+DTYPES = ("bfloat16", "float16", "float32")  # of weights and compute
 
 
 @dataclasses.dataclass
@@ -77,13 +78,36 @@ def read_json(path: Path) -> dict:
     """
     try:
         values = json.loads(path.read_text())
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise WeightsError(f"{path}: no such file; is {path.parent} complete?") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise WeightsError(f"{path}: not valid JSON ({e})") from e
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
+
+
+def check_dtype(name: str, dtype: str) -> None:
+    """Raises ValueError unless `dtype` is one of DTYPES; `name` is for the message."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{name}: expected one of {DTYPES}, got {dtype!r}")
+
+
+def _check_is_directory(directory: Path, contents: str) -> None:
+    if not directory.is_dir():
+        found = "a file" if directory.exists() else "nothing"
+        raise WeightsError(f"{directory}: expected a directory with {contents}, found {found}")
+
+
+def read_vl_config(directory: str | Path) -> Qwen3VLConfig:
+    """The config of a Qwen3-VL directory.
+
+    Raises:
+        ValueError: No such directory, or a config of something else.
+    """
+    directory = Path(directory)
+    _check_is_directory(directory, "config.json and the weights of Qwen3-VL")
+    return Qwen3VLConfig.from_json(read_json(directory / "config.json"))
 
 
 def _shift(directory: Path) -> float:
@@ -145,7 +169,8 @@ def load_pipeline(
         dtype: Dtype of the transformer's and the text encoder's weights and compute.
         vae_dtype: The same for the VAE; float32 keeps the picture's last bit.
         remat: Rematerialisation policy of the transformer, see models/layers.py.
-        parts: Which weights to read; networks and configs are always there.
+        parts: Which weights to read; networks and configs are always there. () opens in no
+            time, to check a request against them.
         shard: Function from the transformer's shapes to a tree of shardings, or None.
 
     Returns:
@@ -153,8 +178,12 @@ def load_pipeline(
 
     Raises:
         WeightsError: Anything that is missing, unsupported or does not fit.
+        ValueError: An unknown dtype or part.
     """
     directory = Path(directory)
+    check_dtype("dtype", dtype)
+    check_dtype("vae_dtype", vae_dtype)
+    _check_is_directory(directory, "model_index.json, transformer/, vae/, ..")
     index = read_json(directory / "model_index.json")
     if index.get("_class_name") != "ZImagePipeline":
         raise WeightsError(
@@ -215,7 +244,8 @@ def load_vision_language(
             and shape, exactly those of the pipeline's text encoder.
     """
     directory = Path(directory)
-    config = Qwen3VLConfig.from_json(read_json(directory / "config.json"))
+    check_dtype("dtype", dtype)
+    config = read_vl_config(directory)
     matched = check_language_match(
         weight_files(directory), weight_files(pipe.directory / "text_encoder")
     )

@@ -1,0 +1,171 @@
+"""The frame of every command: flags in, and one plain line where the user's input is at fault."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from dopsd_jax.core.log import show
+
+OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+
+
+def run_command(
+    main: Callable[[], None], *, errors: tuple[type[Exception], ...] = ()
+) -> None:
+    """Parses the flags, runs `main` and exits.
+
+    ValueError and OSError, whose messages are written for users, and `errors` end the command
+    with "error: .." and status 1. Anything else is a fault of the program and keeps its traceback.
+    """
+    def guarded(argv: Sequence[str]) -> None:
+        show()
+        try:
+            if len(argv) > 1:
+                raise ValueError(f"unexpected arguments {argv[1:]}; is a text not quoted?")
+            main()
+        except (ValueError, OSError, *errors) as e:
+            raise SystemExit(f"error: {e}") from e
+
+    app.run(guarded, flags_parser=parse_flags)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's flags; what is wrong with them, --config's file and keys included, ends the command.
+
+    Returns:
+        What is no flag, the program's name first.
+    """
+    values = flags.FLAGS
+    try:
+        if "config" in values:
+            check_config_flags(values.read_flags_from_files(list(argv), force_gnu=False))
+        return values(argv)
+    except flags.IllegalFlagValueError as e:
+        raise SystemExit(f"error: {e}{_expected_type(str(e))}") from e
+    except (flags.Error, ValueError, OSError) as e:
+        raise SystemExit(f"error: {e}") from e
+
+
+def _expected_type(message: str) -> str:
+    """What a value of the config must be, for a message that says that it is something else."""
+    match = re.match(r"flag --config\.([\w.]+)=", message)
+    if not match:
+        return ""
+    value = config_keys(load_config(flags.FLAGS["config"].config_filename))[match[1]]
+    return f"; expected {type(value).__name__}, such as {value!r}"
+
+
+def check_config_flags(argv: Sequence[str]) -> None:
+    """Refuses a config file that cannot be run, and every --config.KEY that it does not have.
+
+    config_flags itself answers either with a traceback.
+
+    Raises:
+        ValueError: With the nearest keys there are.
+    """
+    given = [m[1] for arg in argv[1:] if (m := OVERRIDE.match(arg))]
+    path = None
+    for i, arg in enumerate(argv):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", arg, re.S):
+            path = match[1] if match[1] is not None else "".join(argv[i + 1 : i + 2])
+    if path is None:
+        if given:
+            raise ValueError(f"--config.{given[0]} needs --config FILE before it")
+        return
+    known = config_keys(load_config(path))
+    problems = [
+        f"--config.{key}: no such key; {_nearest(key, known)}see configs/common.py"
+        for key in dict.fromkeys(given) if key not in known
+    ]
+    if problems:
+        raise ValueError("\n  ".join(problems))
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """The known keys that `key` may stand for: its own keys, its letters as initials, alike."""
+    inside = [k for k in known if k.startswith(f"{key}.")]
+    initials = [k for k in known if "".join(w[0] for w in re.split(r"[._]", k)) == key]
+    near = inside or initials + difflib.get_close_matches(key, known, n=3)
+    return f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+
+
+def config_keys(config: ConfigDict) -> dict[str, object]:
+    """{"seed": 30, "lora.rank": 64, ..}: every key that holds a value, with it."""
+    keys: dict[str, object] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            keys |= {f"{key}.{k}": v for k, v in config_keys(value).items()}
+        else:
+            keys[key] = value
+    return keys
+
+
+def load_config(path: str) -> ConfigDict:
+    """The config of a file with a function get_config().
+
+    Args:
+        path: "FILE" or "FILE:ARGUMENT", where the argument is handed to get_config.
+
+    Raises:
+        ValueError: No such file, or whatever goes wrong in it, with the line.
+    """
+    file, *argument = path.split(":", 1)
+    if not Path(file).is_file():
+        raise ValueError(
+            f"--config {file}: no such file; take one of configs/, such as configs/tiny.py"
+        )
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        config = get_config(*argument) if callable(get_config) else None
+    except Exception as e:  # the file is the user's program: any error in it is the user's to see
+        hint = ""
+        if isinstance(e, ModuleNotFoundError) and str(e.name).split(".")[0] == "configs":
+            hint = "; run the command in the folder that holds configs/"
+        where = _line_in(file, e)
+        raise ValueError(f"--config {file}{where}: {type(e).__name__}: {e}{hint}") from e
+    if not callable(get_config):
+        raise ValueError(
+            f"--config {file}: has no get_config(), which should return a config made from "
+            "configs.common.base()"
+        )
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config {file}: get_config() should return a ConfigDict made from "
+            f"configs.common.base(), it returned {type(config).__name__}"
+        )
+    return config
+
+
+def _line_in(file: str, error: Exception) -> str:
+    """", line N": where in `file` an error came up."""
+    frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f", line {error.lineno}"
+    return f", line {frames[-1]}" if frames else ""
+
+
+def check_directory(path: str | Path) -> None:
+    """Makes sure that `path` is a directory that can be written, or could be made one.
+
+    Makes nothing: to be called before long work whose result goes there.
+
+    Raises:
+        ValueError: A file is in the way, or writing is not permitted.
+    """
+    path = Path(path).absolute()
+    existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        wanted = "" if existing == path else f" for {path}"
+        found = "a file" if existing.exists() else "a link to nothing"
+        raise ValueError(f"{existing}: expected a directory{wanted}, found {found}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{existing}: no permission to write here")

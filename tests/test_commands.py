@@ -1,0 +1,106 @@
+"""The commands, given what users get wrong: one plain line, status 1, no traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def command(tiny, tmp_path):
+    """Runs a command in an empty folder and returns its error; {model} and {vlm} are filled in.
+
+    The folder holds README.md, config.py (tiny) and broken ones: syntax.py, imports.py, empty.py.
+    """
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "README.md").write_text("mine")
+    for name, text in {
+        "syntax": "def get_config(:\n", "empty": "\n",
+        "imports": "\nimport no_such_module\n\ndef get_config(): ...\n",
+        "nothing": "def get_config(): pass\n",
+        "key": "from configs.common import base\ndef get_config():\n  c = base()\n  c['x'].y = 1\n",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    before = sorted(tmp_path.iterdir())
+
+    def run(name, *args):
+        args = [str(a).format(model=tiny.pipeline, vlm=tiny.vlm) for a in args]
+        done = subprocess.run(
+            [sys.executable, "-m", f"dopsd_jax.{name}", *args], cwd=tmp_path, text=True,
+            capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)), check=False,
+        )
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr and "reading" not in done.stderr, done.stderr
+        assert sorted(tmp_path.iterdir()) == before
+        return done.stderr
+
+    return run
+
+
+TINY = ("--workdir", "w", "--config", "configs/tiny.py")
+
+
+@pytest.mark.parametrize(
+    "args,message",
+    [((*TINY, "--config.lr=3", "--config.seeed=1", "--config.lora=2"),
+      "error: --config.lr: no such key; did you mean learning_rate or lora.rank? see "
+      "configs/common.py\n  --config.seeed: no such key; did you mean seed? see configs/common.py\n"
+      "  --config.lora: no such key; did you mean lora.alpha or lora.rank or lora.targets? see "
+      "configs/common.py\n"),
+     ((*TINY, "--config.learning_rate=abc"),
+      "could not convert string to float: 'abc'; expected float, such as 0.001\n"),
+     ((*TINY, "--config.lora.rank", "4.5"), "'4.5'; expected int, such as 8\n"),
+     (("--workdir", "w", "--config", "nowhere.py", "--config.seed=3"),
+      "error: --config nowhere.py: no such file; "),
+     (("--workdir", "w", "--config=syntax.py"), "error: --config syntax.py, line 1: SyntaxError: "),
+     (("--workdir", "w", "--config=imports.py"),
+      "--config imports.py, line 2: ModuleNotFoundError: No module named 'no_such_module'\n"),
+     (("--workdir", "w", "--config=key.py"), "error: --config key.py, line 4: KeyError: "),
+     (("--workdir", "w", "--config=empty.py"), "error: --config empty.py: has no get_config()"),
+     (("--workdir", "w", "--config=nothing.py"), "should return a ConfigDict made from "
+      "configs.common.base(), it returned NoneType\n"),
+     (("--workdir", "w", "--config.seed=3"), "--config.seed needs --config FILE before it\n"),
+     (("--workdir", "w"), "error: --config is needed"),
+     ((*TINY, "a", "b"), "error: unexpected arguments ['a', 'b']; is a text not quoted?\n"),
+     (("--workdir=README.md/w", "--config=configs/tiny.py"), "expected a directory for "),
+     ((*TINY, "--config.model=README.md", "--config.vlm={vlm}", "--config.data=.",
+       "--config.dtype=float12"),
+      "error: config:\n  dtype: expected one of ('bfloat16', 'float16', 'float32'), got 'float12'\n"
+      "  model: README.md: expected a directory with model_index.json, transformer/, vae/, .., "
+      "found a file\n")],
+)
+def test_train_says_what_is_wrong(command, args, message):
+    assert message in command("train", *args)
+
+
+MODEL = ("--model", "{model}")
+
+
+@pytest.mark.parametrize(
+    "args,message",
+    [(("--model", "README.md", "--prompt=a"), "README.md: expected a directory with "),
+     ((*MODEL, "--prompt=a", "--out=README.md"), "README.md: expected a directory, found a file\n"),
+     ((*MODEL, "--prompt=a", "--dtype=float12"),
+      "flag --dtype=float12: value should be one of <bfloat16|float16|float32>\n"),
+     ((*MODEL, "--prompt", "x " * 600, "--prompt= ", "--height=40", "--num_steps=0"),
+      "expected at most 512 tokens, template included, got 1219; shorten it\n  prompt 1 is empty\n"
+      "  image size: expected height and width in positive multiples of 16, got 40x1024 (height x "
+      "width)\n  num_steps: expected at least 1 denoiser call, got 0\n"),
+     ((*MODEL, "--prompt=a", "--height=8192", "--width=64"), "h = 1024 needs 512 positions"),
+     ((*MODEL, "--prompt=a", "--lora=nowhere.safetensors"), "nowhere.safetensors: no such file\n"),
+     ((*MODEL, "--prompt=a", "--lora=README.md"), "README.md: truncated or not a safetensors")],
+)
+def test_sample_says_what_is_wrong_before_it_reads_weights(command, args, message):
+    assert message in command("sample", *args)
+
+
+def test_export_says_what_is_wrong(command):
+    to = ("--format=diffusers", "--out=README.md/x.safetensors")
+    error = command("export", "--workdir=w", *to)
+    assert "README.md: expected a directory, found a file" in error
+    error = command("export", "--workdir=w", "--format=diffusers", "--out=x.safetensors")
+    assert "w: expected a run's directory with config.json" in error
