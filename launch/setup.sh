@@ -32,7 +32,7 @@ if [ "$MAJOR" -lt 3 ] || { [ "$MAJOR" -eq 3 ] && [ "$MINOR" -lt 11 ]; }; then
 fi
 if [ ! -e "$VENV/bin" ]; then
   "${PYTHON:-python3}" -m venv "$VENV" || {
-    rm -rf "$VENV/bin"  # so that the next start does not take it for whole
+    rm -rf "${VENV:?}/bin"  # so that the next start does not take it for whole
     fail "could not make $VENV; on Debian and Ubuntu: apt install python3-venv"
   }
 fi
