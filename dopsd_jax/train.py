@@ -278,6 +278,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         state, sharding.replicated(mesh) if base is not None
         else sharding.shard_params(mesh, state)
     )
+    del student  # placing may have copied it
 
     preview = None
     if config.sample_every:

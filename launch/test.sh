@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fresh machine -> environment, then lint and all tests. Arguments go to pytest.
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/setup.sh" test
 "$VENV/bin/python" -m ruff check .
 # Two processes: most of the time goes into compiling, which uses one core.

@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_rank_is_refused(config, uninterrupted, tmp_path
     file = tmp_path / "run" / "config.json"
     file.write_text(file.read_text().replace('"rank": 8', '"rank": 4'))
     config.update({"sample_every": 15, "sample_prompts": ("a fox", "two dogs")})
-    config.lora.rank = 4
+    config.lora.rank, config.num_train_steps = 4, STEPS + 1
     with pytest.raises(ValueError, match="another model, rank or optimizer.*expected .*got"):
         train_lib.train(config, tmp_path / "run")
 

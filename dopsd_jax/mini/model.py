@@ -22,7 +22,7 @@ from tokenizers import pre_tokenizers, trainers
 
 from dopsd_jax.core import trees
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig
-from dopsd_jax.weights import random_pipeline
+from dopsd_jax.weights import random_pipeline, random_tokenizer
 from dopsd_jax.weights.pipeline import load_pipeline, read_json
 from dopsd_jax.weights.qwen3_names import qwen3_table, vision_table
 from dopsd_jax.weights.random_pipeline import Sizes
@@ -67,8 +67,8 @@ def sizes(merges: Sequence[tuple[str, str]]) -> Sizes:
 
 def train_merges(captions: Sequence[str]) -> list[tuple[str, str]]:
     """The byte-pair merges that make the world's words, and the template's, single tokens."""
-    tokenizer = random_pipeline.tokenizer(())
-    special = len(random_pipeline.SPECIAL_TOKENS) + len(random_pipeline.THINK_TOKENS)
+    tokenizer = random_tokenizer.tokenizer(())
+    special = len(random_tokenizer.SPECIAL_TOKENS) + len(random_tokenizer.THINK_TOKENS)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - special, show_progress=False, special_tokens=[],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -272,16 +273,52 @@ def _report(name: str, done: int, total: int) -> None:
 
 
 def fingerprint(directory: str | Path) -> str:
-    """Identifies weights without reading them: configs, file sizes and safetensors headers."""
-    digest = hashlib.sha256()
+    """Identifies weights by content without reading all of them; place and dates do not matter.
+
+    Configs, tokenizers and chat templates count in full; of safetensors files the header, the
+    size and blocks spread evenly over the rest.
+
+    Raises:
+        WeightsError: No such directory, or no safetensors file in it or below.
+    """
     directory = Path(directory)
-    for file in sorted(directory.rglob("*")):
-        if file.suffix == ".json" and file.name != "tokenizer.json":
-            digest.update(file.relative_to(directory).as_posix().encode() + file.read_bytes())
+    if not directory.is_dir():
+        raise WeightsError(f"{directory}: expected a directory of model weights, found none")
+    files = sorted(
+        Path(folder, name).relative_to(directory)
+        for folder, _, names in os.walk(directory, followlinks=True) for name in names
+    )
+    files = [f for f in files if not any(part.startswith(".") for part in f.parts)]
+    if not any(f.suffix == ".safetensors" for f in files):
+        found = ", ".join(f.as_posix() for f in files[:10]) or "nothing"
+        raise WeightsError(
+            f"{directory}: expected .safetensors files in it or below, found {found}; other "
+            "formats are not read"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        if file.suffix in (".json", ".jinja"):
+            content = hashlib.sha256((directory / file).read_bytes())
         elif file.suffix == ".safetensors":
-            with file.open("rb") as f:
-                header = int.from_bytes(f.read(8), "little")
-                digest.update(f.read(min(header, 1 << 24)))
-                digest.update(f.read(4096))
-            digest.update(str(file.stat().st_size).encode())
+            content = _sampled(directory / file)
+        else:
+            continue
+        digest.update(f"{file.as_posix()} {content.hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _sampled(file: Path):
+    """Hash of a safetensors file's size, header and 64 blocks; of all of it if it is small."""
+    size, block, count = file.stat().st_size, 1 << 14, 64
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as f:
+        begin = 8 + min(int.from_bytes(f.read(8), "little"), 1 << 26)
+        f.seek(0)
+        digest.update(f.read(begin))
+        if size - begin <= block * count:
+            digest.update(f.read())
+        else:
+            for i in range(count):
+                f.seek(begin + (size - begin - block) * i // (count - 1))
+                digest.update(f.read(block))
+    return digest

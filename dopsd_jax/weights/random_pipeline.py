@@ -17,71 +17,32 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers.processors import ByteLevel
+
+from dopsd_jax.weights.random_shapes import (
+    Shapes,
+    language_shapes,
+    transformer_shapes,
+    vae_shapes,
+    vision_shapes,
+)
+from dopsd_jax.weights.random_tokenizer import (
+    MERGES,
+    SPECIAL_TOKENS,
+    TEXT_TEMPLATE,
+    THINK_TOKENS,
+    VL_TEMPLATE,
+    tokenizer,
+    tokenizer_config,
+)
 
 PIPELINE = "z_image_tiny"
 VLM = "qwen3_vl_tiny"
 DIFFUSERS_VERSION = "0.42.1"
-
-Shapes = dict[str, tuple[int, ...]]
-
-# In the order of their ids, which follow the byte and merge tokens. The last two are ordinary text
-# to a decoder that skips special tokens, as in Qwen3.
-SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-)
-THINK_TOKENS = ("<think>", "</think>")
-# The last one must never apply: digits are single words.
-MERGES = (
-    ("Ġ", "a"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("in", "g"), ("1", "2"),
-)
-# Words, single digits, runs of punctuation, line ends, spaces: how Qwen2 cuts text before merging.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-TEXT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}
-"""
-
-VL_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.content is string %}
-        {{- message.content }}
-    {%- else %}
-        {%- for part in message.content %}
-            {%- if part.type == 'image' %}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- elif part.type == 'video' %}
-                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-            {%- elif part.type == 'text' %}
-                {{- part.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 
 TRANSFORMER = {
     "_class_name": "ZImageTransformer2DModel", "_diffusers_version": DIFFUSERS_VERSION,
@@ -203,143 +164,6 @@ def vlm_config(sizes: Sizes, ids: dict[str, int], dtype: str) -> dict:
     }
 
 
-def _affine(name: str, *weight: int) -> Shapes:
-    """A layer with weight and bias; the bias is as long as the weight's leading axis."""
-    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
-
-
-def transformer_shapes(c: dict) -> Shapes:
-    """Tensor names and shapes of a Z-Image transformer with config `c`."""
-    dim, cond, mlp = c["dim"], min(c["dim"], 256), int(c["dim"] / 3 * 8)
-    (patch,), (frames,) = c["all_patch_size"], c["all_f_patch_size"]
-    patch_dim, key = patch**2 * frames * c["in_channels"], f"{patch}-{frames}"
-    shapes = {
-        "x_pad_token": (1, dim),
-        "cap_pad_token": (1, dim),
-        **_affine(f"all_x_embedder.{key}", dim, patch_dim),
-        **_affine(f"all_final_layer.{key}.linear", patch_dim, dim),
-        **_affine(f"all_final_layer.{key}.adaLN_modulation.1", dim, cond),
-        **_affine("t_embedder.mlp.0", 1024, 256),
-        **_affine("t_embedder.mlp.2", cond, 1024),
-        "cap_embedder.0.weight": (c["cap_feat_dim"],),
-        **_affine("cap_embedder.1", dim, c["cap_feat_dim"]),
-    }
-    refiners = c["n_refiner_layers"]
-    stacks = {"noise_refiner": refiners, "context_refiner": refiners, "layers": c["n_layers"]}
-    for stack, depth in stacks.items():
-        for block in (f"{stack}.{i}" for i in range(depth)):
-            for p in ("to_q", "to_k", "to_v", "to_out.0"):
-                shapes[f"{block}.attention.{p}.weight"] = (dim, dim)
-            for p in ("norm_q", "norm_k"):
-                shapes[f"{block}.attention.{p}.weight"] = (dim // c["n_heads"],)
-            for p, shape in {"w1": (mlp, dim), "w2": (dim, mlp), "w3": (mlp, dim)}.items():
-                shapes[f"{block}.feed_forward.{p}.weight"] = shape
-            for p in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
-                shapes[f"{block}.{p}.weight"] = (dim,)
-            if stack != "context_refiner":
-                shapes |= _affine(f"{block}.adaLN_modulation.0", 4 * dim, cond)
-    return shapes
-
-
-def _resnet(name: str, cin: int, cout: int) -> Shapes:
-    shapes = {
-        **_affine(f"{name}.norm1", cin),
-        **_affine(f"{name}.conv1", cout, cin, 3, 3),
-        **_affine(f"{name}.norm2", cout),
-        **_affine(f"{name}.conv2", cout, cout, 3, 3),
-    }
-    return shapes if cin == cout else shapes | _affine(f"{name}.conv_shortcut", cout, cin, 1, 1)
-
-
-def _mid_block(name: str, c: int) -> Shapes:
-    shapes = _affine(f"{name}.attentions.0.group_norm", c)
-    for p in ("to_q", "to_k", "to_v", "to_out.0"):
-        shapes |= _affine(f"{name}.attentions.0.{p}", c, c)
-    return shapes | _resnet(f"{name}.resnets.0", c, c) | _resnet(f"{name}.resnets.1", c, c)
-
-
-def _half_vae(half: str, blocks: str, resample: str, widths: list[int], resnets: int) -> Shapes:
-    """The blocks of the encoder or the decoder; every block but the last resamples at its end."""
-    shapes, cin = {}, widths[0]
-    for i, cout in enumerate(widths):
-        name = f"{half}.{blocks}.{i}"
-        for j in range(resnets):
-            shapes |= _resnet(f"{name}.resnets.{j}", cin if j == 0 else cout, cout)
-        if i < len(widths) - 1:
-            shapes |= _affine(f"{name}.{resample}.0.conv", cout, cout, 3, 3)
-        cin = cout
-    return shapes
-
-
-def vae_shapes(c: dict) -> Shapes:
-    """Tensor names and shapes of an AutoencoderKL with config `c`, without quant convolutions."""
-    widths, latent, n = c["block_out_channels"], c["latent_channels"], c["layers_per_block"]
-    return {
-        **_affine("encoder.conv_in", widths[0], c["in_channels"], 3, 3),
-        **_half_vae("encoder", "down_blocks", "downsamplers", widths, n),
-        **_mid_block("encoder.mid_block", widths[-1]),
-        **_affine("encoder.conv_norm_out", widths[-1]),
-        **_affine("encoder.conv_out", 2 * latent, widths[-1], 3, 3),
-        **_affine("decoder.conv_in", widths[-1], latent, 3, 3),
-        **_half_vae("decoder", "up_blocks", "upsamplers", widths[::-1], n + 1),
-        **_mid_block("decoder.mid_block", widths[-1]),
-        **_affine("decoder.conv_norm_out", widths[0]),
-        **_affine("decoder.conv_out", c["out_channels"], widths[0], 3, 3),
-    }
-
-
-def language_shapes(c: dict, prefix: str) -> Shapes:
-    """Tensor names and shapes of a Qwen3Model with config `c`; the tied head is no tensor."""
-    width, mlp, head = c["hidden_size"], c["intermediate_size"], c["head_dim"]
-    q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
-    layer = {
-        "self_attn.q_proj": (q, width),
-        "self_attn.k_proj": (kv, width),
-        "self_attn.v_proj": (kv, width),
-        "self_attn.o_proj": (width, q),
-        "self_attn.q_norm": (head,),
-        "self_attn.k_norm": (head,),
-        "mlp.gate_proj": (mlp, width),
-        "mlp.up_proj": (mlp, width),
-        "mlp.down_proj": (width, mlp),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-    }
-    return {
-        f"{prefix}embed_tokens.weight": (c["vocab_size"], width),
-        **{
-            f"{prefix}layers.{i}.{p}.weight": shape
-            for i in range(c["num_hidden_layers"])
-            for p, shape in layer.items()
-        },
-        f"{prefix}norm.weight": (width,),
-    }
-
-
-def vision_shapes(c: dict, prefix: str) -> Shapes:
-    """Tensor names and shapes of the Qwen3-VL vision tower with vision_config `c`."""
-    width, mlp, patch = c["hidden_size"], c["intermediate_size"], c["patch_size"]
-    merged = width * c["spatial_merge_size"] ** 2
-    kernel = (c["in_channels"], c["temporal_patch_size"], patch, patch)
-    shapes = {
-        **_affine("patch_embed.proj", width, *kernel),
-        "pos_embed.weight": (c["num_position_embeddings"], width),
-    }
-    for block in (f"blocks.{i}" for i in range(c["depth"])):
-        shapes |= _affine(f"{block}.norm1", width) | _affine(f"{block}.norm2", width)
-        shapes |= _affine(f"{block}.attn.qkv", 3 * width, width)
-        shapes |= _affine(f"{block}.attn.proj", width, width)
-        shapes |= _affine(f"{block}.mlp.linear_fc1", mlp, width)
-        shapes |= _affine(f"{block}.mlp.linear_fc2", width, mlp)
-    mergers = [f"deepstack_merger_list.{k}" for k in range(len(c["deepstack_visual_indexes"]))]
-    for merger in ["merger", *mergers]:
-        # The main merger normalises before it groups four patches, the others after.
-        shapes |= _affine(f"{merger}.norm", width if merger == "merger" else merged)
-        shapes |= _affine(f"{merger}.linear_fc1", merged, merged)
-        shapes |= _affine(f"{merger}.linear_fc2", c["out_hidden_size"], merged)
-    return {prefix + name: shape for name, shape in shapes.items()}
-
-
 def draw(shapes: Shapes, dtype: np.dtype, *stream: int) -> dict[str, np.ndarray]:
     """Random values that keep activations of order one and leave nothing zero or trivial.
 
@@ -362,49 +186,6 @@ def draw(shapes: Shapes, dtype: np.dtype, *stream: int) -> dict[str, np.ndarray]
     return tensors
 
 
-def tokenizer(merges: Sequence[tuple[str, str]]) -> Tokenizer:
-    """Byte-level BPE like Qwen2's: 256 bytes, some merges, then the special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [*alphabet, *(a + b for a, b in merges)]
-    result = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=list(merges)))
-    result.normalizer = normalizers.NFC()
-    result.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    result.post_processor = ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    result.decoder = decoders.ByteLevel()
-    result.add_special_tokens([_added(t, True) for t in SPECIAL_TOKENS])
-    result.add_tokens([_added(t, False) for t in THINK_TOKENS])
-    return result
-
-
-def _added(token: str, special: bool) -> AddedToken:
-    return AddedToken(token, special=special, normalized=False)
-
-
-def _tokenizer_config(ids: dict[str, int]) -> dict:
-    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    return {
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "added_tokens_decoder": {
-            str(ids[t]): {"content": t, **plain, "special": t in SPECIAL_TOKENS}
-            for t in (*SPECIAL_TOKENS, *THINK_TOKENS)
-        },
-        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
-        "bos_token": None,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "model_max_length": 131072,
-        "pad_token": "<|endoftext|>",
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
-
-
 def _write_json(path: Path, values: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -417,7 +198,7 @@ def _write_tokenizer(directory: Path, merges, **config) -> dict[str, int]:
     made.save(str(directory / "tokenizer.json"))
     made.model.save(str(directory))
     ids = {t: made.token_to_id(t) for t in (*SPECIAL_TOKENS, *THINK_TOKENS)}
-    _write_json(directory / "tokenizer_config.json", _tokenizer_config(ids) | config)
+    _write_json(directory / "tokenizer_config.json", tokenizer_config(ids) | config)
     return ids
 
 

@@ -1,6 +1,7 @@
 """Prompts -> ids and masks; images -> patches."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -278,3 +279,16 @@ def test_other_arrays_than_float_images_are_an_error():
         image_patches(np.zeros((64, 64, 3), np.uint8))
     with pytest.raises(ValueError, match=r"\(64, 64, 4\)"):
         image_patches(np.zeros((64, 64, 4), np.float32))
+
+
+def test_transformers_does_not_complain_where_there_is_no_torch():
+    code = (
+        "import importlib.util, sys; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a)\n"
+        "sys.modules['torch'] = None\n"
+        "import dopsd_jax.data.prompts"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
+                          check=True)
+    assert done.stdout + done.stderr == ""
