@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from dopsd_jax.core.log import log, show
+from dopsd_jax.core import cli
+from dopsd_jax.core.log import log
 from dopsd_jax.mini import world
 from dopsd_jax.mini.emoji import CONCEPTS, Sprites, load_sprites
 
@@ -134,14 +134,8 @@ def build(sprites: Sprites, out: Path, kind: str, count: int, seed: int) -> None
     (directory / "captions.json").write_text(captions)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    show()
-    try:
-        sprites = load_sprites(FLAGS.packages)
-    except (FileNotFoundError, ValueError) as e:
-        raise SystemExit(f"error: {e}") from e
+def main() -> None:
+    sprites = load_sprites(FLAGS.packages)
     out = Path(FLAGS.out)
     counts = {"scenes": FLAGS.scenes, "pairs": FLAGS.pairs, "judge": FLAGS.judge,
               "judge_test": FLAGS.judge_test}
@@ -159,4 +153,4 @@ if __name__ == "__main__":
                          lower_bound=1)
     flags.DEFINE_integer("judge_test", 4_000, "The same, held back.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of everything.")
-    app.run(main)
+    cli.run_command(main)

@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tokenizers import pre_tokenizers, trainers
 
-from dopsd_jax.core import trees
+from dopsd_jax.core import cli, trees
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig
 from dopsd_jax.weights import random_pipeline, random_tokenizer
 from dopsd_jax.weights.pipeline import load_pipeline, read_json
@@ -149,22 +149,17 @@ def save_models(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def main() -> None:
     captions: list[str] = []
     for part in ("scenes", "pairs"):
         captions += json.loads((Path(FLAGS.data) / part / "captions.json").read_text())
-    try:
-        made = random_pipeline.write_random_pipeline(
-            FLAGS.out, sizes=sizes(train_merges(captions)), names=(PIPELINE, VLM),
-        )
-    except FileExistsError as e:
-        raise SystemExit(f"error: {e}") from e
+    made = random_pipeline.write_random_pipeline(
+        FLAGS.out, sizes=sizes(train_merges(captions)), names=(PIPELINE, VLM),
+    )
     print(*made, sep="\n")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("data", "runs/mini/world", "From dopsd_jax.mini.build.")
     flags.DEFINE_string("out", "runs/mini/blank", "Parent of the two directories.")
-    app.run(main)
+    cli.run_command(main)

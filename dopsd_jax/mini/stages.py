@@ -10,6 +10,7 @@ from dopsd_jax import loop
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.mini import base_stage, vae_stage
 from dopsd_jax.mini import data as data_lib
+from dopsd_jax.mini.model import PIPELINE
 from dopsd_jax.weights.pipeline import fingerprint
 
 PREPARE = {"vae": vae_stage.prepare, "flow_matching": base_stage.prepare}
@@ -19,7 +20,7 @@ def train(config: ConfigDict, workdir: str | Path):
     """Runs one stage, resuming by itself; leaves its models in `workdir`.
 
     Returns:
-        The last state.
+        The last state; None if nothing was left to do.
 
     Raises:
         ValueError: Bad config, data, weights, or a workdir of another run.
@@ -33,7 +34,10 @@ def train(config: ConfigDict, workdir: str | Path):
     identity = {"model": fingerprint(config.model), "vlm": fingerprint(config.vlm),
                 "data": data_lib.fingerprint(config.data)}
     workdir_lib.claim(workdir, config.to_dict(), identity)
+    if (workdir / PIPELINE).is_dir() and loop.finished(config, workdir):
+        return None
     task, finish = PREPARE[config.objective](config, workdir)
     state = loop.run(config, workdir, task)
-    finish(state)
+    if int(state.step) == config.num_train_steps:
+        finish(state)
     return state
