@@ -24,7 +24,8 @@ class GuidedContext:
     scale: jax.Array
 
 
-def _pad(ctx: Context, length: int) -> Context:
+def pad_context(ctx: Context, length: int) -> Context:
+    """The same context with its text padded to `length`, which changes nothing it says."""
     more = length - ctx.text.shape[1]
     return Context(
         jnp.pad(ctx.text, ((0, 0), (0, more), (0, 0))), jnp.pad(ctx.text_mask, ((0, 0), (0, more)))
@@ -39,8 +40,8 @@ def guided(velocity: Velocity) -> Velocity:
     def v(variables, x, sigma, ctx: GuidedContext):
         length = max(ctx.positive.text.shape[1], ctx.negative.text.shape[1])
         both = jax.tree.map(
-            lambda a, b: jnp.concatenate([a, b]), _pad(ctx.positive, length),
-            _pad(ctx.negative, length),
+            lambda a, b: jnp.concatenate([a, b]), pad_context(ctx.positive, length),
+            pad_context(ctx.negative, length),
         )
         sigma = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), x.shape[:1])
         out = velocity(variables, jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), both)

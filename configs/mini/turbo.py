@@ -1,0 +1,18 @@
+"""Stage 3: the transformer distilled to two steps without guidance."""
+
+from configs.mini.common import base
+
+
+def get_config():
+    c = base()
+    c.objective = "step_distillation"
+    c.model, c.vlm = "runs/mini/base/pipeline", "runs/mini/base/qwen3_vl"
+    c.num_steps = 2           # denoiser calls of the finished model
+    c.substeps = 4            # of the teacher within each of them
+    c.guidance = 2.5          # of the teacher; becomes part of the student
+    c.batch_size = 24
+    c.num_train_steps = 2000
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.decay_steps = 1000
+    c.ema_decay = 0.99
+    return c
