@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import loop
 from dopsd_jax import workdir as workdir_lib
-from dopsd_jax.mini import base_stage, turbo_stage, vae_stage
+from dopsd_jax.mini import base_stage, judge, turbo_stage, vae_stage
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini.model import PIPELINE
 from dopsd_jax.weights.pipeline import fingerprint
@@ -17,6 +17,7 @@ PREPARE = {
     "vae": vae_stage.prepare,
     "flow_matching": base_stage.prepare,
     "step_distillation": turbo_stage.prepare,
+    "judge": judge.prepare,
 }
 
 

@@ -1,0 +1,112 @@
+"""Many pictures of the mini model at once, for measuring: captions with known answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dopsd_jax import flow, sample
+from dopsd_jax.core import trees
+from dopsd_jax.guidance import GuidedContext, guided
+from dopsd_jax.mini import encoding, world
+from dopsd_jax.mini.build import ALL_CONCEPTS, ALL_STYLES
+from dopsd_jax.models.denoiser import Context
+from dopsd_jax.rollout import trajectory
+from dopsd_jax.weights.pipeline import Pipeline
+
+STREAM = 9  # of the random numbers of test captions; training has its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Cases:
+    """Captions, and what a picture of each must show.
+
+    Attributes:
+        captions: N captions.
+        styles: int [N], index into ALL_STYLES.
+        concepts: bool [N, 40].
+        seeds: int [N], of the noise each picture starts from.
+    """
+
+    captions: list[str]
+    styles: np.ndarray
+    concepts: np.ndarray
+    seeds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def draw_cases(
+    count: int, *, seed: int = 0, styles: Sequence[str] = world.TRAINED_STYLES,
+    concepts: Sequence[str] = world.TRAINED_CONCEPTS, two: float = 0.3, tinted: float = 0.15,
+) -> Cases:
+    """Captions as the world writes them, none of which was written for training."""
+    scenes = [
+        world.draw_scene(
+            np.random.default_rng([seed, STREAM, i]), styles=styles, concepts=concepts, two=two,
+            tinted=tinted,
+        ) for i in range(count)
+    ]
+    return Cases(
+        [s.caption for s in scenes], np.asarray([ALL_STYLES.index(s.style) for s in scenes]),
+        np.stack([np.isin(ALL_CONCEPTS, [t.concept for t in s.things]) for s in scenes]),
+        np.arange(count) + 1_000_000 * (seed + 1),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _walk(velocity, lead: bool, params, noise, ctx, empty, scale, sigmas):
+    if lead:
+        led = GuidedContext(ctx, empty, scale)
+        return trajectory(params, noise, led, sigmas, velocity=guided(velocity))[0]
+    return trajectory(params, noise, ctx, sigmas, velocity=velocity)[0]
+
+
+def draw(
+    pipe: Pipeline, variables: trees.Tree, ctx: Context, seeds: Sequence[int], *, num_steps: int,
+    guidance: float = 1.0, side: int = world.SIZE, batch: int = 100,
+) -> np.ndarray:
+    """Pictures of contexts, uint8 [N, 64, 64, 3].
+
+    Args:
+        pipe: With text encoder and VAE.
+        variables: Of the transformer, {"params": ..} and {"lora": ..} if any.
+        ctx: Contexts of N rows.
+        seeds: Of each row's noise.
+        num_steps: Denoiser calls (twice as many network calls with guidance).
+        guidance: Scale; 1 is none.
+        side: Pixels.
+        batch: Rows at a time.
+    """
+    sigmas = jnp.asarray(flow.sigmas_shifted(num_steps, pipe.shift))
+    shape = pipe.denoiser.latent_shape(side, side)
+    ids, mask = encoding.caption_ids(pipe.tokenizer, [""])
+    empty = encoding.text_features(pipe, pipe.text_params, ids, mask)
+    empty = jax.tree.map(lambda x: jnp.repeat(x, batch, 0), empty)
+    pictures = []
+    for i in range(0, len(seeds), batch):
+        rows = [min(j, len(seeds) - 1) for j in range(i, i + batch)]  # one shape for every batch
+        part = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[np.asarray(rows)]), ctx)
+        noise = sample.draw_noise([int(seeds[j]) for j in rows], shape)
+        x = _walk(pipe.denoiser.velocity, guidance != 1.0, variables, noise, part, empty,
+                  jnp.float32(guidance), sigmas)
+        pictures.append(sample.decode(pipe, x)[: len(seeds) - i])
+    return np.concatenate(pictures)
+
+
+@partial(jax.jit, static_argnums=0)
+def _text(encoder, params, ids, mask):
+    features = encoder.apply({"params": params}, ids, mask)
+    return jnp.where(mask[..., None], features, 0)
+
+
+def text_contexts(pipe: Pipeline, captions: Sequence[str]) -> Context:
+    """Contexts of captions, [N, 32, D] as NumPy."""
+    ids, mask = encoding.caption_ids(pipe.tokenizer, captions)
+    return Context(np.asarray(_text(pipe.text_encoder, pipe.text_params, ids, mask)), mask)

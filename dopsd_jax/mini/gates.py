@@ -1,0 +1,205 @@
+"""Command: is the mini model a fair test of the method? Measures what the model card says.
+
+    python -m dopsd_jax.mini.gates --base DIR --turbo DIR --vlm DIR --judge FILE --data DIR \
+        --out gates.json [--samples 2000]
+
+Gates: a. few plain steps of the undistilled model are much worse than many; b. the distilled model
+at its few steps is nearly as good as the undistilled one at many; c. it draws what it is asked for;
+d. shown a picture of a style it never saw, it draws in that style; e. a few updates of plain
+fine-tuning, on the very data it was trained on, take the few-step ability away and leave the
+many-step one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.core import cli
+from dopsd_jax.core.log import log
+from dopsd_jax.mini import data as data_lib
+from dopsd_jax.mini import drawing, encoding, judge, world
+from dopsd_jax.mini.base_stage import World, flow_matching_loss
+from dopsd_jax.mini.build import ALL_STYLES
+from dopsd_jax.models.denoiser import Context
+from dopsd_jax.weights.pipeline import Pipeline, load_pipeline, load_vision_language
+
+FLAGS = flags.FLAGS
+GUIDANCES = (1.0, 1.5, 2.5, 4.0)
+MANY_STEPS = 48
+FINE_TUNING = (50, 100, 200)  # updates of gate e
+
+
+class Meter:
+    """Draws cases and has them judged."""
+
+    def __init__(self, cases: drawing.Cases, judge_file: str | Path):
+        self.cases = cases
+        self._judge, self._real, self.report = judge.read(str(judge_file))
+
+    def measure(self, pipe: Pipeline, params, *, num_steps: int, guidance: float = 1.0) -> dict:
+        """{frechet, style, concept, sharpness} of the pictures."""
+        ctx = drawing.text_contexts(pipe, self.cases.captions)
+        pixels = drawing.draw(pipe, {"params": params}, ctx, self.cases.seeds,
+                              num_steps=num_steps, guidance=guidance)
+        return self.judged(pixels, "trained")
+
+    def judged(self, pixels: np.ndarray, real: str, cases: drawing.Cases | None = None) -> dict:
+        """The judge's figures of pictures of `cases`, against the real pictures called `real`."""
+        cases = cases or self.cases
+        said = judge.opinion(self._judge, pixels)
+        return {
+            "frechet": judge.frechet_distance(judge.moments(said.features), self._real[real]),
+            "style": float(said.style_accuracy(cases.styles).mean()),
+            "concept": float(said.concept_accuracy(cases.concepts).mean()),
+            "sharpness": sharpness(pixels),
+        }
+
+
+def sharpness(pixels: np.ndarray) -> float:
+    """Mean absolute Laplacian of the grey picture, in levels of 255."""
+    grey = pixels.astype(np.float32).mean(-1)
+    middle = grey[:, 1:-1, 1:-1]
+    around = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
+    return float(np.abs(4 * middle - around).mean())
+
+
+def few_steps(meter: Meter, base: Pipeline, turbo: Pipeline, num_steps: int) -> dict:
+    """Gates a, b and c: figures by (model, steps, guidance)."""
+    table = {}
+    for guidance in GUIDANCES:
+        for steps in (num_steps, 2 * num_steps, MANY_STEPS):
+            key = f"base {steps} steps x{guidance:g}"
+            table[key] = meter.measure(base, base.params, num_steps=steps, guidance=guidance)
+            log.info("%s: %s", key, table[key])
+    for steps in (num_steps, 2 * num_steps, 24):
+        key = f"turbo {steps} steps"
+        table[key] = meter.measure(turbo, turbo.params, num_steps=steps)
+        log.info("%s: %s", key, table[key])
+    return table
+
+
+def teacher(meter: Meter, turbo: Pipeline, vl, test: data_lib.Part, num_steps: int,
+            samples: int) -> dict:
+    """Gate d: the distilled model shown pictures of held-out styles, by style."""
+    result = {}
+    features = jax.jit(lambda *a: encoding.pair_features(turbo, vl, *a))
+    for style in world.HELD_OUT_STYLES:
+        index = np.flatnonzero(test.styles == ALL_STYLES.index(style))[:samples]
+        captions = [test.captions[i] for i in index]
+        ids, mask = encoding.pair_ids(vl.tokenizer, captions)
+        patches = encoding.patches(vl, test.pixels[index])
+        parts = [
+            features(turbo.text_params, vl.params, *(a[i : i + 100] for a in (ids, mask, patches)))
+            for i in range(0, len(index), 100)
+        ]
+        ctx = Context(*(np.concatenate([np.asarray(getattr(p, n)) for p in parts])
+                        for n in ("text", "text_mask")))
+        cases = drawing.Cases(captions, test.styles[index], test.concepts[index],
+                              np.arange(len(index)) + 5_000_000)
+        pixels = drawing.draw(turbo, {"params": turbo.params}, ctx, cases.seeds,
+                              num_steps=num_steps)
+        result[style] = meter.judged(pixels, style, cases)
+        log.info("teacher on %s: %s", style, result[style])
+    return result
+
+
+def fine_tuned(meter: Meter, turbo: Pipeline, vl, data: str, num_steps: int) -> dict:
+    """Gate e: plain flow matching on the training data, Adam 2e-4, 64 rows an update."""
+    class Paths:
+        pass
+
+    config = Paths()
+    config.data = data
+    rows_of = World(config, turbo, vl)
+    optimizer = optax.adam(2e-4)
+    params = turbo.params
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def update(params, opt_state, rows):
+        def loss(params):
+            ctx = encoding.text_features(turbo, turbo.text_params, rows.ids, rows.mask)
+            return jnp.mean(flow_matching_loss(
+                turbo.denoiser.velocity, {"params": params}, rows.latents, rows.noise, rows.sigma,
+                ctx,
+            ))
+
+        grads = jax.grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    table = {}
+    for step in range(max(FINE_TUNING) + 1):
+        if step in (0, *FINE_TUNING):
+            for steps in (num_steps, 2 * num_steps, 24):
+                key = f"{step} updates, {steps} steps"
+                table[key] = meter.measure(turbo, params, num_steps=steps)
+                log.info("fine-tuned %s: %s", key, table[key])
+        rows = rows_of.rows(np.random.default_rng([77, step]), 64, drop=0.0)
+        params, opt_state = update(params, opt_state, jax.tree.map(jnp.asarray, rows))
+    return table
+
+
+def verdicts(results: dict, num_steps: int) -> dict[str, bool]:
+    """Which gates hold."""
+    table = results["few_steps"]
+
+    def fd(key):
+        return table[key]["frechet"]
+
+    best = min(GUIDANCES, key=lambda g: fd(f"base {MANY_STEPS} steps x{g:g}"))
+    many = fd(f"base {MANY_STEPS} steps x{best:g}")
+    few, turbo = f"base {num_steps} steps", table[f"turbo {num_steps} steps"]
+    tuned = results["fine_tuned"]
+
+    def ratio(step, steps):
+        start = tuned[f"0 updates, {steps} steps"]["frechet"]
+        return tuned[f"{step} updates, {steps} steps"]["frechet"] / start
+
+    return {
+        "a": fd(f"{few} x1") >= 2 * fd(f"base {MANY_STEPS} steps x1")
+        and fd(f"{few} x{best:g}") >= 1.5 * many,
+        "b": turbo["frechet"] <= 1.3 * many,
+        "c": turbo["concept"] >= 0.8 and turbo["style"] >= 0.9,
+        "d": any(r["style"] >= 0.9 and r["concept"] >= 0.8 for r in results["teacher"].values()),
+        "e": any(ratio(s, num_steps) >= 2 and ratio(s, 24) <= 1.3 for s in FINE_TUNING),
+    }
+
+
+def main() -> None:
+    workdir_lib.enable_compilation_cache()
+    out = Path(FLAGS.out)
+    cli.check_directory(out.parent)
+    base = load_pipeline(FLAGS.base, dtype="float32", remat="none")
+    turbo = load_pipeline(FLAGS.turbo, dtype="float32", remat="none")
+    vl = load_vision_language(FLAGS.vlm, turbo, dtype="float32")
+    meter = Meter(drawing.draw_cases(FLAGS.samples), FLAGS.judge)
+    test = data_lib.read_part(FLAGS.data, "judge_test")
+    results = {"samples": FLAGS.samples, "judge": meter.report}
+    results["teacher"] = teacher(meter, turbo, vl, test, FLAGS.num_steps, FLAGS.samples)
+    results["few_steps"] = few_steps(meter, base, turbo, FLAGS.num_steps)
+    results["fine_tuned"] = fine_tuned(meter, turbo, vl, FLAGS.data, FLAGS.num_steps)
+    results["gates"] = verdicts(results, FLAGS.num_steps)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    workdir_lib.write_atomic(out, json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results["gates"], indent=2))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("base", "runs/mini/base/pipeline", "The undistilled pipeline.")
+    flags.DEFINE_string("turbo", "runs/mini/turbo/pipeline", "The distilled pipeline.")
+    flags.DEFINE_string("vlm", "runs/mini/turbo/qwen3_vl", "The Qwen3-VL directory.")
+    flags.DEFINE_string("judge", f"runs/mini/judge/{judge.FILE}", "From the judge's stage.")
+    flags.DEFINE_string("data", "runs/mini/world", "From dopsd_jax.mini.build.")
+    flags.DEFINE_string("out", "runs/mini/gates.json", "Where the figures go.")
+    flags.DEFINE_integer("samples", 2000, "Pictures per figure.", lower_bound=100)
+    flags.DEFINE_integer("num_steps", 2, "Deployed number of denoiser calls.", lower_bound=1)
+    cli.run_command(main)
