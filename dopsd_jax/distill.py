@@ -1,6 +1,6 @@
 """Step distillation: the student's one step must do what the teacher does in several.
 
-The student walks its own few steps; at each of its states the frozen teacher, with guidance,
+The student walks its own few steps; at each of its states the frozen base, with guidance,
 integrates to the next one in finer steps, and the student's velocity is moved toward the mean
 velocity of that path. As in `rollout`, no gradient crosses steps.
 """
@@ -48,24 +48,24 @@ def segments(num_steps: int, substeps: int, shift: float) -> jax.Array:
 
 def distill_loss_and_grad(
     student: Tree,
-    teacher: Tree,
+    base: Tree,
     batch: DistillBatch,
     sigmas: jax.Array,
     *,
     velocity: Velocity,
-    assemble: Callable[[Tree], Tree],
+    assemble: Callable[[Tree, Tree], Tree],
     guidance: float,
 ) -> tuple[Tree, dict[str, jax.Array]]:
     """Gradient of one on-policy walk, and its metrics.
 
     Args:
-        student: Trained tree.
-        teacher: Tree of the same structure; receives no gradient.
+        student: Trained LoRA.
+        base: Frozen tree; by itself it is the teacher.
         batch: Noise, pictures and contexts.
         sigmas: float32 [S, m + 1], from `segments`.
         velocity: (variables, x, sigma, ctx) -> v.
-        assemble: Tree -> variables of the network.
-        guidance: Scale of the teacher's guidance.
+        assemble: (base, trained) -> variables of the network.
+        guidance: Scale of the guidance of the base.
 
     Returns:
         grads, and {loss, step_loss [S]}: mean squared differences of mean velocities.
@@ -74,7 +74,7 @@ def distill_loss_and_grad(
     led = GuidedContext(batch.ctx, batch.empty, jnp.float32(guidance))
 
     def loss_at(student, x, target, sigma):
-        v = velocity(assemble(student), x, sigma, batch.ctx)
+        v = velocity(assemble(base, student), x, sigma, batch.ctx)
         return jnp.mean(jnp.square(v - target)) / num_steps, v
 
     def step(carry, fine):
@@ -82,7 +82,7 @@ def distill_loss_and_grad(
         sigma, sigma_next = fine[0], fine[-1]
         noised = (1 - sigma) * batch.latents + sigma * batch.noise
         x = jnp.where(batch.from_data[:, None, None, None], noised, x)
-        end, _ = trajectory(assemble(teacher), x, led, fine, velocity=guided(velocity))
+        end, _ = trajectory({"params": base}, x, led, fine, velocity=guided(velocity))
         target = jax.lax.stop_gradient((end - x) / (sigma_next - sigma))
         (value, v), g = jax.value_and_grad(loss_at, has_aux=True)(student, x, target, sigma)
         grads = jax.tree.map(jnp.add, grads, g)

@@ -9,33 +9,47 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax import loop
+from dopsd_jax import loop, lora
+from dopsd_jax.core import trees
+from dopsd_jax.core.log import log
 from dopsd_jax.distill import DistillBatch, distill_loss_and_grad, segments
 from dopsd_jax.guidance import pad_context
 from dopsd_jax.mini import encoding
 from dopsd_jax.mini.base_stage import Gallery, Rows, World, context, load
 from dopsd_jax.mini.model import save_models
 from dopsd_jax.train_step import Method, init_state, make_optimizer, make_train_step
+from dopsd_jax.weights import lora_files
+
+
+TARGETS = (r".*/(attention|feed_forward)/.*/kernel", r".*/adaLN_modulation/kernel")
+UNDO = "undistilled_lora.safetensors"  # what turns the distilled transformer back into the base
 
 
 def prepare(config: ConfigDict, workdir: Path):
-    """The task, and what to do with its last state: write the pipeline with the new transformer."""
+    """The task, and what to do with its last state: fold the LoRA into the pipeline's transformer.
+
+    The distilled model is base + LoRA, so the same LoRA with its sign turned is a small file that
+    gives the undistilled model back, for whoever wants to compare.
+    """
     pipe, vl = load(config)
     world = World(config, pipe, vl)
-    # The encoders stay as they are; the teacher is the transformer as it came.
-    encoders = {"text_encoder": pipe.text_params, "vision": vl.params}
-    base = {"transformer": pipe.params} | encoders
+    encoders = {"text_encoder": pipe.text_params, "vision": vl.params}  # stay as they are
+    method = Method(trainable="lora", lora_scale=1.0, teacher="ema", ema_decay=config.ema_decay)
     optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
+    rng = jax.random.key(config.seed)
     state = init_state(
-        jax.tree.map(jnp.copy, pipe.params), optimizer,
-        jax.random.key_data(jax.random.key(config.seed + 1)),
+        lora.init(jax.random.fold_in(rng, 1), pipe.params, TARGETS, config.rank), optimizer,
+        jax.random.key_data(jax.random.fold_in(rng, 2)),
     )
+    log.info("LoRA: %s parameters", f"{trees.count(state.student):,}")
     sigmas = segments(config.num_steps, config.substeps, pipe.shift)
 
     def objective(student, average, base, rows: tuple[Rows, Rows]):
-        text, pair = (pad_context(context(pipe, vl, base, r), encoding.PAIR_TOKENS) for r in rows)
+        text, pair = (
+            pad_context(context(pipe, vl, encoders, r), encoding.PAIR_TOKENS) for r in rows
+        )
         ctx = jax.tree.map(lambda *x: jnp.concatenate(x), text, pair)
-        empty = encoding.text_features(pipe, base["text_encoder"], *world.empty_ids)
+        empty = encoding.text_features(pipe, encoders["text_encoder"], *world.empty_ids)
         noise, latents = (
             jnp.concatenate([getattr(r, name) for r in rows]) for name in ("noise", "latents")
         )
@@ -44,11 +58,10 @@ def prepare(config: ConfigDict, workdir: Path):
             empty=jax.tree.map(lambda x: jnp.repeat(x, len(noise), 0), empty),
         )
         return distill_loss_and_grad(
-            student, base["transformer"], batch, sigmas, velocity=pipe.denoiser.velocity,
-            assemble=lambda tree: {"params": tree}, guidance=config.guidance,
+            student, base, batch, sigmas, velocity=pipe.denoiser.velocity,
+            assemble=method.assemble, guidance=config.guidance,
         )
 
-    method = Method(trainable="full", teacher="ema", ema_decay=config.ema_decay)
     step_fn = jax.jit(make_train_step(method, optimizer, objective), donate_argnums=0)
     pair_rows = config.batch_size // 3
 
@@ -58,15 +71,19 @@ def prepare(config: ConfigDict, workdir: Path):
         return jax.tree.map(jnp.asarray, (rows, world.pair_rows(draw, pair_rows)))
 
     gallery = Gallery(config, workdir, pipe, vl)
+    merge = jax.jit(lambda base, trained: lora.merge(base, trained, method.lora_scale))
 
     def preview(step: int, state, metrics) -> None:
-        params = {"transformer": state.teacher} | encoders
+        params = {"transformer": merge(pipe.params, state.teacher)} | encoders
         gallery.save(step, params, metrics, ((config.num_steps, 1.0), (2 * config.num_steps, 1.0)))
 
     def finish(state) -> None:
-        trained = jax.tree.map(np.asarray, state.teacher)
-        save_models(config.model, config.vlm, workdir, {"transformer": trained})
+        merged = jax.tree.map(np.asarray, merge(pipe.params, state.teacher))
+        save_models(config.model, config.vlm, workdir, {"transformer": merged})
+        undo = jax.tree.map(np.asarray, lora.scaled(state.teacher, -1.0))
+        spec = lora_files.LoraSpec(config.rank, float(config.rank), "")
+        lora_files.save_diffusers(workdir / UNDO, undo, spec, lora_files.Z_IMAGE_MODULES)
 
     return loop.Task(
-        state, lambda state, batch: step_fn(state, base, batch), make_batch, preview,
+        state, lambda state, batch: step_fn(state, pipe.params, batch), make_batch, preview,
     ), finish
