@@ -20,7 +20,6 @@ from dopsd_jax.mini.model import save_models
 from dopsd_jax.train_step import Method, init_state, make_optimizer, make_train_step
 from dopsd_jax.weights import lora_files
 
-
 TARGETS = (r".*/(attention|feed_forward)/.*/kernel", r".*/adaLN_modulation/kernel")
 UNDO = "undistilled_lora.safetensors"  # what turns the distilled transformer back into the base
 
