@@ -157,14 +157,18 @@ def map_safetensors(path: str | Path) -> dict[str, Stored]:
     }
 
 
-def _packed(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A contiguous, aligned copy in `dtype`."""
-    size = value.size * dtype.itemsize
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that the CPU backend takes over without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
     buffer = np.empty(size + ALIGNMENT, np.uint8)
     offset = -buffer.ctypes.data % ALIGNMENT
-    out = buffer[offset : offset + size].view(dtype).reshape(value.shape)
+    return buffer[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _fill(out: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Copies `value`, cast to out's dtype, into `out`, and returns it."""
     source, target = value, out
-    if value.dtype == dtype and dtype.itemsize == 2:  # NumPy moves bfloat16 one by one
+    if value.dtype == out.dtype and out.dtype.itemsize == 2:  # NumPy moves bfloat16 one by one
         source, target = value.view(np.uint16), out.view(np.uint16)
     for i in range(0, value.shape[-1] if value.ndim else 0, COLUMNS):
         target[..., i : i + COLUMNS] = source[..., i : i + COLUMNS]
@@ -229,8 +233,8 @@ def load_tree(
     """Reads safetensors files into the parameter tree of a network.
 
     Host memory above the final arrays is at most the largest single tensor in its final dtype:
-    files are mapped, not read, and stacked parameters are allocated on the device and filled
-    layer by layer.
+    files are mapped, not read, and stacked parameters are allocated on the device (on CPU: where
+    they stay) and filled layer by layer.
 
     Args:
         files: Safetensors files that together hold the model.
@@ -252,23 +256,32 @@ def load_tree(
     files = [Path(f) for f in files]
     stored = _map_all(files)
     slots = _match(files, table, stored, flat_shapes)
-    flat: dict[str, jax.Array] = {}
+    flat: dict[str, jax.Array | np.ndarray] = {}
     for done, (tensor, slot) in enumerate(slots.items()):
-        sharding = flat_shardings.get(slot.name)
+        name, sharding = slot.name, flat_shardings.get(slot.name)
         value = slot.transform.to_flax(stored[tensor].view())
         is_float = jnp.issubdtype(value.dtype, jnp.floating)
-        value = _packed(value, np.dtype(dtype) if dtype is not None and is_float else value.dtype)
+        kind = np.dtype(dtype) if dtype is not None and is_float else value.dtype
         if slot.layer is None:
-            flat[slot.name] = jax.device_put(value, sharding)
+            flat[name] = jax.device_put(_fill(_aligned(value.shape, kind), value), sharding)
+        elif _on_cpu(sharding):  # the stack is host memory anyway
+            if name not in flat:
+                flat[name] = _aligned(flat_shapes[name].shape, kind)
+            _fill(flat[name][slot.layer], value)
         else:
-            if slot.name not in flat:
-                flat[slot.name] = _empty(flat_shapes[slot.name].shape, value.dtype, sharding)
-            flat[slot.name] = _write(flat[slot.name], slot.layer, _like(value, sharding))
-        flat[slot.name].block_until_ready()  # else many tensors wait in host memory at once
-        del value
+            if name not in flat:
+                flat[name] = _empty(flat_shapes[name].shape, kind, sharding)
+            part = _like(_fill(_aligned(value.shape, kind), value), sharding)
+            flat[name] = _write(flat[name], slot.layer, part)
+        # Else many tensors wait in host memory at once.
+        jax.block_until_ready(flat[name])
+        value = part = None
         stored[tensor].forget()
         if report is not None:
             report(done + 1, len(slots))
+    for name, value in flat.items():
+        if isinstance(value, np.ndarray):
+            flat[name] = jax.device_put(value, flat_shardings.get(name))
     return trees.unflatten(flat)
 
 
@@ -311,6 +324,13 @@ def _match(
             f"{listed}{more}"
         )
     return slots
+
+
+def _on_cpu(sharding) -> bool:
+    """Whether arrays placed so live in the memory of this machine, on one device."""
+    if sharding is None:
+        return jax.default_backend() == "cpu"
+    return len(sharding.device_set) == 1 and next(iter(sharding.device_set)).platform == "cpu"
 
 
 def _empty(shape, dtype, sharding) -> jax.Array:

@@ -229,7 +229,7 @@ def test_full_size_transformer_loads_and_equals_diffusers(scratch):
     print("errors against torch with float32 activations", json.dumps(errors))
 
     assert reports["ours"]["parameters"] == PARAMETERS
-    assert reports["ours"]["load_above_arrays"] <= 1.1 * LARGEST_TENSOR + 64 * 2**20
+    assert reports["ours"]["load_above_arrays"] <= 1.1 * LARGEST_TENSOR
     for part in ("torch", "ours"):
         assert reports[part]["anonymous_peak"] < MEMORY_LIMIT
     assert errors["ours_float32"]["max"] < 1e-4
