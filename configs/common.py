@@ -28,6 +28,8 @@ def base() -> ConfigDict:
     c.teacher = "ema"         # ema | frozen | live (live is known to collapse)
     c.ema_decay = 0.9999      # per update, in float32
     c.vlm_rope_theta = 0.0    # 0: Qwen3-VL's 5e6 as published; 1e6: the text encoder's own
+    c.vlm_min_pixels = 512 * 512  # area at which the vision tower looks at the target
+    c.vlm_max_pixels = 768 * 768
     c.double_template = False  # published: True, by accident
 
     c.lora = ConfigDict()

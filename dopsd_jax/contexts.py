@@ -68,6 +68,8 @@ def vlm_context(
     *,
     length: int,
     rope_theta: float = 0.0,
+    min_pixels: int = 512 * 512,
+    max_pixels: int = 768 * 768,
     double_template: bool = False,
     truncate: bool = False,
 ) -> Context:
@@ -81,6 +83,7 @@ def vlm_context(
         length: Padded length L, image tokens included, a multiple of 32.
         rope_theta: Rotary base of the language model; 0 is Qwen3-VL's own, as published (5e6
             over weights trained with 1e6).
+        min_pixels, max_pixels: Area at which the vision tower looks, see `smart_resize`.
         double_template: Put the already templated prompt into the user turn.
             Differs from reference: there a list changed in place makes this the only behaviour.
         truncate: As in `text_context`.
@@ -98,7 +101,10 @@ def vlm_context(
         ]
     v = vl.config.vision
     cut = [
-        prompts_lib.image_patches(image, v.patch_size, v.spatial_merge_size, v.temporal_patch_size)
+        prompts_lib.image_patches(
+            image, v.patch_size, v.spatial_merge_size, v.temporal_patch_size, min_pixels,
+            max_pixels,
+        )
         for image in images
     ]
     grid = cut[0][1]

@@ -25,13 +25,16 @@ from dopsd_jax.contexts import text_context
 from dopsd_jax.core import cli
 from dopsd_jax.core.checks import check_shapes, noted
 from dopsd_jax.data.images import to_uint8
-from dopsd_jax.data.prompts import prompt_problems
+from dopsd_jax.data.prompts import encode_prompts, prompt_problems
 from dopsd_jax.models.denoiser import ZImageDenoiser
 from dopsd_jax.models.vae import Vae
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import DTYPES, Pipeline, load_pipeline, transformer_shapes
 
-TEXT_TOKENS = 512  # as the torch pipelines pad
+TEXT_TOKENS = 512  # at most, as in the torch pipelines
+# Prompts are padded to the first of these that fits: fewer tokens for short prompts, few programs
+# to compile, and the same picture, because whatever lies beyond the next 32 tokens is masked.
+LENGTHS = (64, 128, 256, TEXT_TOKENS)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -94,8 +97,8 @@ def generate(
     prompts: Sequence[str],
     *,
     num_steps: int = 8,
-    height: int = 1024,
-    width: int = 1024,
+    height: int | None = None,
+    width: int | None = None,
     seed: int = 0,
     noise: np.ndarray | None = None,
     lora: str | Path | tuple[Any, float] | None = None,
@@ -107,8 +110,8 @@ def generate(
         prompts: B prompts.
         num_steps: Number of denoiser calls. (diffusers before 0.39 counted one more: its 9 is
             8 here.)
-        height: Pixels, a multiple of 16.
-        width: Pixels, a multiple of 16.
+        height, width: Pixels, multiples of 16; None is the model's own size, 1024 for
+            Z-Image-Turbo.
         seed: Picture i starts from seed + i.
         noise: float32 [B, H/8, W/8, C] standard normal in the normalised latent space; takes the
             place of the seed.
@@ -120,6 +123,8 @@ def generate(
     Raises:
         ValueError: Empty prompts, sizes or noise that do not fit, a LoRA of another model.
     """
+    height = pipe.sample_size if height is None else height
+    width = pipe.sample_size if width is None else width
     check_request(pipe, prompts, num_steps=num_steps, height=height, width=width)
     shape = pipe.denoiser.latent_shape(height, width)
     if noise is None:
@@ -132,10 +137,17 @@ def generate(
     if lora is not None:
         tree, scale = lora if isinstance(lora, tuple) else read_lora(lora, pipe)
         variables["lora"] = lora_lib.scaled(jax.tree.map(jnp.asarray, tree), scale)
-    ctx = text_context(pipe, prompts, length=TEXT_TOKENS)
+    ctx = text_context(pipe, prompts, length=_padded_length(pipe, prompts))
     sigmas = flow.sigmas_shifted(num_steps, pipe.shift)
     latents, _ = walk(pipe.denoiser, variables, noise, ctx, sigmas)
     return decode(pipe, latents)
+
+
+def _padded_length(pipe: Pipeline, prompts: Sequence[str]) -> int:
+    """The first of LENGTHS that holds every prompt."""
+    _, mask = encode_prompts(pipe.tokenizer, prompts, TEXT_TOKENS, enable_thinking=True)
+    longest = int(mask.sum(1).max())
+    return next(length for length in LENGTHS if length >= longest)
 
 
 FLAGS = flags.FLAGS
@@ -143,12 +155,12 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """The command's flags; a function, so that importing this module defines none."""
-    flags.DEFINE_string("model", None, "Pipeline directory.", required=True)
+    flags.DEFINE_string("model", None, "Pipeline directory, or mini.", required=True)
     flags.DEFINE_string("lora", None, "Workdir of a run, LoRA file, or PEFT directory.")
     flags.DEFINE_multi_string("prompt", None, "Prompt; may be given several times.", required=True)
     flags.DEFINE_integer("num_steps", 8, "Number of denoiser calls.")
-    flags.DEFINE_integer("height", 1024, "Pixels, a multiple of 16.")
-    flags.DEFINE_integer("width", 1024, "Pixels, a multiple of 16.")
+    flags.DEFINE_integer("height", None, "Pixels, a multiple of 16; default: the model's own.")
+    flags.DEFINE_integer("width", None, "Pixels, a multiple of 16; default: the model's own.")
     flags.DEFINE_integer("seed", 0, "Picture i starts from seed + i.",
                          lower_bound=0, upper_bound=2**31)
     flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Dtype of transformer and text encoder.")
@@ -160,8 +172,9 @@ def main() -> None:
     cli.check_directory(out)
     workdir_lib.enable_compilation_cache()
     # Whatever can be wrong is found before gigabytes of weights are read.
-    size = dict(num_steps=FLAGS.num_steps, height=FLAGS.height, width=FLAGS.width)
     pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype, parts=())
+    sides = (pipe.sample_size if x is None else x for x in (FLAGS.height, FLAGS.width))
+    size = dict(zip(("height", "width"), sides, strict=True), num_steps=FLAGS.num_steps)
     check_request(pipe, FLAGS.prompt, **size)
     lora = None if FLAGS.lora is None else read_lora(FLAGS.lora, pipe)
     pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype)

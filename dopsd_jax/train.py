@@ -55,6 +55,7 @@ from dopsd_jax.weights.pipeline import (
     load_pipeline,
     load_vision_language,
 )
+from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
 FLAGS = flags.FLAGS
 
@@ -145,6 +146,7 @@ class Contexts:
                 self._teacher.put(pair, contexts.vlm_context(
                     self._pipe, self._vl, [caption], self._data.pixels(row)[None],
                     length=c.teacher_tokens, rope_theta=c.vlm_rope_theta,
+                    min_pixels=c.vlm_min_pixels, max_pixels=c.vlm_max_pixels,
                     double_template=c.double_template, truncate=c.truncate_prompts,
                 ))
         except ValueError as e:
@@ -239,7 +241,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     method = check_config(config)
     data = read_data(config)
     # Weights are identified without loading them: a wrong workdir fails now.
-    identity = {"model": fingerprint(config.model), "vlm": fingerprint(config.vlm),
+    identity = {"model": fingerprint(pipeline_directory(config.model)),
+                "vlm": fingerprint(vlm_directory(config.vlm)),
                 "data": data.fingerprint()}
     workdir_lib.claim(workdir, config.to_dict(), identity)
     if loop.finished(config, workdir):

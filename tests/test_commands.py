@@ -88,7 +88,7 @@ MODEL = ("--model", "{model}")
       "flag --dtype=float12: value should be one of <bfloat16|float16|float32>\n"),
      ((*MODEL, "--prompt", "x " * 600, "--prompt= ", "--height=40", "--num_steps=0"),
       "expected at most 512 tokens, template included, got 1219; shorten it\n  prompt 1 is empty\n"
-      "  image size: expected height and width in positive multiples of 16, got 40x1024 (height x "
+      "  image size: expected height and width in positive multiples of 16, got 40x64 (height x "
       "width)\n  num_steps: expected at least 1 denoiser call, got 0\n"),
      ((*MODEL, "--prompt=a", "--height=8192", "--width=64"), "h = 1024 needs 512 positions"),
      ((*MODEL, "--prompt=a", "--lora=nowhere.safetensors"), "nowhere.safetensors: no such file\n"),

@@ -24,6 +24,7 @@ from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.names import WeightsError
 from dopsd_jax.weights.qwen3_names import check_language_match, qwen3_table, vision_table
+from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 from dopsd_jax.weights.vae_names import vae_table
 from dopsd_jax.weights.z_image_names import z_image_table
 
@@ -43,12 +44,14 @@ class Pipeline:
         text_encoder, text_params: Qwen3, as deep as the tap needs.
         tokenizer: With the chat template.
         shift: The scheduler's static shift.
+        sample_size: Pixels per side that the model draws by itself.
     """
 
     directory: Path
     denoiser: ZImageDenoiser
     tokenizer: Any
     shift: float
+    sample_size: int
     vae: Vae
     text_encoder: Qwen3
     params: trees.Tree | None = None
@@ -106,7 +109,7 @@ def read_vl_config(directory: str | Path) -> Qwen3VLConfig:
     Raises:
         ValueError: No such directory, or a config of something else.
     """
-    directory = Path(directory)
+    directory = vlm_directory(directory)
     _check_is_directory(directory, "config.json and the weights of Qwen3-VL")
     return Qwen3VLConfig.from_json(read_json(directory / "config.json"))
 
@@ -166,7 +169,7 @@ def load_pipeline(
 
     Args:
         directory: Holds model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and
-            scheduler/.
+            scheduler/; or "mini", the model that comes with the package.
         dtype: Dtype of the transformer's and the text encoder's weights and compute.
         vae_dtype: The same for the VAE; float32 keeps the picture's last bit.
         remat: Rematerialisation policy of the transformer, see models/layers.py.
@@ -181,7 +184,7 @@ def load_pipeline(
         WeightsError: Anything that is missing, unsupported or does not fit.
         ValueError: An unknown dtype or part.
     """
-    directory = Path(directory)
+    directory = pipeline_directory(directory)
     check_dtype("dtype", dtype)
     check_dtype("vae_dtype", vae_dtype)
     _check_is_directory(directory, "model_index.json, transformer/, vae/, ..")
@@ -214,6 +217,7 @@ def load_pipeline(
         denoiser=ZImageDenoiser(ZImageTransformer(config, dtype, remat), vae_config.factor),
         tokenizer=prompts.load_tokenizer(directory / "tokenizer"),
         shift=_shift(directory),
+        sample_size=int(read_json(directory / "vae" / "config.json").get("sample_size", 1024)),
         vae=Vae(vae_config, vae_dtype),
         text_encoder=Qwen3(text_config, depth, dtype),
     )
@@ -244,7 +248,7 @@ def load_vision_language(
         WeightsError: Anything missing or unsupported, and language tensors that are not, by name
             and shape, exactly those of the pipeline's text encoder.
     """
-    directory = Path(directory)
+    directory = vlm_directory(directory)
     check_dtype("dtype", dtype)
     config = read_vl_config(directory)
     matched = check_language_match(
