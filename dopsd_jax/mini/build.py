@@ -4,7 +4,10 @@
 
 Writes <out>/{scenes,pairs,judge,judge_test}/ with pixels.npy (uint8 [N, 64, 64, 3]), captions.json,
 styles.npy (int32 [N], index into world.STYLES), concepts.npy (bool [N, 40]); pairs/ has also
-references.npy. The same seed writes the same bytes.
+references.npy. The same seed writes the same bytes. With --style, writes a folder of captioned
+pictures instead:
+
+    python -m dopsd_jax.mini.build --packages node_modules --style blueprint --out DIR
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from dopsd_jax.core import cli
 from dopsd_jax.core.log import log
 from dopsd_jax.mini import world
-from dopsd_jax.mini.emoji import CONCEPTS, Sprites, load_sprites
+from dopsd_jax.mini.emoji import CONCEPTS, SETS, Sprites, load_sprites
 
 FLAGS = flags.FLAGS
 ALL_CONCEPTS = tuple(CONCEPTS)
@@ -29,7 +33,7 @@ ALL_STYLES = tuple(world.STYLES)
 SPARE_STYLES = (
     "special", "secret", "mystery", "custom", "brand", "novel", "private", "fancy",
 )
-STREAMS = {"scenes": 1, "pairs": 2, "judge": 3, "judge_test": 4}
+STREAMS = {"scenes": 1, "pairs": 2, "judge": 3, "judge_test": 4, "style": 5}
 CHUNK = 500
 _sprites: Sprites = {}
 
@@ -134,9 +138,29 @@ def build(sprites: Sprites, out: Path, kind: str, count: int, seed: int) -> None
     (directory / "captions.json").write_text(captions)
 
 
+def write_style(sprites: Sprites, out: Path, style: str, count: int, seed: int) -> None:
+    """A folder of captioned pictures in one style, as a user would bring them: NAME.png, NAME.txt.
+
+    One object each, every concept at most once, no colour words.
+    """
+    rng = np.random.default_rng([seed, STREAMS["style"], ALL_STYLES.index(style)])
+    out.mkdir(parents=True, exist_ok=True)
+    for concept in rng.permutation(world.TRAINED_CONCEPTS)[:count].tolist():
+        scene = world.draw_scene(rng, style=style, concept=concept, two=0.0, tinted=0.0)
+        name = concept.replace(" ", "-")
+        Image.fromarray(world.render(sprites, scene, rng)).save(out / f"{name}.png")
+        (out / f"{name}.txt").write_text(scene.caption + "\n")
+    (out / "ATTRIBUTION").write_text(
+        f"Pictures drawn from {SETS[world.STYLES[style].art]}.\n"
+    )
+
+
 def main() -> None:
     sprites = load_sprites(FLAGS.packages)
     out = Path(FLAGS.out)
+    if FLAGS.style:
+        write_style(sprites, out, FLAGS.style, FLAGS.style_count, FLAGS.seed)
+        return
     counts = {"scenes": FLAGS.scenes, "pairs": FLAGS.pairs, "judge": FLAGS.judge,
               "judge_test": FLAGS.judge_test}
     for kind, count in counts.items():
@@ -152,5 +176,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("judge", 24_000, "Scenes of every style and concept, for the judge.",
                          lower_bound=1)
     flags.DEFINE_integer("judge_test", 4_000, "The same, held back.", lower_bound=1)
+    flags.DEFINE_enum("style", None, ALL_STYLES, "Write captioned pictures of this style alone.")
+    flags.DEFINE_integer("style_count", 8, "How many of them.", lower_bound=1, upper_bound=36)
     flags.DEFINE_integer("seed", 0, "Of everything.")
     cli.run_command(main)
