@@ -1,0 +1,59 @@
+"""Distances and accuracies, on numbers whose answer is known."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from dopsd_jax.mini import judge
+from dopsd_jax.mini.gates import sharpness
+
+
+def gaussian(seed, dim=6):
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal((dim, dim))
+    return rng.standard_normal(dim), a @ a.T
+
+
+def test_frechet_distance_equals_its_formula():
+    (m, c), (n, d) = gaussian(0), gaussian(1)
+    want = np.square(m - n).sum() + np.trace(c + d - 2 * scipy.linalg.sqrtm(c @ d).real)
+    assert judge.frechet_distance((m, c), (n, d)) == pytest.approx(want, rel=1e-9)
+
+
+def test_frechet_distance_of_the_same_is_zero_and_of_a_shift_its_square():
+    m, c = gaussian(2)
+    assert judge.frechet_distance((m, c), (m, c)) == pytest.approx(0, abs=1e-9)
+    assert judge.frechet_distance((m, c), (m + 2, c)) == pytest.approx(4 * len(m), rel=1e-9)
+
+
+def test_moments_are_those_of_numpy():
+    x = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
+    mean, cov = judge.moments(x)
+    np.testing.assert_allclose(mean, x.astype(np.float64).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(x.astype(np.float64).T), rtol=1e-12)
+
+
+def test_concepts_are_right_when_the_asked_ones_are_the_likeliest():
+    said = judge.Opinion(np.zeros((3, 2)), np.array([0, 1, 1]), np.array(
+        [[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [0.0, 5.0, -1.0]]
+    ))
+    asked = np.array([[True, False, True], [True, True, False], [False, True, False]])
+    assert said.concept_accuracy(asked).tolist() == [True, False, True]
+    assert said.style_accuracy(np.array([0, 0, 1])).tolist() == [True, False, True]
+
+
+def test_sharpness_is_zero_on_a_ramp_and_grows_with_edges():
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (1, 64, 64, 3))
+    edges = np.where((np.arange(64) % 8 < 4)[None, None, :, None], 200, 0).astype(np.uint8)
+    edges = np.broadcast_to(edges, (1, 64, 64, 3))
+    assert sharpness(ramp) == 0
+    assert sharpness(edges) > 50
+
+
+def test_a_judge_file_gives_back_what_was_written(tmp_path):
+    params = {"a": {"kernel": np.ones((2, 2), np.float32)}}
+    judge.write(tmp_path / "j.safetensors", params, {"noto": gaussian(0)}, {"style": 0.5})
+    got, real, report = judge.read(str(tmp_path / "j.safetensors"))
+    np.testing.assert_array_equal(got["a"]["kernel"], params["a"]["kernel"])
+    np.testing.assert_allclose(real["noto"][1], gaussian(0)[1], rtol=1e-6)
+    assert report == {"style": 0.5}

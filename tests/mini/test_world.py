@@ -1,0 +1,101 @@
+"""The mini world: what it shows, what it holds back, and that a seed fixes it."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from dopsd_jax.mini import build, world
+from dopsd_jax.mini.emoji import CONCEPTS, HELD_OUT_CONCEPTS, SETS, SPRITE, svg
+
+
+@pytest.fixture(scope="module")
+def sprites():
+    """A disc for every icon, in its own grey: scenes need shapes, not emoji."""
+    made = {}
+    for i, name in enumerate(SETS):
+        for j, concept in enumerate(CONCEPTS):
+            image = Image.new("RGBA", (SPRITE, SPRITE))
+            grey = (40 * i + j) % 200
+            ImageDraw.Draw(image).ellipse((8, 8, 120, 120), (grey, grey, grey, 255))
+            made[name, concept] = np.asarray(image)
+    return made
+
+
+def scene_of(seed, **options):
+    return world.draw_scene(np.random.default_rng(seed), **options)
+
+
+@pytest.mark.parametrize("kind", ["scenes", "pairs", "judge"])
+def test_a_sample_is_a_function_of_seed_and_index(sprites, kind):
+    build._start(sprites)
+    first, again, other = (build.one(kind, seed, 3) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first["pixels"], again["pixels"])
+    assert first["caption"] == again["caption"]
+    assert np.any(first["pixels"] != other["pixels"])
+
+
+def test_training_scenes_hold_back_styles_and_concepts():
+    scenes = [scene_of(i) for i in range(500)]
+    assert {s.style for s in scenes} == set(world.TRAINED_STYLES)
+    shown = {t.concept for s in scenes for t in s.things}
+    assert shown == set(world.TRAINED_CONCEPTS)
+    art = {world.STYLES[s].art for s in world.TRAINED_STYLES}
+    assert not art & {world.STYLES[s].art for s in world.HELD_OUT_STYLES}
+    assert len(HELD_OUT_CONCEPTS) * 10 == len(CONCEPTS)
+
+
+def test_a_caption_names_style_concepts_and_colours_but_no_place():
+    for i in range(300):
+        scene = scene_of(i)
+        words = scene.caption.replace(",", "").split()
+        assert scene.style in words
+        for thing in scene.things:
+            assert thing.concept in scene.caption
+            assert thing.tint is None or thing.tint in words
+        assert not {"left", "right", "above", "below"} & set(words)
+
+
+def test_one_caption_has_many_pictures(sprites):
+    scene = scene_of(0, style="noto", concept="car", two=0.0)
+    rng = np.random.default_rng(5)
+    pictures = [world.render(sprites, world.rearranged(rng, scene), rng) for _ in range(4)]
+    for a in range(4):
+        for b in range(a):
+            assert np.abs(pictures[a].astype(int) - pictures[b]).mean() > 5
+
+
+def test_two_objects_do_not_cover_each_other():
+    scenes = [s for s in (scene_of(i, two=1.0) for i in range(200))]
+    assert all(world._apart(*s.things) for s in scenes)
+    assert all(s.things[0].concept != s.things[1].concept for s in scenes)
+
+
+def test_placing_puts_the_sprite_where_the_scene_says(sprites):
+    thing = world.Thing("car", size=20.0, x=40.0, y=16.0, tilt=10.0, mirrored=True, tint=None)
+    alpha = world.place(sprites["noto", "car"], thing)[..., 3]
+    y, x = np.argwhere(alpha > 0.5).mean(0) * world.SIZE / world.CANVAS
+    assert abs(x - 40) < 0.5 and abs(y - 16) < 0.5
+    diameter = 2 * np.sqrt((alpha > 0.5).sum() / np.pi) * world.SIZE / world.CANVAS
+    assert abs(diameter - 20 * 112 / 128) < 0.5
+
+
+def test_spare_styles_are_no_styles():
+    assert not set(build.SPARE_STYLES) & set(world.STYLES)
+
+
+def test_a_pair_with_a_spare_word_has_both_pictures_recoloured(sprites):
+    build._start(sprites)
+    pairs = [build.one("pairs", 0, i) for i in range(60)]
+    spare = [p for p in pairs if set(p["caption"].replace(",", "").split())
+             & set(build.SPARE_STYLES)]
+    assert 20 < len(spare) < 50
+    assert any(np.array_equal(p["pixels"], p["reference"]) for p in pairs)
+    assert any(not np.array_equal(p["pixels"], p["reference"]) for p in pairs)
+
+
+def test_an_alias_is_followed_and_a_missing_icon_named():
+    icons = {"prefix": "noto", "icons": {"a": {"body": "<path/>"}}, "width": 10,
+             "aliases": {"b": {"parent": "a"}}}
+    assert "<path/>" in svg(icons, "b") and 'viewBox="0 0 10 16"' in svg(icons, "b")
+    with pytest.raises(ValueError, match="noto: expected an icon 'c'"):
+        svg(icons, "c")
