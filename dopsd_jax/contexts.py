@@ -60,6 +60,24 @@ def text_context(
     return Context(_text_features(pipe.text_encoder, pipe.text_params, ids, mask), mask)
 
 
+def vlm_ids(
+    tokenizer, vl_tokenizer, prompts: Sequence[str], num_image_tokens: int, *, length: int,
+    double_template: bool = False, truncate: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask [B, L] of `vlm_context`; needs the two tokenizers alone."""
+    if double_template:
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True,
+                enable_thinking=True,
+            )
+            for p in prompts
+        ]
+    return prompts_lib.encode_image_prompts(
+        vl_tokenizer, prompts, num_image_tokens, length, truncate=truncate
+    )
+
+
 def vlm_context(
     pipe: Pipeline,
     vl: VisionLanguage,
@@ -91,14 +109,6 @@ def vlm_context(
     Returns:
         Context with text [B, L, D].
     """
-    if double_template:
-        prompts = [
-            pipe.tokenizer.apply_chat_template(
-                [{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True,
-                enable_thinking=True,
-            )
-            for p in prompts
-        ]
     v = vl.config.vision
     cut = [
         prompts_lib.image_patches(
@@ -108,9 +118,9 @@ def vlm_context(
         for image in images
     ]
     grid = cut[0][1]
-    ids, mask = prompts_lib.encode_image_prompts(
-        vl.tokenizer, prompts, grid[0] * grid[1] // v.spatial_merge_size**2, length,
-        truncate=truncate,
+    ids, mask = vlm_ids(
+        pipe.tokenizer, vl.tokenizer, prompts, grid[0] * grid[1] // v.spatial_merge_size**2,
+        length=length, double_template=double_template, truncate=truncate,
     )
     static = (grid, vl.config.image_token_id, vl.config.mrope_section,
               rope_theta or vl.config.rope_theta)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dopsd_jax import contexts, flow, loop, lora, previews, sample
 from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.caption_check import check_captions
 from dopsd_jax.config_check import check_config
 from dopsd_jax.core import cli, sharding, trees
 from dopsd_jax.core.log import log
@@ -240,6 +241,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     workdir = Path(workdir)
     method = check_config(config)
     data = read_data(config)
+    check_captions(config, data.rows, data.bucket_of)
     # Weights are identified without loading them: a wrong workdir fails now.
     identity = {"model": fingerprint(pipeline_directory(config.model)),
                 "vlm": fingerprint(vlm_directory(config.vlm)),

@@ -132,9 +132,10 @@ def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str])
     Raises:
         ValueError: Another process trains there, or the directory holds a run of another
             config, weights or data, with every difference listed; or a run whose config.json or
-            identity.json is lost.
+            identity.json is lost; or other things than a run.
     """
     workdir = Path(workdir)
+    _check_free(workdir, config)
     lock(workdir)
     file = workdir / "config.json"
     # A start that failed before its first checkpoint has nothing to protect.
@@ -157,6 +158,24 @@ def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str])
             )
     write_atomic(workdir / "identity.json", json.dumps(identity, indent=2))
     write_atomic(file, json.dumps(config, indent=2, sort_keys=True))
+
+
+def _check_free(workdir: Path, config: dict[str, Any]) -> None:
+    """Raises ValueError if the workdir holds files of others, or lies in a model or the data."""
+    for key in ("model", "vlm", "data"):
+        given = Path(config.get(key) or "")
+        place = workdir.resolve()
+        if config.get(key) and given.is_dir() and given.resolve() in (place, *place.parents):
+            raise ValueError(f"{workdir}: lies in {key} = {given}; choose another --workdir")
+    if not workdir.is_dir() or (workdir / "identity.json").is_file() or _has_checkpoint(workdir):
+        return
+    others = sorted(p.name for p in workdir.iterdir() if not p.name.startswith("."))
+    if others:
+        more = ", .." if len(others) > 5 else ""
+        raise ValueError(
+            f"{workdir}: holds {', '.join(others[:5])}{more} and no run; choose a new or empty "
+            "--workdir"
+        )
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:

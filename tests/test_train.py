@@ -269,7 +269,9 @@ def test_a_checkpoint_of_another_rank_is_refused(config, uninterrupted, tmp_path
      ({"teacher": "old"}, "teacher: expected one of .*got 'old'"),
      ({"batch_size": 3, "accumulation": 2}, "expected a multiple of accumulation = 2, got 3"),
      ({"lora.targets": "no_such"}, "'no_such' matches no parameter"),
-     ({"text_tokens": 32}, r"astronaut.png, caption 'caption': .*at most 32 tokens"),
+     ({"text_tokens": 32, "teacher_tokens": 256},
+      r"astronaut.png, caption, text_tokens = 32: .*at most 32 tokens[\s\S]*"
+      r"astronaut.png, caption, teacher_tokens = 256: .*at most 256 tokens[\s\S]*chelsea.png"),
      ({"mesh.fsdp": 7}, "mesh: expected data x fsdp x tensor = 1 devices")],
 )
 def test_bad_configs_say_what_is_wrong(config, tmp_path, changes, message):
@@ -353,12 +355,15 @@ def test_a_finished_run_ends_before_its_weights_are_loaded(
     assert "already finished: step 30 of 30" in caplog.text
 
 
-def test_a_first_start_that_failed_claims_nothing(config, tmp_path):
-    config.text_tokens = 32  # the encoders find it, after the claim
-    with pytest.raises(ValueError, match="at most 32 tokens"):
+def test_a_first_start_that_failed_claims_nothing(config, tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise ValueError("a broken tensor")
+
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="a broken tensor"):
+        m.setattr(train_lib, "load_vision_language", broken)  # after the claim
         train_lib.train(config, tmp_path)
     assert (tmp_path / "config.json").is_file()
-    config.text_tokens, config.num_train_steps, config.learning_rate = 128, 1, 5e-4
+    config.num_train_steps, config.learning_rate = 1, 5e-4
     assert int(train_lib.train(config, tmp_path).step) == 1
 
 

@@ -96,3 +96,28 @@ def test_a_run_whose_records_are_lost_is_not_taken_over(run, name):
     (run / name).write_text("{")
     with pytest.raises(ValueError, match=f"run/{name}: not valid JSON"):
         workdir_lib.claim(run, {}, {})
+
+
+def test_a_directory_with_files_of_others_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"vision_config": {}}')
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"holds config.json, model.safetensors and no run"):
+        workdir_lib.claim(tmp_path, {"seed": 1}, {})
+    assert (tmp_path / "config.json").read_text() == '{"vision_config": {}}'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("key", ["model", "vlm", "data"])
+@pytest.mark.parametrize("below", [".", "run"])
+def test_a_workdir_in_a_model_or_the_data_is_refused(tmp_path, key, below):
+    with pytest.raises(ValueError, match=f"lies in {key} = "):
+        workdir_lib.claim(tmp_path / below, {key: str(tmp_path)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_an_empty_and_a_failed_directory_are_taken(tmp_path):
+    workdir_lib.claim(tmp_path / "new", {"seed": 1}, {})
+    (tmp_path / "empty").mkdir()
+    workdir_lib.claim(tmp_path / "empty", {"seed": 1}, {})
+    (tmp_path / "new" / "metrics.jsonl").write_text("")
+    workdir_lib.claim(tmp_path / "new", {"seed": 2}, {})

@@ -53,6 +53,9 @@ LOG_EVERY_S = 10.0
 logger = logging.getLogger(__name__)
 
 
+MAX_ASPECT = 200  # beyond it the vision tower refuses, and resizing would fill the memory
+
+
 class DataError(ValueError):
     """Data that cannot be trained on."""
 
@@ -378,9 +381,15 @@ def _measure_all(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | DataErro
 
 def _measure(path: Path) -> tuple[int, int] | DataError:
     try:
-        return open_image(path).size
+        width, height = open_image(path).size
     except DataError as error:
         return error
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return DataError(
+            f"{path}: expected sides of at most {MAX_ASPECT} to 1, got {width}x{height} pixels; "
+            "crop it"
+        )
+    return width, height
 
 
 def _raise_problems(data: Path, drafts: list[_Draft]) -> None:

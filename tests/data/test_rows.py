@@ -361,3 +361,9 @@ def test_image_of_another_kind_is_refused(folder, name):
     extension = name[1:].lower()
     assert_refused(f"{name}: expected an image ending in .avif, .bmp, .jpeg, .jpg", folder)
     assert_refused(f"got {extension}; convert it", folder)
+
+
+def test_a_strip_of_an_image_is_refused(folder):
+    Image.new("RGB", (3, 700)).save(folder / "a.jpg")
+    with pytest.raises(DataError, match=r"a.jpg.*at most 200 to 1, got 3x700 pixels; crop it"):
+        read_rows(folder)
