@@ -60,6 +60,8 @@ class Method:
         lora_scale: alpha / rank.
         teacher: "ema" (teacher follows the student), "frozen" (as initialised) or "live".
         ema_decay: Decay of the "ema" teacher per update.
+        ema_warmup: Average over fewer updates at first, decay (1 + n) / (10 + n) if that is less:
+            for averages of weights that start at random, not for teachers.
         loss: "x0" or "velocity".
         accumulation: Micro-batches per update; divides the batch.
     """
@@ -68,6 +70,7 @@ class Method:
     lora_scale: float = 2.0
     teacher: str = "ema"
     ema_decay: float = 0.9999
+    ema_warmup: bool = False
     loss: str = "x0"
     accumulation: int = 1
 
@@ -214,7 +217,10 @@ def make_train_step(
         student = optax.apply_updates(state.student, updates)
         next_teacher = state.teacher
         if method.teacher == "ema":
-            next_teacher = lora.ema(state.teacher, student, method.ema_decay)
+            decay = method.ema_decay
+            if method.ema_warmup:
+                decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+            next_teacher = lora.ema(state.teacher, student, decay)
         metrics |= {
             "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)
         }

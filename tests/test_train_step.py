@@ -298,3 +298,13 @@ def test_noise_is_a_function_of_key_and_step():
 def test_unknown_options_are_named(option, message):
     with pytest.raises(ValueError, match=message):
         Method(**option)
+
+
+def test_an_average_with_warm_up_forgets_its_start():
+    method, optimizer = Method(ema_decay=0.999, ema_warmup=True), make_optimizer()
+    state = make_state(optimizer)
+    want = jax.tree.map(jnp.copy, state.student)
+    for n, decay in enumerate([1 / 10, 2 / 11, 3 / 12]):
+        state, _ = jitted(method, optimizer)(state, base(), make_batch(n))
+        want = jax.tree.map(lambda w, s, d=decay: d * w + (1 - d) * s, want, state.student)
+    assert_close(state.teacher, want, 1e-6)

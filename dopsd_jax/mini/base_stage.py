@@ -204,7 +204,9 @@ def prepare(config: ConfigDict, workdir: Path):
         jax.random.key_data(jax.random.key(config.seed + 1)),
     )
     log.info("%s parameters", f"{trees.count(state.student):,}")
-    method = Method(trainable="full", teacher="ema", ema_decay=config.ema_decay)
+    method = Method(
+        trainable="full", teacher="ema", ema_decay=config.ema_decay, ema_warmup=True
+    )
     step_fn = jax.jit(
         make_train_step(method, optimizer, base_objective(pipe, vl)), donate_argnums=0
     )

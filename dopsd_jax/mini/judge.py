@@ -152,7 +152,9 @@ def prepare(config: ConfigDict, workdir: Path):
     params = jax.jit(Judge().init)(jax.random.key(config.seed), blank)["params"]
     optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
     state = init_state(params, optimizer, jax.random.key_data(jax.random.key(config.seed + 1)))
-    method = Method(trainable="full", teacher="ema", ema_decay=config.ema_decay)
+    method = Method(
+        trainable="full", teacher="ema", ema_decay=config.ema_decay, ema_warmup=True
+    )
     step_fn = jax.jit(make_train_step(method, optimizer, judge_objective), donate_argnums=0)
 
     def make_batch(step: int, rng) -> JudgeBatch:

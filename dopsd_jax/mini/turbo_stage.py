@@ -33,7 +33,10 @@ def prepare(config: ConfigDict, workdir: Path):
     pipe, vl = load(config)
     world = World(config, pipe, vl)
     encoders = {"text_encoder": pipe.text_params, "vision": vl.params}  # stay as they are
-    method = Method(trainable="lora", lora_scale=1.0, teacher="ema", ema_decay=config.ema_decay)
+    method = Method(
+        trainable="lora", lora_scale=1.0, teacher="ema", ema_decay=config.ema_decay,
+        ema_warmup=True,
+    )
     optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
     rng = jax.random.key(config.seed)
     state = init_state(

@@ -74,7 +74,9 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple[loop.Task, object]:
         jax.tree.map(jnp.asarray, fresh(vae_shapes(vae), jax.random.key(config.seed))), optimizer,
         jax.random.key_data(jax.random.key(config.seed + 1)),
     )
-    method = Method(trainable="full", teacher="ema", ema_decay=config.ema_decay)
+    method = Method(
+        trainable="full", teacher="ema", ema_decay=config.ema_decay, ema_warmup=True
+    )
     step_fn = jax.jit(
         make_train_step(method, optimizer, vae_objective(vae, config.kl_weight)), donate_argnums=0
     )
