@@ -179,7 +179,7 @@ def prepare(config: ConfigDict, workdir: Path):
     def finish(state) -> None:
         params = jax.tree.map(np.asarray, state.teacher)
         said = opinion(params, scenes.pixels[:4000])
-        halves = moments(said.features[:2000]), moments(said.features[2000:])
+        halves = [moments(half) for half in np.array_split(said.features, 2)]
         report = measure(params) | {"frechet_of_two_real_sets": frechet_distance(*halves)}
         write(workdir / FILE, params, {"trained": moments(said.features)} | {
             style: moments(opinion(params, test.pixels[test.styles == i]).features)

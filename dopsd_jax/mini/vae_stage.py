@@ -114,7 +114,7 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple[loop.Task, object]:
         encode = jax.jit(lambda p, x: vae.apply({"params": p}, x, method="encode_mode"))
         z = np.concatenate([
             np.asarray(encode(params, data_lib.to_float(scenes.pixels[i : i + 100])))
-            for i in range(0, 2000, 100)
+            for i in range(0, min(2000, len(scenes)), 100)
         ])
         raw = z / vae.config.scaling_factor + vae.config.shift_factor
         scale = {"shift_factor": float(raw.mean()), "scaling_factor": float(1 / raw.std())}

@@ -1,0 +1,148 @@
+"""The whole recipe on very small networks: every stage hands on what the next one opens."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from configs.mini import base as base_config
+from configs.mini import judge as judge_config
+from configs.mini import turbo as turbo_config
+from configs.mini import vae as vae_config
+from dopsd_jax import lora, sample
+from dopsd_jax.core import trees
+from dopsd_jax.mini import build, judge, model, stages, turbo_stage
+from dopsd_jax.mini import data as data_lib
+from dopsd_jax.mini.emoji import CONCEPTS, SETS, SPRITE
+from dopsd_jax.weights import random_pipeline
+from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    sprites = {}
+    for i, name in enumerate(SETS):
+        for j, concept in enumerate(CONCEPTS):
+            image = Image.new("RGBA", (SPRITE, SPRITE))
+            fill = ((40 * i) % 256, (20 * j) % 256, (90 * j) % 256, 255)
+            ImageDraw.Draw(image).rectangle((10, 10, 118, 60 + j), fill=fill)
+            sprites[name, concept] = np.asarray(image)
+    out = tmp_path_factory.mktemp("mini") / "world"
+    for kind in ("scenes", "pairs", "judge", "judge_test"):
+        build.build(sprites, out, kind, 130, seed=0)
+    return out
+
+
+def small(sizes):
+    """The same kinds of networks, as small as they go."""
+    return dataclasses.replace(
+        sizes,
+        transformer=sizes.transformer | {"dim": 48, "axes_dims": [4, 6, 6], "n_layers": 1,
+                                         "cap_feat_dim": 32},
+        vae=sizes.vae | {"block_out_channels": [8, 8, 8, 8]},
+        language=sizes.language | {"hidden_size": 32, "head_dim": 16, "intermediate_size": 32,
+                                   "num_hidden_layers": 3},
+        vision=sizes.vision | {"hidden_size": 32, "intermediate_size": 32, "depth": 2,
+                               "out_hidden_size": 32, "num_heads": 2},
+        mrope_section=(4, 2, 2),
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe(world, tmp_path_factory):
+    """All stages, two updates each; the directory that holds a folder for each."""
+    out = tmp_path_factory.mktemp("recipe")
+    captions = [c for k in ("scenes", "pairs") for c in data_lib.read_part(world, k).captions]
+    sizes = small(model.sizes(model.train_merges(captions)))
+    random_pipeline.write_random_pipeline(
+        out / "blank", sizes=sizes, names=(model.PIPELINE, model.VLM)
+    )
+    before = "blank"
+    for name, config in (("vae", vae_config), ("base", base_config), ("turbo", turbo_config),
+                         ("judge", judge_config)):
+        c = config.get_config()
+        start = out / ("blank" if name == "judge" else before)
+        c.model, c.vlm, c.data = str(start / model.PIPELINE), str(start / model.VLM), str(world)
+        c.num_train_steps, c.batch_size, c.sample_every, c.checkpoint_every = 2, 6, 2, 2
+        if name == "vae":
+            c.batch_size = 8
+        state = stages.train(c, out / name)
+        assert int(state.step) == 2
+        assert stages.train(c, out / name) is None  # finished
+        before = name
+    return out
+
+
+def load(directory):
+    pipe = load_pipeline(directory / model.PIPELINE, dtype="float32", remat="none")
+    return pipe, load_vision_language(directory / model.VLM, pipe, dtype="float32")
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(
+        jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_every_stage_changes_its_own_weights_alone(recipe):
+    (blank, blank_vl), (vae, vae_vl), (base, base_vl), (turbo, turbo_vl) = (
+        load(recipe / name) for name in ("blank", "vae", "base", "turbo")
+    )
+    assert not same(blank.vae_params, vae.vae_params)
+    assert same(blank.params, vae.params) and same(blank_vl.params, vae_vl.params)
+    assert same(vae.vae_params, base.vae_params)
+    assert not same(vae.params, base.params)
+    assert not same(vae.text_params, base.text_params)
+    assert not same(vae_vl.params, base_vl.params)
+    assert same(base.vae_params, turbo.vae_params) and same(base.text_params, turbo.text_params)
+    assert same(base_vl.params, turbo_vl.params)
+    assert not same(base.params, turbo.params)
+
+
+def test_latents_have_mean_zero_and_variance_one(recipe, world):
+    pipe, _ = load(recipe / "vae")
+    images = data_lib.to_float(data_lib.read_part(world, "scenes").pixels[:100])
+    z = pipe.vae.apply({"params": pipe.vae_params}, images, method="encode_mode")
+    assert abs(float(z.mean())) < 0.1 and abs(float(z.std()) - 1) < 0.1
+
+
+def test_the_undoing_lora_gives_the_undistilled_transformer_back(recipe):
+    (base, _), (turbo, _) = load(recipe / "base"), load(recipe / "turbo")
+    tree, scale = sample.read_lora(recipe / "turbo" / turbo_stage.UNDO, turbo)
+    undone = trees.flatten(lora.merge(turbo.params, tree, scale))
+    for name, want in trees.flatten(base.params).items():
+        np.testing.assert_allclose(undone[name], want, atol=1e-6, err_msg=name)
+
+
+def test_the_result_draws(recipe):
+    pipe, _ = load(recipe / "turbo")
+    pixels = sample.generate(pipe, ["a cat, noto style"], num_steps=2)
+    assert pixels.shape == (1, 64, 64, 3) and pixels.std() > 1
+
+
+def test_the_judge_is_measured_and_written(recipe):
+    params, real, report = judge.read(str(recipe / "judge" / judge.FILE))
+    assert set(real) == {"trained", *build.ALL_STYLES}
+    assert 0 <= report["style"] <= 1 and report["frechet_of_two_real_sets"] >= 0
+    said = judge.opinion(params, np.zeros((3, 64, 64, 3), np.uint8))
+    assert said.features.shape == (3, judge.FEATURES) and said.concepts.shape == (3, 40)
+
+
+def test_stages_leave_curves_and_pictures(recipe):
+    for name in ("vae", "base", "turbo"):
+        assert (recipe / name / "samples" / "step_000002.png").is_file()
+        rows = [json.loads(s) for s in (recipe / name / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in rows] == [1, 2]
+
+
+def test_an_unknown_objective_and_missing_data_say_what_is_wrong(tmp_path, recipe):
+    c = vae_config.get_config()
+    c.objective = "gan"
+    with pytest.raises(ValueError, match="objective: expected dopsd or one of .*got 'gan'"):
+        stages.train(c, tmp_path / "a")
+    c.objective, c.data = "vae", str(tmp_path)
+    c.model, c.vlm = str(recipe / "blank" / model.PIPELINE), str(recipe / "blank" / model.VLM)
+    with pytest.raises(ValueError, match="make it with python -m dopsd_jax.mini.build"):
+        stages.train(c, tmp_path / "b")
