@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,13 @@ class Checkpoints:
             read_only: Touch nothing: a run may be saving here right now, and what an owner
                 clears away as left over from a crash may be its unfinished save.
         """
-        options = ocp.CheckpointManagerOptions(read_only=True) if read_only else (
-            ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,
-            )
+        # Orbax's own read_only warns at every use. Without it a manager that neither makes nor
+        # clears the directory touches nothing before the first save.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=not read_only, enable_async_checkpointing=True,
+            cleanup_tmp_directories=not read_only,
         )
+        self._read_only = read_only
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
     def latest_step(self) -> int | None:
@@ -46,6 +49,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
         """Starts saving; returns once the arrays are copied. A step that exists is left alone."""
+        if self._read_only:
+            raise RuntimeError(f"{self._manager.directory}: opened to read only")
         if step in self._manager.all_steps():
             return
         self._manager.save(
@@ -58,37 +63,68 @@ class Checkpoints:
         """State with the shapes, dtypes and shardings of `like`, and its meta.
 
         Raises:
-            ValueError: No checkpoint, or one of another structure or shape.
+            ValueError: No checkpoint, a damaged one, or one of another structure or shape.
         """
         step = self._find(step)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         self._check(step, abstract)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-            ),
-        )
+        with self._reading(step):
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+                ),
+            )
         return restored.state, restored.meta
 
     def restore_part(self, names: tuple[str, ...], step: int | None = None) -> dict[str, Tree]:
         """Some top-level entries of a state as NumPy arrays, whatever devices wrote them.
 
         Raises:
-            ValueError: No checkpoint, or one without such an entry.
+            ValueError: No checkpoint, a damaged one, or one without such an entry.
         """
         step = self._find(step)
         path = self._manager.directory / str(step) / "state"
-        with ocp.PyTreeCheckpointer() as reader:
-            tree = reader.metadata(path).item_metadata.tree
-            if missing := [n for n in names if n not in tree]:
-                raise ValueError(f"{path}: expected {missing} in it, found {sorted(tree)}")
-            wanted = {n: tree[n] for n in names}
-            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        tree = self._tree(step)
+        if missing := [n for n in names if n not in tree]:
+            raise ValueError(f"{path}: expected {missing} in it, found {sorted(tree)}")
+        wanted = {n: tree[n] for n in names}
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        with self._reading(step), ocp.PyTreeCheckpointer() as reader:
             return reader.restore(
                 path, args=ocp.args.PyTreeRestore(
                     item=wanted, restore_args=args, partial_restore=True
                 ),
             )
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Whatever Orbax finds wrong with the files of a step, as one plain ValueError."""
+        try:
+            yield
+        except PermissionError:
+            raise
+        # KeyError and AttributeError are its answers to folders and files that are not there.
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as e:
+            path = self._manager.directory / str(step)
+            raise ValueError(f"{path}: damaged ({_first_line(e)}); {self._way_out(step)}") from e
+
+    def _way_out(self, step: int) -> str:
+        """What to do about a damaged step."""
+        for earlier in reversed([s for s in self.all_steps() if s < step]):
+            with contextlib.suppress(ValueError):
+                self._tree(earlier)
+                return f"delete that folder to continue from step {earlier}"
+        return "there is no earlier good step; delete that folder to start again"
+
+    def _tree(self, step: int) -> Tree:
+        """Shapes and dtypes of a state as it was saved."""
+        with self._reading(step):
+            path = self._manager.directory / str(step)
+            for item in ("state", "meta"):
+                if not (path / item).is_dir():
+                    raise FileNotFoundError(f"{item} is missing")
+            # A handler by itself: PyTreeCheckpointer looks for files that no save here writes.
+            return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
 
     def _find(self, step: int | None) -> int:
         steps = self.all_steps()
@@ -102,9 +138,7 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _check(self, step: int, abstract: Tree) -> None:
-        with ocp.PyTreeCheckpointer() as reader:
-            path = self._manager.directory / str(step) / "state"
-            have = _shapes(reader.metadata(path).item_metadata.tree)
+        have = _shapes(self._tree(step))
         want = _shapes(ocp.utils.serialize_tree(abstract, keep_empty_nodes=True))
         problems = [
             f"{name}: expected {want.get(name, 'nothing')}, got {have.get(name, 'nothing')}"
@@ -132,3 +166,9 @@ def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in leaves if hasattr(leaf, "shape")
     }
+
+
+def _first_line(error: Exception) -> str:
+    """The begin of a message, without the quotes that a KeyError adds."""
+    text = str(error.args[0]) if error.args and isinstance(error, KeyError) else str(error)
+    return (text.splitlines() or [type(error).__name__])[0][:200]
