@@ -6,6 +6,17 @@ import os
 from pathlib import Path
 
 
+LFS_POINTER = b"version https://git-lfs"
+
+
+def lfs_advice(path: Path) -> str:
+    """What to do where git-lfs left a small text in place of the file; "" where it did not."""
+    with path.open("rb") as f:
+        if f.read(len(LFS_POINTER)) != LFS_POINTER:
+            return ""
+    return "this is a git-lfs pointer, not the file itself; run `git lfs pull` where it was cloned"
+
+
 def write_atomic(path: str | Path, text: str) -> None:
     """Writes a file so that a crash leaves either the old or the new text."""
     path = Path(path)

@@ -15,15 +15,19 @@ from PIL import Image
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast
 
+from dopsd_jax.core.files import lfs_advice
+
 IMAGE_TOKEN = "<|image_pad|>"
 MAX_ASPECT = 200
+EMPTY = "is empty"
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint's folder, with its chat template.
 
     Raises:
-        ValueError: No such folder, no tokenizer.json, no chat template or no padding token.
+        ValueError: No such folder, no tokenizer.json, files that are damaged or git-lfs pointers,
+            no padding token, or no chat template or one that cannot be rendered.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -31,10 +35,19 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     if not (directory / "tokenizer.json").is_file():
         found = ", ".join(sorted(p.name for p in directory.iterdir())) or "nothing"
         raise ValueError(f"{directory}: expected tokenizer.json, found {found}")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    for file in sorted(directory.glob("*.json")):
+        if advice := lfs_advice(file):
+            raise ValueError(f"{file}: {advice}")
     processor_template = directory / "chat_template.json"
-    if tokenizer.chat_template is None and processor_template.is_file():
-        tokenizer.chat_template = json.loads(processor_template.read_text())["chat_template"]
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        if tokenizer.chat_template is None and processor_template.is_file():
+            tokenizer.chat_template = json.loads(processor_template.read_text())["chat_template"]
+    except Exception as e:  # the tokenizers library raises no narrower class
+        raise ValueError(
+            f"{directory}: tokenizer.json, tokenizer_config.json or another file of the tokenizer "
+            f"is damaged ({type(e).__name__}: {str(e):.200}); download it again"
+        ) from e
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{directory}: the tokenizer has no chat template; expected chat_template.jinja, "
@@ -42,7 +55,21 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{directory}: the tokenizer names no pad_token")
+    _check_template(directory, tokenizer)
     return tokenizer
+
+
+def _check_template(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ValueError unless the chat template renders, with the prompt in it."""
+    where = f"{directory}: the tokenizer's chat template"
+    try:
+        text = _render(tokenizer, "a red fox")
+    except Exception as e:  # a template is a program of its own, which may fail in any way
+        raise ValueError(
+            f"{where} cannot be rendered ({type(e).__name__}: {str(e):.200}); download it again"
+        ) from e
+    if "a red fox" not in text:
+        raise ValueError(f"{where} leaves the prompt out, it makes {text!r:.200}")
 
 
 def encode_prompts(
@@ -84,14 +111,14 @@ def prompt_problems(
     tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int, *,
     enable_thinking: bool,
 ) -> list[str]:
-    """What is wrong with prompts, one line each: the empty ones and those beyond `length` tokens.
+    """What is wrong with prompts, one line each: no texts, empty, or beyond `length` tokens.
 
     See `encode_prompts` for the arguments.
     """
     problems = []
     for i, prompt in enumerate(prompts):
-        if not prompt.strip():
-            problems.append(f"prompt {i} is empty")
+        if problem := _text_problem(prompt):
+            problems.append(f"prompt {i} {problem}")
             continue
         text = _render(tokenizer, prompt, enable_thinking=enable_thinking)
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -171,11 +198,25 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def _check_prompts(prompts: Sequence[str]) -> None:
     if isinstance(prompts, str):
         raise ValueError(f"expected a list of prompts, got the string {prompts[:40]!r}")
-    empty = [i for i, prompt in enumerate(prompts) if not prompt.strip()]
+    wrong = {i: p for i, prompt in enumerate(prompts) if (p := _text_problem(prompt))}
+    if others := [f"prompt {i} {p}" for i, p in wrong.items() if p != EMPTY]:
+        raise ValueError("; ".join(others))
+    empty = list(wrong)
     if empty or not len(prompts):
         raise ValueError(
             f"prompts {empty} of {len(prompts)} are empty" if empty else "got no prompts"
         )
+
+
+def _text_problem(prompt: object) -> str:
+    """What keeps a prompt from being tokenised at any length; "" for nothing."""
+    if not isinstance(prompt, str):
+        return f"is no text: expected a str, got {type(prompt).__name__} {prompt!r:.40}"
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        return f"({prompt!r:.40}) is no valid UTF-8: character {e.start} stands for a stray byte"
+    return "" if prompt.strip() else EMPTY
 
 
 def _render(tokenizer, content, **template_options) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dopsd_jax.core import trees
+from dopsd_jax.core.files import lfs_advice
 from dopsd_jax.weights.names import Rule, Slot, WeightsError, resolve
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -99,7 +100,8 @@ def open_safetensors(path: str | Path):
     except FileNotFoundError as e:
         raise WeightsError(f"{path}: no such file") from e
     except SafetensorError as e:
-        raise WeightsError(f"{path}: truncated or not a safetensors file ({e})") from e
+        wrong = lfs_advice(path) or f"truncated or not a safetensors file ({e})"
+        raise WeightsError(f"{path}: {wrong}") from e
 
 
 @dataclass(frozen=True)

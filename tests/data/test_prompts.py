@@ -20,6 +20,7 @@ from dopsd_jax.data.prompts import (
     image_patches,
     image_token_id,
     load_tokenizer,
+    prompt_problems,
     smart_resize,
 )
 
@@ -160,7 +161,9 @@ def test_image_prompts_need_an_image_template_and_a_prompt_without_image_tokens(
     with pytest.raises(ValueError, match=r"prompt 1 contains <\|image_pad\|>"):
         encode_image_prompts(image_tokenizer, ["a", "b <|image_pad|>"], 6, 64)
     deaf = load_tokenizer(
-        save_tokenizer(tmp_path / "deaf", TEXT_TEMPLATE.replace("m.content", "'' "))
+        save_tokenizer(tmp_path / "deaf", TEXT_TEMPLATE.replace(
+            "m.content", "(m.content if m.content is string else '')"
+        ))
     )
     with pytest.raises(ValueError, match="chat template makes 0 of 1 image"):
         encode_image_prompts(deaf, ["a"], 6, 64)
@@ -292,3 +295,39 @@ def test_transformers_does_not_complain_where_there_is_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
                           check=True)
     assert done.stdout + done.stderr == ""
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 11422654\n"
+
+
+@pytest.mark.parametrize("name,text,message", [
+    ("tokenizer.json", '{"version": "1.0", "trun', "is damaged .*download it again"),
+    ("tokenizer.json", "", "is damaged .*download it again"),
+    ("tokenizer.json", "[]", "is damaged .*download it again"),
+    ("tokenizer.json", LFS_POINTER, "/tokenizer.json: this is a git-lfs pointer, .*git lfs pull"),
+    ("tokenizer_config.json", "[]", "is damaged .*download it again"),
+    ("tokenizer_config.json", "{", "is damaged .*download it again"),
+    ("tokenizer_config.json", LFS_POINTER, "this is a git-lfs pointer"),
+    ("chat_template.jinja", "{% for %}", r"chat template cannot be rendered \(TemplateSyntaxError: "),
+    ("chat_template.jinja", "{{ nope.x }}", "cannot be rendered .*'nope' is undefined"),
+    ("chat_template.jinja", "{{ message }}", "template leaves the prompt out, it makes ''"),
+])
+def test_damaged_files_of_a_tokenizer_are_named(tmp_path, name, text, message):
+    directory = save_tokenizer(tmp_path / "tokenizer", TEXT_TEMPLATE)
+    load_tokenizer(directory)
+    (directory / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as e:
+        load_tokenizer(directory)
+    assert str(e.value).startswith(str(directory))
+
+
+def test_what_is_no_text_is_named_with_its_number(text_tokenizer):
+    prompts = ["a", None, b"fox", os.fsdecode(b"caf\xe9"), " "]
+    assert prompt_problems(text_tokenizer, prompts, 64, enable_thinking=True) == [
+        "prompt 1 is no text: expected a str, got NoneType None",
+        "prompt 2 is no text: expected a str, got bytes b'fox'",
+        r"prompt 3 ('caf\udce9') is no valid UTF-8: character 3 stands for a stray byte",
+        "prompt 4 is empty",
+    ]
+    with pytest.raises(ValueError, match=r"prompt 1 is no text.*prompt 3 \('caf.udce9'\) is no "):
+        encode_prompts(text_tokenizer, prompts, 64, enable_thinking=True)

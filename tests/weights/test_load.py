@@ -221,6 +221,13 @@ def test_truncated_and_foreign_files_are_named_together(tmp_path):
         assert f"{file}: truncated or not a safetensors file" in str(e.value)
 
 
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(WeightsError, match=r"model.safetensors: this is a git-lfs pointer.* pull`"):
+        load_tree([file], [], {})
+
+
 def test_a_file_cut_inside_its_header_is_named(tmp_path):
     (file,) = write(tmp_path, tensors(), shards=1)
     for size in (0, 5, 100):
