@@ -1,9 +1,12 @@
-"""Executed shape annotations, one line per public boundary; and problems told all together."""
+"""Executed shape annotations, one line per public boundary; values of files; and problems told
+all together."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
@@ -14,6 +17,50 @@ def noted(problems: list[str], name: str = "") -> Iterator[None]:
         yield
     except ValueError as e:
         problems.append(f"{name}: {e}" if name else str(e))
+
+
+def is_whole(x: Any) -> bool:
+    """Whether x is an integer, which neither True nor 2.0 is."""
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def is_number(x: Any) -> bool:
+    """Whether x is a finite int or float, which True is not."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a value of a file must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+COUNT = Kind("a whole number of at least 1", lambda x: is_whole(x) and x >= 1)
+INDEX = Kind("a whole number of at least 0", lambda x: is_whole(x) and x >= 0)
+POSITIVE = Kind("a number above 0", lambda x: is_number(x) and x > 0)
+NUMBER = Kind("a number", is_number)
+
+
+def list_of(kind: Kind, length: int | None = None) -> Kind:
+    """A non-empty list, or one of exactly `length`, whose every element is of a kind."""
+    return Kind(
+        f"a list of {'' if length is None else f'{length} times '}{kind.words}",
+        lambda x: isinstance(x, list | tuple) and all(kind.holds(y) for y in x)
+        and (len(x) == length if length is not None else len(x) > 0),
+    )
+
+
+def value_problems(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, str]:
+    """Key -> what is wrong with its value, for every key of `kinds` that is missing or wrong."""
+    problems = {}
+    for key, kind in kinds.items():
+        if key not in values:
+            problems[key] = f"{key}: missing; expected {kind.words}"
+        elif not kind.holds(values[key]):
+            problems[key] = f"{key}: expected {kind.words}, got {values[key]!r:.60}"
+    return problems
 
 
 def check_shapes(where: str, **arrays: tuple[Any, str]) -> dict[str, int]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dopsd_jax.core.checks import check_shapes
+from dopsd_jax.core.checks import COUNT, POSITIVE, check_shapes, value_problems
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, Dtype, RMSNorm
 from dopsd_jax.models.rope import rotate_half
@@ -48,7 +48,8 @@ class Qwen3Config:
         """From a text_encoder/config.json.
 
         Raises:
-            ValueError: Every missing key and every feature that this port lacks, together.
+            ValueError: Every missing or impossible value and every feature that this port lacks,
+                together.
         """
         names = {
             "num_layers": "num_hidden_layers",
@@ -56,9 +57,18 @@ class Qwen3Config:
             "num_kv_heads": "num_key_value_heads",
         }
         fields = [f.name for f in dataclasses.fields(cls) if f.name != "rope_theta"]
-        problems = [
-            f"{names.get(f, f)}: missing" for f in fields if values.get(names.get(f, f)) is None
-        ]
+        kinds = {names.get(f, f): POSITIVE if f == "rms_norm_eps" else COUNT for f in fields}
+        given = {k: v for k, v in values.items() if v is not None}
+        wrong = value_problems(given, kinds)
+        problems = list(wrong.values())
+        heads, groups = (given.get(names[f]) for f in ("num_heads", "num_kv_heads"))
+        if not wrong.keys() & {names["num_heads"], names["num_kv_heads"]} and heads % groups:
+            problems.append(
+                f"num_attention_heads: expected a multiple of num_key_value_heads = {groups}, got "
+                f"{heads}"
+            )
+        if "head_dim" not in wrong and given["head_dim"] % 2:
+            problems.append(f"head_dim: expected an even number, got {given['head_dim']}")
         if values.get("model_type", "qwen3") != "qwen3":
             problems.append(f"model_type: expected 'qwen3', got {values['model_type']!r}")
         for key, supported in (
@@ -66,7 +76,7 @@ class Qwen3Config:
         ):
             if values.get(key, supported) != supported:
                 problems.append(f"{key}: only {supported!r} is supported, got {values[key]!r}")
-        others = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
+        others = [t for t in values.get("layer_types") or () if t != "full_attention"]
         if others:
             problems.append(f"layer_types: only 'full_attention' is supported, got {others}")
         theta, rope_problems = rope_theta(values)
@@ -80,15 +90,28 @@ def rope_theta(values: dict) -> tuple[float, list[str]]:
 
     A config without a base is a problem, not a default: transformers would silently take 1e4.
     """
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    problems = []
+    rope, problems = rope_values(values)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         problems.append(f"rope_type: only 'default' is supported, got {kind!r}")
     theta = rope.get("rope_theta", values.get("rope_theta"))
     if theta is None:
         problems.append("rope_theta: found neither rope_theta nor rope_parameters.rope_theta")
+    elif wrong := value_problems({"rope_theta": theta}, {"rope_theta": POSITIVE}):
+        return None, problems + list(wrong.values())
     return theta if theta is None else float(theta), problems
+
+
+def rope_values(values: dict) -> tuple[dict, list[str]]:
+    """What a transformers config says about rope in either place, and what is wrong with that."""
+    rope, problems = {}, []
+    for key in ("rope_scaling", "rope_parameters"):
+        given = values.get(key) or {}
+        if isinstance(given, dict):
+            rope |= given
+        else:
+            problems.append(f"{key}: expected a JSON object or null, got {given!r:.60}")
+    return rope, problems
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
@@ -17,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dopsd_jax.core.checks import check_shapes
+from dopsd_jax.core.checks import COUNT, INDEX, Kind, check_shapes, list_of, value_problems
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, Dtype, LayerNorm
-from dopsd_jax.models.qwen3 import Qwen3, inverse_frequencies, record, rope_theta
+from dopsd_jax.models.qwen3 import Qwen3, inverse_frequencies, record, rope_theta, rope_values
 from dopsd_jax.models.rope import rotate_half
 
 VISION_ROPE_THETA = 10000.0
@@ -53,23 +54,27 @@ class VisionConfig:
         """From the vision_config of a Qwen3-VL config.json.
 
         Raises:
-            ValueError: Every missing or unsupported value, together.
+            ValueError: Every missing, impossible or unsupported value, together.
         """
         fields = [f.name for f in dataclasses.fields(cls)]
-        problems = [f"{f}: missing" for f in fields if values.get(f) is None]
+        indexes_kind = Kind("a list of layers", lambda x: x == [] or list_of(INDEX).holds(x))
+        kinds = dict.fromkeys(fields, COUNT) | {"deepstack_visual_indexes": indexes_kind}
+        wrong = value_problems({k: v for k, v in values.items() if v is not None}, kinds)
+        problems = list(wrong.values())
         if values.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
             problems.append(
                 f"hidden_act: only 'gelu_pytorch_tanh' is supported, got {values['hidden_act']!r}"
             )
-        rope = values.get("rope_parameters") or {}
+        rope, more = rope_values(values)
+        problems += more
         if rope.get("rope_theta", VISION_ROPE_THETA) != VISION_ROPE_THETA:
             problems.append(f"rope_theta: expected {VISION_ROPE_THETA}, got {rope['rope_theta']}")
-        indexes = tuple(values.get("deepstack_visual_indexes") or ())
-        if list(indexes) != sorted(set(indexes)):
-            problems.append(f"deepstack_visual_indexes: expected ascending, got {indexes}")
+        if not wrong:
+            problems += _break_vision(values)
         if problems:
             raise ValueError("Qwen3-VL vision config: " + "; ".join(problems))
-        return cls(**{f: values[f] for f in fields} | {"deepstack_visual_indexes": indexes})
+        indexes = {"deepstack_visual_indexes": tuple(values["deepstack_visual_indexes"])}
+        return cls(**{f: values[f] for f in fields} | indexes)
 
     @property
     def patch_dim(self) -> int:
@@ -78,6 +83,27 @@ class VisionConfig:
     @property
     def merged_dim(self) -> int:
         return self.hidden_size * self.spatial_merge_size**2
+
+
+def _break_vision(values: dict) -> list[str]:
+    """How the numbers of a vision_config do not go together."""
+    problems = []
+    indexes, depth = values["deepstack_visual_indexes"], values["depth"]
+    if list(indexes) != sorted(set(indexes)):
+        problems.append(f"deepstack_visual_indexes: expected ascending, got {indexes}")
+    if indexes and max(indexes) >= depth:
+        problems.append(
+            f"deepstack_visual_indexes: expected layers below depth = {depth}, got {indexes}"
+        )
+    if values["hidden_size"] % (4 * values["num_heads"]):
+        problems.append(
+            f"hidden_size: expected a multiple of 4 num_heads = {4 * values['num_heads']}, got "
+            f"{values['hidden_size']}"
+        )
+    positions = values["num_position_embeddings"]
+    if math.isqrt(positions) ** 2 != positions:
+        problems.append(f"num_position_embeddings: expected a square number, got {positions}")
+    return problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +124,31 @@ class Qwen3VLConfig:
         """From the config.json of a Qwen3-VL checkpoint.
 
         Raises:
-            ValueError: Every missing or unsupported value outside the vision_config, together.
+            ValueError: Every missing, impossible or unsupported value outside the vision_config,
+                together.
         """
         missing = [k for k in ("vision_config", "text_config", "image_token_id") if k not in values]
         if missing:
             raise ValueError(f"Qwen3-VL config: missing {missing}; is this a Qwen3-VL checkpoint?")
+        thing = Kind("a JSON object", lambda x: isinstance(x, dict))
+        problems = list(value_problems(values, {
+            "vision_config": thing, "text_config": thing, "image_token_id": INDEX,
+        }).values())
         text = values["text_config"]
-        theta, problems = rope_theta(text)
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        text = text if thing.holds(text) else {}
+        theta, more = rope_theta(text)
+        rope, _ = rope_values(text)
+        problems += more
         if not rope.get("mrope_interleaved"):
             problems.append("mrope_interleaved: only true is supported")
-        if len(rope.get("mrope_section") or ()) != 3:
-            problems.append(f"mrope_section: expected 3 numbers, got {rope.get('mrope_section')}")
+        section, head_dim = rope.get("mrope_section"), text.get("head_dim")
+        if not list_of(COUNT, 3).holds(section):
+            problems.append(f"mrope_section: expected 3 numbers, got {section!r:.60}")
+        elif head_dim is not None and head_dim != 2 * sum(section):
+            problems.append(
+                f"mrope_section: expected numbers whose sum is half of head_dim = {head_dim!r:.20}"
+                f", got {section}"
+            )
         if problems:
             raise ValueError("Qwen3-VL config: " + "; ".join(problems))
         vision = VisionConfig.from_json(values["vision_config"])

@@ -14,7 +14,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dopsd_jax.core.checks import check_shapes
+from dopsd_jax.core.checks import (
+    COUNT,
+    POSITIVE,
+    Kind,
+    check_shapes,
+    is_number,
+    list_of,
+    value_problems,
+)
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, Dtype
 
@@ -43,6 +51,11 @@ DIFFUSERS_DEFAULTS = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
+}
+KINDS = {
+    "in_channels": COUNT, "block_out_channels": list_of(COUNT), "layers_per_block": COUNT,
+    "latent_channels": COUNT, "norm_num_groups": COUNT, "scaling_factor": POSITIVE,
+    "shift_factor": Kind("a number or null", lambda x: x is None or is_number(x)),
 }
 # Keys that change no number here: tiling sizes, float16 advice, provenance.
 IGNORED_KEYS = {"sample_size", "force_upcast", "_diffusers_version", "_name_or_path"}
@@ -87,10 +100,12 @@ class VaeConfig:
         """From a diffusers vae/config.json.
 
         Raises:
-            ValueError: Every key whose value this port does not support, together.
+            ValueError: Every key whose value is impossible or not supported here, together.
         """
         full = {**DIFFUSERS_DEFAULTS, **values}
-        blocks = len(full["block_out_channels"])
+        wrong = value_problems(full, KINDS)
+        widths = [] if "block_out_channels" in wrong else list(full["block_out_channels"])
+        blocks = len(widths)
         expected = {
             "_class_name": "AutoencoderKL",
             "down_block_types": ["DownEncoderBlock2D"] * blocks,
@@ -103,15 +118,16 @@ class VaeConfig:
             "use_post_quant_conv": False,
             "mid_block_add_attention": True,
         }
-        problems = []
+        if "block_out_channels" in wrong:
+            del expected["down_block_types"], expected["up_block_types"]
+        problems = list(wrong.values())
         for key, want in expected.items():
             got = list(full[key]) if isinstance(full[key], tuple) else full[key]
             if got != want:
                 absent = "" if key in values else " (absent, the default of diffusers)"
                 problems.append(f"{key}: expected {want!r}, got {got!r}{absent}")
         groups = full["norm_num_groups"]
-        if any(width % groups for width in full["block_out_channels"]):
-            widths = list(full["block_out_channels"])
+        if "norm_num_groups" not in wrong and any(width % groups for width in widths):
             problems.append(f"norm_num_groups: {groups} does not divide each width of {widths}")
         unknown = sorted(set(values) - set(DIFFUSERS_DEFAULTS) - IGNORED_KEYS)
         if unknown:
@@ -119,7 +135,7 @@ class VaeConfig:
         if problems:
             raise ValueError("VAE config: " + "; ".join(problems))
         return cls(
-            block_out_channels=tuple(full["block_out_channels"]),
+            block_out_channels=tuple(widths),
             layers_per_block=full["layers_per_block"],
             latent_channels=full["latent_channels"],
             norm_num_groups=groups,

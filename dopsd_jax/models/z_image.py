@@ -13,13 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dopsd_jax.core.checks import check_shapes
+from dopsd_jax.core.checks import COUNT, POSITIVE, check_shapes, list_of, value_problems
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, Dtype, LayerNorm, RMSNorm, scan_layers
 from dopsd_jax.models.rope import axis_tables, gather_cos_sin, rotate_interleaved
 
 SEQUENCE_MULTIPLE = 32  # image and caption are each padded to it; the pads are attended
 TIME_FREQUENCIES = 128
+
+
+KINDS = {
+    "in_channels": COUNT, "dim": COUNT, "n_layers": COUNT, "n_refiner_layers": COUNT,
+    "n_heads": COUNT, "cap_feat_dim": COUNT, "norm_eps": POSITIVE, "rope_theta": POSITIVE,
+    "t_scale": POSITIVE, "axes_dims": list_of(COUNT, 3), "axes_lens": list_of(COUNT, 3),
+    "all_patch_size": list_of(COUNT, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +57,7 @@ class ZImageConfig:
         """From a diffusers transformer/config.json.
 
         Raises:
-            ValueError: Every value that this port does not support, together.
+            ValueError: Every value that is missing, impossible or not supported here, together.
         """
         fixed = {
             "_class_name": "ZImageTransformer2DModel",
@@ -62,8 +70,11 @@ class ZImageConfig:
             for key, want in fixed.items()
             if key in values and _plain(values[key]) != want
         ]
-        if len(values.get("all_patch_size", [2])) != 1:
-            problems.append(f"all_patch_size: expected one size, got {values['all_patch_size']}")
+        values = {"all_patch_size": [2], **values}
+        wrong = value_problems(values, KINDS)
+        problems += wrong.values()
+        if not wrong.keys() & {"dim", "n_heads", "axes_dims"}:
+            problems += _break_heads(values["dim"], values["n_heads"], values["axes_dims"])
         own = {f.name for f in dataclasses.fields(cls)} - {"patch_size"}
         ignored = {"n_kv_heads", "all_patch_size", "_diffusers_version", "_name_or_path", *fixed}
         unknown = sorted(set(values) - own - ignored)
@@ -72,7 +83,7 @@ class ZImageConfig:
         if problems:
             raise ValueError("Z-Image transformer config: " + "; ".join(problems))
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in own}
-        return cls(patch_size=values.get("all_patch_size", [2])[0], **given)
+        return cls(patch_size=values["all_patch_size"][0], **given)
 
     @property
     def head_dim(self) -> int:
@@ -85,6 +96,18 @@ class ZImageConfig:
     @property
     def time_dim(self) -> int:
         return min(self.dim, 256)
+
+
+def _break_heads(dim: int, n_heads: int, axes_dims: list[int]) -> list[str]:
+    """How width, heads and rope axes do not go together."""
+    if dim % n_heads:
+        return [f"dim: expected a multiple of n_heads = {n_heads}, got {dim}"]
+    if sum(axes_dims) != dim // n_heads or any(d % 2 for d in axes_dims):
+        return [
+            f"axes_dims: expected even numbers whose sum is dim / n_heads = {dim // n_heads}, got "
+            f"{list(axes_dims)}"
+        ]
+    return []
 
 
 def _plain(value):

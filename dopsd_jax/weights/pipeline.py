@@ -7,13 +7,15 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from dopsd_jax.core import trees
+from dopsd_jax.core.checks import COUNT, POSITIVE, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
 from dopsd_jax.models.denoiser import ZImageDenoiser
@@ -30,6 +32,7 @@ from dopsd_jax.weights.z_image_names import z_image_table
 
 PARTS = ("transformer", "vae", "text_encoder")
 DTYPES = ("bfloat16", "float16", "float32")  # of weights and compute
+C = TypeVar("C")
 
 
 @dataclasses.dataclass
@@ -91,6 +94,19 @@ def read_json(path: Path) -> dict:
     return values
 
 
+def read_config(path: Path, from_json: Callable[[dict], C]) -> C:
+    """A network's config; what is wrong with it is said with the file's name.
+
+    Raises:
+        WeightsError: See `read_json`, and whatever values `from_json` refuses.
+    """
+    values = read_json(path)
+    try:
+        return from_json(values)
+    except ValueError as e:
+        raise WeightsError(f"{path}: {e}") from e
+
+
 def check_dtype(name: str, dtype: str) -> None:
     """Raises ValueError unless `dtype` is one of DTYPES; `name` is for the message."""
     if dtype not in DTYPES:
@@ -111,20 +127,29 @@ def read_vl_config(directory: str | Path) -> Qwen3VLConfig:
     """
     directory = vlm_directory(directory)
     _check_is_directory(directory, "config.json and the weights of Qwen3-VL")
-    return Qwen3VLConfig.from_json(read_json(directory / "config.json"))
+    return read_config(directory / "config.json", Qwen3VLConfig.from_json)
 
 
 def _shift(directory: Path) -> float:
-    values = read_json(directory / "scheduler" / "scheduler_config.json")
+    file = directory / "scheduler" / "scheduler_config.json"
+    values = {"shift": 1.0, **read_json(file)}
     fixed = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": False}
     wrong = [f"{k}: expected {v!r}, got {values.get(k)!r}" for k, v in fixed.items()
              if values.get(k, v) != v]
     unsupported = ("shift_terminal", "invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
                    "use_exponential_sigmas", "use_beta_sigmas")
     wrong += [f"{k}: not supported, got {values[k]!r}" for k in unsupported if values.get(k)]
+    wrong += value_problems(values, {"shift": POSITIVE}).values()
     if wrong:
-        raise WeightsError(f"{directory}/scheduler: " + "; ".join(wrong))
-    return float(values.get("shift", 1.0))
+        raise WeightsError(f"{file}: " + "; ".join(wrong))
+    return float(values["shift"])
+
+
+def _sample_size(values: dict) -> int:
+    values = {"sample_size": 1024, **values}
+    if wrong := value_problems(values, {"sample_size": COUNT}):
+        raise ValueError(wrong["sample_size"])
+    return values["sample_size"]
 
 
 def transformer_shapes(network: ZImageTransformer) -> trees.Tree:
@@ -197,9 +222,9 @@ def load_pipeline(
     if unknown := sorted(set(parts) - set(PARTS)):
         raise ValueError(f"parts: expected some of {PARTS}, got {unknown}")
     dtype, vae_dtype = jnp.dtype(dtype), jnp.dtype(vae_dtype)
-    config = ZImageConfig.from_json(read_json(directory / "transformer" / "config.json"))
-    text_config = Qwen3Config.from_json(read_json(directory / "text_encoder" / "config.json"))
-    vae_config = VaeConfig.from_json(read_json(directory / "vae" / "config.json"))
+    config = read_config(directory / "transformer" / "config.json", ZImageConfig.from_json)
+    text_config = read_config(directory / "text_encoder" / "config.json", Qwen3Config.from_json)
+    vae_config = read_config(directory / "vae" / "config.json", VaeConfig.from_json)
     if vae_config.latent_channels != config.in_channels:
         raise WeightsError(
             f"{directory}: the VAE has {vae_config.latent_channels} latent channels, the "
@@ -217,7 +242,7 @@ def load_pipeline(
         denoiser=ZImageDenoiser(ZImageTransformer(config, dtype, remat), vae_config.factor),
         tokenizer=prompts.load_tokenizer(directory / "tokenizer"),
         shift=_shift(directory),
-        sample_size=int(read_json(directory / "vae" / "config.json").get("sample_size", 1024)),
+        sample_size=read_config(directory / "vae" / "config.json", _sample_size),
         vae=Vae(vae_config, vae_dtype),
         text_encoder=Qwen3(text_config, depth, dtype),
     )
