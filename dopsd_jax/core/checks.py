@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,13 +21,13 @@ def noted(problems: list[str], name: str = "") -> Iterator[None]:
 
 
 def is_whole(x: Any) -> bool:
-    """Whether x is an integer, which neither True nor 2.0 is."""
-    return isinstance(x, int) and not isinstance(x, bool)
+    """Whether x is an integer, NumPy's included, which neither True nor 2.0 is."""
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 def is_number(x: Any) -> bool:
-    """Whether x is a finite int or float, which True is not."""
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    """Whether x is a finite int or float, NumPy's included, which True is not."""
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,9 @@ COUNT = Kind("a whole number of at least 1", lambda x: is_whole(x) and x >= 1)
 INDEX = Kind("a whole number of at least 0", lambda x: is_whole(x) and x >= 0)
 POSITIVE = Kind("a number above 0", lambda x: is_number(x) and x > 0)
 NUMBER = Kind("a number", is_number)
+SCALE = Kind("a number other than 0", lambda x: is_number(x) and x != 0)
+TEXT = Kind("a text", lambda x: isinstance(x, str))
+OBJECT = Kind("a JSON object", lambda x: isinstance(x, dict))
 
 
 def list_of(kind: Kind, length: int | None = None) -> Kind:

@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dopsd_jax.core.checks import COUNT, INDEX, Kind, check_shapes, list_of, value_problems
+from dopsd_jax.core.checks import (
+    COUNT,
+    INDEX,
+    OBJECT,
+    Kind,
+    check_shapes,
+    list_of,
+    value_problems,
+)
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, Dtype, LayerNorm
 from dopsd_jax.models.qwen3 import Qwen3, inverse_frequencies, record, rope_theta, rope_values
@@ -130,12 +138,11 @@ class Qwen3VLConfig:
         missing = [k for k in ("vision_config", "text_config", "image_token_id") if k not in values]
         if missing:
             raise ValueError(f"Qwen3-VL config: missing {missing}; is this a Qwen3-VL checkpoint?")
-        thing = Kind("a JSON object", lambda x: isinstance(x, dict))
         problems = list(value_problems(values, {
-            "vision_config": thing, "text_config": thing, "image_token_id": INDEX,
+            "vision_config": OBJECT, "text_config": OBJECT, "image_token_id": INDEX,
         }).values())
         text = values["text_config"]
-        text = text if thing.holds(text) else {}
+        text = text if OBJECT.holds(text) else {}
         theta, more = rope_theta(text)
         rope, _ = rope_values(text)
         problems += more

@@ -250,8 +250,8 @@ def load_tree(
         Tree of jax arrays like `shapes`.
 
     Raises:
-        WeightsError: Every tensor without a rule, parameter without a tensor, wrong shape and
-            unreadable file, together.
+        WeightsError: Every tensor without a rule, parameter without a tensor, wrong shape, tensor
+            of integers for a parameter of floats and unreadable file, together.
     """
     flat_shapes = trees.flatten(shapes)
     flat_shardings = trees.flatten(shardings) if shardings is not None else {}
@@ -317,6 +317,13 @@ def _match(
     found = {tensor: s.shape for tensor, s in stored.items()}
     slots, problems = resolve(table, found)
     problems += _check_slots(slots, found, shapes)
+    problems += [
+        f"{tensor}: expected floats for {slot.name}, found {stored[tensor].dtype}; quantised "
+        "weights are not read"
+        for tensor, slot in slots.items()
+        if slot.name in shapes and jnp.issubdtype(shapes[slot.name].dtype, jnp.floating)
+        and not jnp.issubdtype(stored[tensor].dtype, jnp.floating)
+    ]
     if problems:
         where = ", ".join(str(f) for f in files[:3]) + (" ..." if len(files) > 3 else "")
         listed = "\n  ".join(problems[:40])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dopsd_jax.core import trees
+from dopsd_jax.core.checks import COUNT, SCALE, TEXT, Kind, is_whole, value_problems
 from dopsd_jax.weights.load import PICKLES, open_safetensors
 from dopsd_jax.weights.names import Rule, Slot, WeightsError, resolve, rule
 
@@ -30,6 +31,12 @@ KEY = re.compile(
     r"(?:(?P<a>(?:lora_A|lora_down)\.weight)|(?P<b>(?:lora_B|lora_up)\.weight)|(?P<alpha>alpha))"
 )
 FLOATS = ("F16", "BF16", "F32", "F64")
+
+# What lora_files.py writes as OUR_METADATA.
+OUR_KINDS = {
+    "rank": COUNT, "alpha": SCALE, "base_model": TEXT,
+    "scale_in_b": Kind("true or false", lambda x: isinstance(x, bool)),
+}
 
 # PEFT's options that change what lora_A and lora_B mean, with the only value read here.
 PEFT_OPTIONS = {
@@ -315,6 +322,8 @@ def _apply_scale(
     if theirs:
         config = {k.removeprefix("transformer."): v for k, v in theirs.items()}
         return _spec_of_config(file, config, rank)
+    if ours and (wrong := value_problems({"scale_in_b": False, **ours}, OUR_KINDS)):
+        raise LoraFileError(f"{file}, {OUR_METADATA}: " + "; ".join(wrong.values()))
     if ours.get("scale_in_b") and not alphas and ours["rank"] == rank:
         spec = LoraSpec(rank, ours["alpha"], ours["base_model"])
         for name in flat:
@@ -339,13 +348,16 @@ def _spec_of_config(file: Path, config: dict, rank: int) -> LoraSpec:
         for key, expected in PEFT_OPTIONS.items()
         if key in config and (config[key] or None) != (expected or None)
     ]
-    if config.get("r") != rank:
+    if not is_whole(config.get("r")) or config["r"] != rank:
         problems.append(f"r: expected {rank} as in the tensors, got {config.get('r')!r}")
     alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
-        problems.append(f"lora_alpha: expected a number other than 0, got {alpha!r}")
+    if not SCALE.holds(alpha):
+        problems.append(f"lora_alpha: expected {SCALE.words}, got {alpha!r:.60}")
+    base_model = config.get("base_model_name_or_path") or ""
+    if not isinstance(base_model, str):
+        problems.append(f"base_model_name_or_path: expected a text, got {base_model!r:.60}")
     raise_all(f"{file}, its LoRA config", problems)
-    return LoraSpec(rank, float(alpha), config.get("base_model_name_or_path") or "")
+    return LoraSpec(rank, float(alpha), base_model)
 
 
 def _read_json(path: Path) -> dict:

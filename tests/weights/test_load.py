@@ -106,6 +106,15 @@ def test_integers_keep_their_dtype(tmp_path):
     assert got.dtype == jnp.int32 and int(got) == 2**24 + 1
 
 
+def test_integers_for_floats_are_refused(tmp_path):
+    data = tensors()
+    data["embed.weight"] = np.zeros(data["embed.weight"].shape, np.int8)
+    write(tmp_path, data)
+    with pytest.raises(WeightsError, match="embed.weight: expected floats for embed/kernel, found "
+                                           "int8; quantised weights are not read"):
+        load(tmp_path)
+
+
 def test_what_is_loaded_does_not_hang_on_the_file(tmp_path):
     data = tensors()
     (file,) = write(tmp_path, data, shards=1)

@@ -539,6 +539,31 @@ def test_peft_config_must_be_there_and_mean_plain_lora(tmp_path):
           Z_IMAGE_MODULES)
 
 
+@pytest.mark.parametrize("changes,text", [
+    ({"lora_alpha": True}, "lora_alpha: expected a number other than 0, got True"),
+    ({"r": 3.0}, "r: expected 3 as in the tensors, got 3.0"),
+    ({"base_model_name_or_path": 3}, "base_model_name_or_path: expected a text, got 3"),
+])
+def test_wrong_types_in_a_peft_config_are_refused(tmp_path, changes, text):
+    save_peft(tmp_path / "lora", random_lora(BLOCK), SPEC, Z_IMAGE_MODULES)
+    file = tmp_path / "lora/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert "adapter_model.safetensors" in fails(text, tmp_path / "lora", Z_IMAGE_MODULES)
+
+
+@pytest.mark.parametrize("ours,text", [
+    ({"scale_in_b": True}, "rank: missing; expected a whole number of at least 1; alpha: missing"),
+    ({"rank": 3, "alpha": 7.0, "scale_in_b": True}, "base_model: missing; expected a text"),
+    ({"rank": 3, "alpha": "x", "base_model": ""}, "alpha: expected a number other than 0, got 'x'"),
+    ({"rank": 3, "alpha": 7.0, "base_model": 3}, "base_model: expected a text, got 3"),
+    ({"rank": 3, "alpha": 7.0, "base_model": "", "scale_in_b": 1}, "expected true or false, got 1"),
+])
+def test_damaged_metadata_of_our_own_is_refused(tmp_path, ours, text):
+    file = torch_file(tmp_path / "x.safetensors", random_lora(BLOCK), "transformer.{}",
+                      metadata={"dopsd_jax_lora": json.dumps(ours)})
+    assert "x.safetensors, dopsd_jax_lora: " in fails(text, file, Z_IMAGE_MODULES)
+
+
 def test_alpha_in_two_places_is_refused(tmp_path):
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 3})}
     file = torch_file(tmp_path / "x.safetensors", random_lora(BLOCK), "transformer.{}", alpha=7,
