@@ -80,17 +80,26 @@ def check_finite(step: int, metrics: dict[str, np.ndarray], checkpoints: Checkpo
     bad = [k for k in ("loss", "grad_norm") if k in metrics and not np.isfinite(metrics[k])]
     if bad:
         checkpoints.wait()
+        last = checkpoints.latest_step()
+        kept = ("no checkpoint was saved yet" if last is None
+                else f"nothing after the checkpoint of step {last} is kept")
         raise TrainingError(
-            f"step {step}: {' and '.join(f'{k} = {metrics[k]}' for k in bad)}; nothing after the "
-            f"checkpoint of step {checkpoints.latest_step()} is kept. Lower learning_rate, or "
-            "try dtype=float32 to tell overflow from divergence"
+            f"step {step}: {' and '.join(f'{k} = {metrics[k]}' for k in bad)}; {kept}. "
+            "Lower learning_rate, or try dtype=float32 to tell overflow from divergence"
         )
 
 
 def _last_drawn(workdir: Path) -> int:
     """The last step whose preview is complete; -1: none."""
     file = workdir / "samples" / ".last"
-    return int(file.read_text()) if file.is_file() else -1
+    text = file.read_text(errors="replace") if file.is_file() else "-1"
+    try:
+        return int(text)
+    except ValueError as e:
+        raise ValueError(
+            f"{file}: expected the step of the last pictures, found {text!r:.40}; delete that file "
+            "to have them drawn again"
+        ) from e
 
 
 def _draws_at(config: ConfigDict, step: int) -> bool:

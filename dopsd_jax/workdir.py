@@ -13,6 +13,7 @@ import jax
 
 from dopsd_jax.core import trees
 from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.core.checks import COUNT, OBJECT, SCALE, TEXT, value_problems
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.weights.lora_files import LoraSpec
@@ -136,6 +137,9 @@ def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str])
     """
     workdir = Path(workdir)
     _check_free(workdir, config)
+    for name in ("checkpoints", "samples", "tensorboard"):
+        if (workdir / name).exists() and not (workdir / name).is_dir():
+            raise ValueError(f"{workdir / name}: expected a directory, found a file; move it away")
     lock(workdir)
     file = workdir / "config.json"
     # A start that failed before its first checkpoint has nothing to protect.
@@ -191,6 +195,9 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     config = _read_json(Path(workdir) / "config.json")
     if missing := sorted({"model", "trainable", "teacher", "lora"} - set(config)):
         raise ValueError(f"{workdir}/config.json: expected the config of a run, found no {missing}")
+    kinds = {"model": TEXT, "trainable": TEXT, "teacher": TEXT, "lora": OBJECT}
+    if wrong := value_problems(config, kinds):
+        raise ValueError(f"{workdir}/config.json: " + "; ".join(wrong.values()))
     return config
 
 
@@ -206,7 +213,7 @@ def read_lora(
 
     Raises:
         ValueError: Not a run's directory, no such checkpoint, a run without LoRA, or the
-            teacher of a run that keeps none.
+            teacher of a run that keeps or trains none.
     """
     config = read_config(workdir)
     if config["trainable"] != "lora":
@@ -216,6 +223,13 @@ def read_lora(
             f"{workdir}: this run has teacher=live, its teacher is the student itself; take the "
             "role student"
         )
+    if role == "teacher" and config["teacher"] == "frozen":
+        raise ValueError(
+            f"{workdir}: this run has teacher=frozen, its teacher is the untrained LoRA, which "
+            "changes nothing; take the role student"
+        )
+    if wrong := value_problems(config["lora"], {"rank": COUNT, "alpha": SCALE}):
+        raise ValueError(f"{workdir}/config.json, lora: " + "; ".join(wrong.values()))
     if not (Path(workdir) / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint yet in {workdir}/checkpoints")
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)

@@ -1,5 +1,7 @@
 """The export command, and what a run's directory must hold to be read."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -123,3 +125,22 @@ def test_a_config_of_something_else_is_refused(run):
     (run / "config.json").write_text('{"model": "m"}')
     with pytest.raises(ValueError, match=r"the config of a run, found no \['lora', 'teacher'"):
         workdir_lib.read_lora(run)
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"lora": 3}, "config.json: lora: expected a JSON object, got 3"),
+    ({"lora": {"rank": 2}}, "config.json, lora: alpha: missing; expected a number other than 0"),
+    ({"lora": {"rank": "2", "alpha": True}}, "rank: expected a whole number .*alpha: expected a n"),
+    ({"model": None}, "config.json: model: expected a text, got None"),
+])
+def test_wrong_values_in_the_config_of_a_run_are_named(run, change, message):
+    (run / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(ValueError, match=message):
+        workdir_lib.read_lora(run)
+
+
+def test_the_teacher_of_a_run_with_a_frozen_one_is_refused(tmp_path):
+    frozen = make_run(tmp_path / "frozen", teacher="frozen")
+    with pytest.raises(ValueError, match="teacher=frozen, its teacher is the untrained LoRA, which "
+                                         "changes nothing; take the role student"):
+        export_lib.export(frozen, "comfyui", tmp_path / "x.safetensors", role="teacher")

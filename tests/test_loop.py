@@ -72,6 +72,25 @@ def test_not_a_number_stops_the_run(tmp_path):
         loop.run(make_config(), tmp_path, make_task(bad_step=3))
 
 
+def test_not_a_number_before_the_first_save_says_that_none_was_made(tmp_path):
+    with pytest.raises(loop.TrainingError, match="loss = nan; no checkpoint was saved yet. Lower"):
+        loop.run(make_config(), tmp_path, make_task(bad_step=0))
+
+
+def test_damaged_small_files_of_a_run_are_named(tmp_path):
+    config = make_config(sample_every=6)
+    loop.run(config, tmp_path, make_task(preview=lambda *_: None))
+    assert loop.finished(config, tmp_path)
+    (tmp_path / "samples/.last").write_text("six")
+    with pytest.raises(ValueError, match=r"samples/.last: expected the step .*found 'six'; delete"):
+        loop.finished(config, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    for wrong in ('{"loss": 1.0}', "3", '{"step": "x"}'):
+        (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], wrong, *lines[1:]]))
+        with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected a JSON object with"):
+            loop.run(make_config(num_train_steps=8), tmp_path, make_task())
+
+
 def test_not_a_number_still_leaves_curves(tmp_path):
     with pytest.raises(loop.TrainingError):
         loop.run(make_config(), tmp_path, make_task(bad_step=3))

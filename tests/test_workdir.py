@@ -121,3 +121,11 @@ def test_a_new_an_empty_and_a_failed_directory_are_taken(tmp_path):
     workdir_lib.claim(tmp_path / "empty", {"seed": 1}, {})
     (tmp_path / "new" / "metrics.jsonl").write_text("")
     workdir_lib.claim(tmp_path / "new", {"seed": 2}, {})
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples"])
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, name):
+    workdir_lib.claim(tmp_path / "run", {}, {})
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"run/{name}: expected a directory, found a file"):
+        workdir_lib.claim(tmp_path / "run", {}, {})

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dopsd_jax.core.board import Board
+from dopsd_jax.core.checks import is_whole
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 
@@ -55,14 +56,25 @@ class Metrics:
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line cut off by a crash is left out."""
+    """The rows of metrics.jsonl; a last line cut off by a crash is left out.
+
+    Raises:
+        ValueError: A line of something else.
+    """
     file = Path(workdir) / "metrics.jsonl"
     rows = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or not is_whole(row.get("step")):
+            raise ValueError(
+                f"{file}, line {number}: expected a JSON object with a whole number as step, found "
+                f"{line!r:.60}; delete that line"
+            )
+        rows.append(row)
     return rows
 
 

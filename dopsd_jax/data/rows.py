@@ -127,8 +127,9 @@ def read_rows(
         expected = "a JSON object per line"
     else:
         raise DataError(
-            f"data: expected a JSONL file or a folder of images, got {str(data)!r}, which does not "
-            "exist; check the path"
+            f"data: expected a JSONL file or a folder of images, got {str(data)!r}, which "
+            f"{'is neither, but a device or a pipe' if data.exists() else 'does not exist'}; check "
+            "the path"
         )
     if not drafts:
         raise DataError(f"{data}: expected {expected}, found none; zero usable rows")
@@ -136,7 +137,8 @@ def read_rows(
     root = Path(root if root is not None else data if data.is_dir() else data.parent)
     root = root.expanduser().resolve()
     if not root.is_dir():
-        raise DataError(f"data_root: expected a folder, got {str(root)!r}, which does not exist")
+        found = "is a file" if root.exists() else "does not exist"
+        raise DataError(f"data_root: expected a folder, got {str(root)!r}, which {found}")
     for draft in drafts:
         _resolve_images(draft, root, num_images)
     # Rows may share an image; each file is decoded once.

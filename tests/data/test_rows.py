@@ -367,3 +367,12 @@ def test_a_strip_of_an_image_is_refused(folder):
     Image.new("RGB", (3, 700)).save(folder / "a.jpg")
     with pytest.raises(DataError, match=r"a.jpg.*at most 200 to 1, got 3x700 pixels; crop it"):
         read_rows(folder)
+
+
+def test_what_is_neither_file_nor_folder_is_told_from_what_is_missing(tmp_path):
+    with pytest.raises(DataError, match="'/dev/null', which is neither, but a device or a pipe"):
+        read_rows("/dev/null")
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=r"data_root: expected a folder, got .*a.txt', which is a"):
+        read_rows(tmp_path, root=tmp_path / "a.txt")
