@@ -46,6 +46,7 @@ def at_least(low: int) -> Rule:
     return Rule(f"at least {low}", lambda x: low <= x < math.inf)
 
 
+NUM_STEPS = Rule(f"1 to {flow.MAX_STEPS} denoiser calls", lambda x: 1 <= x <= flow.MAX_STEPS)
 ANY = Rule("anything", lambda x: True)
 PATH = Rule("a path", bool)
 POSITIVE = Rule("a number above 0", lambda x: 0 < x < math.inf)
@@ -60,7 +61,7 @@ RULES: dict[str, Rule] = {
     "buckets": ANY, "small_buckets": one_of("error", "repeat"), "text_tokens": TOKENS,
     "teacher_tokens": TOKENS, "truncate_prompts": ANY,
     "recipe": one_of(*contexts.RECIPES), "trainable": one_of(*TRAINABLE),
-    "num_steps": at_least(1), "schedule": one_of(*flow.SCHEDULES), "shift": NOT_NEGATIVE,
+    "num_steps": NUM_STEPS, "schedule": one_of(*flow.SCHEDULES), "shift": NOT_NEGATIVE,
     "loss": one_of(*rollout.LOSSES), "teacher": one_of(*TEACHERS),
     "ema_decay": Rule("a number in [0, 1]", lambda x: 0 <= x <= 1),
     "vlm_rope_theta": NOT_NEGATIVE, "vlm_min_pixels": at_least(1), "vlm_max_pixels": at_least(1),
@@ -72,7 +73,7 @@ RULES: dict[str, Rule] = {
     "seed": Rule("a whole number in [0, 2^32)", lambda x: 0 <= x < 2**32),
     "dtype": one_of(*DTYPES), "vae_dtype": one_of(*DTYPES), "remat": one_of(*REMAT_POLICIES),
     "mesh.data": PARTS, "mesh.fsdp": PARTS, "mesh.tensor": PARTS,
-    "log_every": at_least(1), "sample_every": at_least(0), "sample_steps": at_least(1),
+    "log_every": at_least(1), "sample_every": at_least(0), "sample_steps": NUM_STEPS,
     "sample_rows": at_least(1), "sample_prompts": TEXTS, "checkpoint_every": at_least(1),
     "keep_checkpoints": at_least(1),
 }

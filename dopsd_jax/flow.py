@@ -8,26 +8,33 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from dopsd_jax.core.checks import is_whole
+
 SCHEDULES = ("shifted", "reference8")
+MAX_STEPS = 1000  # as many as models of this kind are trained with; more is a mistake
 
 
 def sigmas_shifted(num_steps: int, shift: float) -> np.ndarray:
     """sigma = s u / (1 + (s - 1) u) on u = 1, 1 - 1/S, .., 0.
 
     Args:
-        num_steps: S, the number of denoiser calls, at least 1.
+        num_steps: S, the number of denoiser calls, 1 to MAX_STEPS.
         shift: s > 0; 1 is linear, Z-Image-Turbo ships 3.
 
     Returns:
         float32 [S + 1], from exactly 1 down to exactly 0.
 
     Raises:
-        ValueError: num_steps < 1 or shift <= 0.
+        ValueError: num_steps out of range or no whole number, or shift <= 0.
 
     Source: diffusers FlowMatchEulerDiscreteScheduler with sigmas = linspace(1, 1/S, S).
     """
+    if not is_whole(num_steps):
+        raise ValueError(f"num_steps: expected a whole number of denoiser calls, got {num_steps!r}")
     if num_steps < 1:
         raise ValueError(f"num_steps: expected at least 1 denoiser call, got {num_steps}")
+    if num_steps > MAX_STEPS:
+        raise ValueError(f"num_steps: expected at most {MAX_STEPS} denoiser calls, got {num_steps}")
     if shift <= 0:
         raise ValueError(f"shift: expected a positive number, got {shift}")
     u = np.append(np.linspace(1, 1 / num_steps, num_steps).astype(np.float32), np.float32(0))

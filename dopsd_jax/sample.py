@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from dopsd_jax import flow, rollout
 from dopsd_jax import lora as lora_lib
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.contexts import text_context
-from dopsd_jax.core import cli
-from dopsd_jax.core.checks import check_shapes, noted
+from dopsd_jax.core import cli, trees
+from dopsd_jax.core.checks import is_number, is_whole, noted
 from dopsd_jax.data.images import to_uint8
 from dopsd_jax.data.prompts import encode_prompts, prompt_problems
 from dopsd_jax.models.denoiser import ZImageDenoiser
@@ -35,6 +35,7 @@ TEXT_TOKENS = 512  # at most, as in the torch pipelines
 # Prompts are padded to the first of these that fits: fewer tokens for short prompts, few programs
 # to compile, and the same picture, because whatever lies beyond the next 32 tokens is masked.
 LENGTHS = (64, 128, 256, TEXT_TOKENS)
+MAX_SEED = 2**31
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -52,8 +53,19 @@ def _decode(vae: Vae, params, latents):
 
 
 def decode(pipe: Pipeline, latents: jax.Array) -> np.ndarray:
-    """Normalised latents [B, h, w, C] -> pixels uint8 [B, H, W, 3]."""
-    return to_uint8(np.asarray(_decode(pipe.vae, pipe.vae_params, latents), np.float32))
+    """Normalised latents [B, h, w, C] -> pixels uint8 [B, H, W, 3].
+
+    Raises:
+        ValueError: Pictures that are not finite, by number, which in `generate` is the prompt's.
+    """
+    images = np.asarray(_decode(pipe.vae, pipe.vae_params, latents), np.float32)
+    if bad := [i for i, image in enumerate(images) if not np.isfinite(image).all()]:
+        raise ValueError(
+            f"{len(bad)} of {len(images)} pictures hold NaN or infinity, those of the prompts "
+            f"{bad} (counted from 0); the weights or the LoRA are damaged or overflow, try "
+            "dtype=float32"
+        )
+    return to_uint8(images)
 
 
 def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> jax.Array:
@@ -73,23 +85,73 @@ def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Any, float]:
 
 
 def check_request(
-    pipe: Pipeline, prompts: Sequence[str], *, num_steps: int, height: int, width: int
+    pipe: Pipeline, prompts: Sequence[str], *, num_steps: int, height: int, width: int,
+    seed: int = 0,
 ) -> None:
     """Refuses what `generate` cannot draw; needs no weights (`load_pipeline(.., parts=())`).
 
     Raises:
         ValueError: Everything that is wrong, together.
     """
-    if isinstance(prompts, str) or not len(prompts):
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
         raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r}")
     problems = prompt_problems(pipe.tokenizer, prompts, TEXT_TOKENS, enable_thinking=True)
+    sides = {"height": height, "width": width}
+    wrong = [f"{name}: expected a whole number of pixels, got {side!r}"
+             for name, side in sides.items() if not is_whole(side)]
     with noted(problems):
+        if wrong:
+            raise ValueError("; ".join(wrong))
         h, w, _ = pipe.denoiser.latent_shape(height, width)
         pipe.denoiser.network.check_sizes(h, w, TEXT_TOKENS)
     with noted(problems):
         flow.sigmas_shifted(num_steps, pipe.shift)
+    if not is_whole(seed) or not 0 <= seed <= MAX_SEED:
+        problems.append(f"seed: expected a whole number in [0, 2^31], got {seed!r:.40}")
     if problems:
         raise ValueError("\n  ".join(problems))
+
+
+def _check_noise(noise: Any, shape: tuple[int, ...]) -> jax.Array:
+    """The given noise as float32 [B, h, w, C].
+
+    Raises:
+        ValueError: Other shapes, or what are no finite numbers.
+    """
+    try:
+        noise = np.asarray(noise, np.float32)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"noise: expected an array of numbers, got {noise!r:.60}") from e
+    if noise.shape != shape:
+        want, got = (" ".join(map(str, s)) for s in (shape, noise.shape))
+        raise ValueError(f"noise: expected [{want}], got [{got}]")
+    if not np.isfinite(noise).all():
+        raise ValueError("noise: holds NaN or infinity")
+    return jnp.asarray(noise)
+
+
+def _take_lora(lora: Any, pipe: Pipeline) -> tuple[Any, float]:
+    """A LoRA as `generate` takes it: (tree, alpha / rank).
+
+    Raises:
+        ValueError: Neither a path nor such a pair, or one of another model.
+    """
+    if isinstance(lora, str | Path):
+        return read_lora(lora, pipe)
+    if not isinstance(lora, tuple) or len(lora) != 2 or not is_number(lora[1]):
+        raise ValueError(f"lora: expected a path or (tree, alpha / rank), got {lora!r:.60}")
+    tree, scale = lora
+    flat = trees.flatten(tree) if isinstance(tree, Mapping) else {}
+    names = {name.rpartition("/")[0] for name in flat}
+    if not names or flat.keys() != {f"{n}/{part}" for n in names for part in "ab"} or not all(
+        hasattr(leaf, "shape") for leaf in flat.values()
+    ):
+        raise ValueError(
+            "lora: expected a tree of pairs of arrays a and b, as weights.read_lora gives it, got "
+            f"{tree!r:.60}"
+        )
+    workdir_lib.check_fits(tree, transformer_shapes(pipe.denoiser.network), "lora")
+    return tree, scale
 
 
 def generate(
@@ -112,7 +174,7 @@ def generate(
             8 here.)
         height, width: Pixels, multiples of 16; None is the model's own size, 1024 for
             Z-Image-Turbo.
-        seed: Picture i starts from seed + i.
+        seed: Picture i starts from seed + i; 0 to 2^31.
         noise: float32 [B, H/8, W/8, C] standard normal in the normalised latent space; takes the
             place of the seed.
         lora: A LoRA file, a PEFT directory, a run's workdir, or (tree, alpha / rank).
@@ -121,21 +183,20 @@ def generate(
         uint8 [B, H, W, 3].
 
     Raises:
-        ValueError: Empty prompts, sizes or noise that do not fit, a LoRA of another model.
+        ValueError: Empty prompts, sizes or noise that do not fit, a LoRA of another model, or
+            pictures that are not finite.
     """
     height = pipe.sample_size if height is None else height
     width = pipe.sample_size if width is None else width
-    check_request(pipe, prompts, num_steps=num_steps, height=height, width=width)
+    check_request(pipe, prompts, num_steps=num_steps, height=height, width=width, seed=seed)
     shape = pipe.denoiser.latent_shape(height, width)
     if noise is None:
         noise = draw_noise([seed + i for i in range(len(prompts))], shape)
     else:
-        h, w, channels = shape
-        check_shapes("generate", noise=(noise, f"{len(prompts)} {h} {w} {channels}"))
-        noise = jnp.asarray(noise, jnp.float32)
+        noise = _check_noise(noise, (len(prompts), *shape))
     variables = {"params": pipe.params}
     if lora is not None:
-        tree, scale = lora if isinstance(lora, tuple) else read_lora(lora, pipe)
+        tree, scale = _take_lora(lora, pipe)
         variables["lora"] = lora_lib.scaled(jax.tree.map(jnp.asarray, tree), scale)
     ctx = text_context(pipe, prompts, length=_padded_length(pipe, prompts))
     sigmas = flow.sigmas_shifted(num_steps, pipe.shift)
@@ -162,7 +223,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("height", None, "Pixels, a multiple of 16; default: the model's own.")
     flags.DEFINE_integer("width", None, "Pixels, a multiple of 16; default: the model's own.")
     flags.DEFINE_integer("seed", 0, "Picture i starts from seed + i.",
-                         lower_bound=0, upper_bound=2**31)
+                         lower_bound=0, upper_bound=MAX_SEED)
     flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Dtype of transformer and text encoder.")
     flags.DEFINE_string("out", "samples", "Directory for the pictures.")
 

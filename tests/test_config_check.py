@@ -66,6 +66,8 @@ def test_all_problems_are_told_and_each_once(config):
 
 @pytest.mark.parametrize("key,value,words", [
     ("lora.rank", 0, "at least 1, got 0"),
+    ("num_steps", 1001, "1 to 1000 denoiser calls, got 1001"),
+    ("sample_steps", 0, "1 to 1000 denoiser calls, got 0"),
     ("lora.alpha", 0.0, "a number above 0, got 0.0"),
     ("lora.alpha", float("nan"), "a number above 0, got nan"),
     ("sample_rows", 0, "at least 1, got 0"),

@@ -104,7 +104,22 @@ def test_a_picture_depends_on_its_own_seed_alone(pipe):
     "kwargs,message",
     [(dict(height=40), "multiples of 16, got 40x32"),
      (dict(num_steps=0), "at least 1 denoiser call"),
-     (dict(noise=np.zeros((1, 4, 4, 3), np.float32)), r"expected \[1 4 4 4\]"),
+     (dict(num_steps=1001), "expected at most 1000 denoiser calls, got 1001"),
+     (dict(num_steps=2.0), "num_steps: expected a whole number of denoiser calls, got 2.0"),
+     (dict(height=64.0), "height: expected a whole number of pixels, got 64.0"),
+     (dict(seed=2**40), r"seed: expected a whole number in \[0, 2\^31\], got 1099511627776"),
+     (dict(seed=-5), "seed: .* got -5"), (dict(seed=1.5), "seed: .* got 1.5"),
+     (dict(noise=np.zeros((1, 4, 4, 3), np.float32)),
+      r"^noise: expected \[1 4 4 4\], got \[1 4 4 3\]$"),
+     (dict(noise=[1, 2]), r"^noise: expected \[1 4 4 4\], got \[2\]$"),
+     (dict(noise="fox"), "noise: expected an array of numbers, got 'fox'"),
+     (dict(noise=np.full((1, 4, 4, 4), np.nan)), "noise: holds NaN or infinity"),
+     (dict(lora=5), r"lora: expected a path or \(tree, alpha / rank\), got 5"),
+     (dict(lora=({}, 1)), "lora: expected a tree of pairs of arrays a and b, .* got {}"),
+     (dict(lora=({"layers": {"a": 3, "b": 4}}, 1)), "lora: expected a tree of pairs of arrays"),
+     (dict(lora=({}, "x")), "lora: expected a path or"), (dict(prompts=[None]), "is no text"),
+     (dict(lora=({"x": {"a": np.zeros((3, 1)), "b": np.zeros((1, 3))}}, 1)),
+      "lora: the LoRA belongs to another model"), (dict(prompts=5), "non-empty list"),
      (dict(prompts=[]), "non-empty list"), (dict(prompts="fox"), "got 'fox'"),
      (dict(prompts=[" "]), "empty"), (dict(lora="nowhere.safetensors"), "nowhere.safetensors"),
      (dict(prompts=["x " * 600]), "at most 512 tokens")],
@@ -113,3 +128,10 @@ def test_bad_input_is_named(pipe, kwargs, message):
     arguments = dict(prompts=["a"], num_steps=1, height=32, width=32) | kwargs
     with pytest.raises(ValueError, match=message):
         sample.generate(pipe, arguments.pop("prompts"), **arguments)
+
+
+def test_pictures_that_are_not_finite_are_refused_by_prompt(pipe):
+    noise = np.random.default_rng(0).standard_normal((3, 4, 4, 4)).astype(np.float32)
+    noise[1] = 3e38
+    with pytest.raises(ValueError, match=r"^1 of 3 pictures hold NaN or .* of the prompts \[1\] "):
+        sample.generate(pipe, ["a", "b", "c"], num_steps=1, height=32, width=32, noise=noise)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-
 LFS_POINTER = b"version https://git-lfs"
 
 

@@ -46,7 +46,7 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     except Exception as e:  # the tokenizers library raises no narrower class
         raise ValueError(
             f"{directory}: tokenizer.json, tokenizer_config.json or another file of the tokenizer "
-            f"is damaged ({type(e).__name__}: {str(e):.200}); download it again"
+            f"is damaged ({type(e).__name__}: {e!s:.200}); download it again"
         ) from e
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -66,7 +66,7 @@ def _check_template(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None
         text = _render(tokenizer, "a red fox")
     except Exception as e:  # a template is a program of its own, which may fail in any way
         raise ValueError(
-            f"{where} cannot be rendered ({type(e).__name__}: {str(e):.200}); download it again"
+            f"{where} cannot be rendered ({type(e).__name__}: {e!s:.200}); download it again"
         ) from e
     if "a red fox" not in text:
         raise ValueError(f"{where} leaves the prompt out, it makes {text!r:.200}")

@@ -308,7 +308,7 @@ LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1
     ("tokenizer_config.json", "[]", "is damaged .*download it again"),
     ("tokenizer_config.json", "{", "is damaged .*download it again"),
     ("tokenizer_config.json", LFS_POINTER, "this is a git-lfs pointer"),
-    ("chat_template.jinja", "{% for %}", r"chat template cannot be rendered \(TemplateSyntaxError: "),
+    ("chat_template.jinja", "{% for %}", r"cannot be rendered \(TemplateSyntaxError: "),
     ("chat_template.jinja", "{{ nope.x }}", "cannot be rendered .*'nope' is undefined"),
     ("chat_template.jinja", "{{ message }}", "template leaves the prompt out, it makes ''"),
 ])

@@ -63,7 +63,7 @@ def refusal(file, change, open_it):
     (VAE, "scaling_factor", None, "scaling_factor: expected a number above 0, got None"),
     (VAE, "scaling_factor", 0, "scaling_factor: expected a number above 0, got 0"),
     (VAE, "shift_factor", "a", "shift_factor: expected a number or null, got 'a'"),
-    (VAE, "block_out_channels", "x", "block_out_channels: expected a list of a whole number of at "),
+    (VAE, "block_out_channels", "x", "block_out_channels: expected a list of a whole number "),
     (VAE, "norm_num_groups", 0, f"norm_num_groups: {COUNT}, got 0"),
     (VAE, "sample_size", None, f"sample_size: {COUNT}, got None"),
     (SCHEDULER, "shift", None, "shift: expected a number above 0, got None"),
