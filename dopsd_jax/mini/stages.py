@@ -13,11 +13,12 @@ from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini.model import PIPELINE
 from dopsd_jax.weights.pipeline import fingerprint
 
-PREPARE = {
-    "vae": vae_stage.prepare,
-    "flow_matching": base_stage.prepare,
-    "step_distillation": turbo_stage.prepare,
-    "judge": judge.prepare,
+# Objective -> what prepares its task, and what its end leaves in the workdir.
+STAGES = {
+    "vae": (vae_stage.prepare, PIPELINE),
+    "flow_matching": (base_stage.prepare, PIPELINE),
+    "step_distillation": (turbo_stage.prepare, PIPELINE),
+    "judge": (judge.prepare, judge.FILE),
 }
 
 
@@ -32,16 +33,17 @@ def train(config: ConfigDict, workdir: str | Path):
         TrainingError: The loss or gradient is not finite.
     """
     workdir = Path(workdir)
-    if config.objective not in PREPARE:
+    if config.objective not in STAGES:
         raise ValueError(
-            f"objective: expected dopsd or one of {sorted(PREPARE)}, got {config.objective!r}"
+            f"objective: expected dopsd or one of {sorted(STAGES)}, got {config.objective!r}"
         )
     identity = {"model": fingerprint(config.model), "vlm": fingerprint(config.vlm),
                 "data": data_lib.fingerprint(config.data)}
     workdir_lib.claim(workdir, config.to_dict(), identity)
-    if (workdir / PIPELINE).is_dir() and loop.finished(config, workdir):
+    prepare, product = STAGES[config.objective]
+    if (workdir / product).exists() and loop.finished(config, workdir):
         return None
-    task, finish = PREPARE[config.objective](config, workdir)
+    task, finish = prepare(config, workdir)
     state = loop.run(config, workdir, task)
     if int(state.step) == config.num_train_steps:
         finish(state)
