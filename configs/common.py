@@ -11,6 +11,7 @@ def base() -> ConfigDict:
     c.vlm = ""                # directory in the format of Qwen3-VL-4B-Instruct, for the teacher
     c.data = ""               # JSONL of the published format, or a folder of images and .txt
     c.data_root = ""          # images may not lie outside; default: where the JSONL is
+    c.cache = ""              # folder (or gs://..) of dopsd_jax.encode; training loads no encoder
     c.resolution = 1024       # pixels; buckets are the published ones at this area
     c.buckets = ""            # or own ones, "512x512,768x512" (width x height)
     c.small_buckets = "error"  # bucket with fewer rows than batch_size: error | repeat

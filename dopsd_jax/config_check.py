@@ -54,12 +54,13 @@ NOT_NEGATIVE = Rule("0 or more", lambda x: 0 <= x < math.inf)
 DECAY = Rule("a number in [0, 1)", lambda x: 0 <= x < 1)
 TOKENS = Rule("a multiple of 32, above 0", lambda x: x > 0 and x % 32 == 0)
 PARTS = Rule("at least 1, or -1 for what is left", lambda x: x >= 1 or x == -1)
+TEXT = Rule("a text", lambda x: isinstance(x, str))
 TEXTS = Rule("texts", lambda x: all(isinstance(text, str) for text in x))
 
 RULES: dict[str, Rule] = {
-    "model": PATH, "vlm": PATH, "data": PATH, "data_root": ANY, "resolution": at_least(16),
-    "buckets": ANY, "small_buckets": one_of("error", "repeat"), "text_tokens": TOKENS,
-    "teacher_tokens": TOKENS, "truncate_prompts": ANY,
+    "model": PATH, "vlm": PATH, "data": PATH, "data_root": ANY, "cache": TEXT,
+    "resolution": at_least(16), "buckets": ANY, "small_buckets": one_of("error", "repeat"),
+    "text_tokens": TOKENS, "teacher_tokens": TOKENS, "truncate_prompts": ANY,
     "recipe": one_of(*contexts.RECIPES), "trainable": one_of(*TRAINABLE),
     "num_steps": NUM_STEPS, "schedule": one_of(*flow.SCHEDULES), "shift": NOT_NEGATIVE,
     "loss": one_of(*rollout.LOSSES), "teacher": one_of(*TEACHERS),

@@ -131,33 +131,16 @@ def vlm_context(
     return Context(features, mask)
 
 
-class ContextStore:
-    """Contexts of single rows, kept on the host without their padding.
+def without_padding(ctx: Context) -> np.ndarray:
+    """Row 0 of a context on the host, [tokens, D]: what is kept of it."""
+    tokens = int(np.sum(ctx.text_mask[0]))
+    return np.asarray(ctx.text[0, :tokens])
 
-    One entry per distinct key; batches are padded again when they are put together.
-    """
 
-    def __init__(self, length: int):
-        """`length`: L that every batch is padded to."""
-        self.length = length
-        self._features: dict = {}
-
-    def __contains__(self, key) -> bool:
-        return key in self._features
-
-    def __len__(self) -> int:
-        return len(self._features)
-
-    def put(self, key, ctx: Context) -> None:
-        """Keeps row 0 of a context under `key`."""
-        tokens = int(np.sum(ctx.text_mask[0]))
-        self._features[key] = np.asarray(ctx.text[0, :tokens])
-
-    def batch(self, keys: Sequence) -> Context:
-        """Context [B, L, D] of B keys, as NumPy."""
-        rows = [self._features[k] for k in keys]
-        text = np.zeros((len(rows), self.length, rows[0].shape[-1]), rows[0].dtype)
-        for out, row in zip(text, rows, strict=True):
-            out[: len(row)] = row
-        lengths = np.array([len(row) for row in rows])
-        return Context(text, np.arange(self.length) < lengths[:, None])
+def padded(rows: Sequence[np.ndarray], length: int) -> Context:
+    """B rows from `without_padding` -> Context [B, L, D] with L = `length`, as NumPy."""
+    text = np.zeros((len(rows), length, rows[0].shape[-1]), rows[0].dtype)
+    for out, row in zip(text, rows, strict=True):
+        out[: len(row)] = row
+    lengths = np.array([len(row) for row in rows])
+    return Context(text, np.arange(length) < lengths[:, None])

@@ -8,10 +8,6 @@ Run the same command again and it continues from the latest checkpoint.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import time
 from pathlib import Path
 
 import jax
@@ -20,25 +16,18 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax import contexts, flow, loop, lora, previews, sample
+from dopsd_jax import flow, loop, lora, previews, sample
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.caption_check import check_captions
 from dopsd_jax.config_check import check_config
 from dopsd_jax.core import cli, sharding, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import Metrics
-from dopsd_jax.data.batches import BatchPlan, BatchRows
-from dopsd_jax.data.buckets import (
-    Bucket,
-    assign_buckets,
-    check_fillable,
-    make_buckets,
-    parse_buckets,
-)
-from dopsd_jax.data.images import fit_image, read_image, to_uint8
-from dopsd_jax.data.rows import Row, read_rows
+from dopsd_jax.data.batches import BatchRows
+from dopsd_jax.data.datasets import Data, read_data
+from dopsd_jax.data.images import to_uint8
+from dopsd_jax.encode import Contexts, Encoders, Entries, encode_all, open_cache
 from dopsd_jax.mini import stages
-from dopsd_jax.models.denoiser import Context
 from dopsd_jax.train_step import (
     Batch,
     Method,
@@ -50,8 +39,8 @@ from dopsd_jax.train_step import (
     make_train_step,
 )
 from dopsd_jax.weights.pipeline import (
+    DECODER,
     Pipeline,
-    VisionLanguage,
     fingerprint,
     load_pipeline,
     load_vision_language,
@@ -62,106 +51,8 @@ FLAGS = flags.FLAGS
 
 
 # Act 1, the config checked before anything else, is config_check.py.
-# Act 2: the rows, all read and validated before anything is put on a device.
-
-
-@dataclasses.dataclass
-class Data:
-    """Validated rows, the bucket of each, and which rows every step takes."""
-
-    rows: list[Row]
-    bucket_of: dict[int, Bucket]
-    plan: BatchPlan
-
-    def fingerprint(self) -> str:
-        """Identifies names, captions and image files by content, wherever they lie."""
-        rows = [
-            (r.target.name, r.captions, r.where, hashlib.sha256(r.target.read_bytes()).hexdigest())
-            for r in self.rows
-        ]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-    def pixels(self, row: int) -> np.ndarray:
-        """The target image of a row, float32 [H, W, 3] in [-1, 1], at its bucket's size."""
-        bucket = self.bucket_of[row]
-        return fit_image(read_image(self.rows[row].target), bucket.width, bucket.height)
-
-
-def read_data(config: ConfigDict) -> Data:
-    """Reads, checks and plans all data of a run.
-
-    Raises:
-        DataError: Bad rows, or buckets that cannot fill a batch.
-    """
-    rows = read_rows(config.data, root=config.data_root or None)
-    buckets = parse_buckets(config.buckets) if config.buckets else make_buckets(config.resolution)
-    assignment = assign_buckets(rows, buckets)
-    check_fillable(assignment, config.batch_size, config.small_buckets)
-    log.info(
-        "%d rows in %d buckets: %s; that many shapes of the train step will be compiled",
-        len(rows), len(assignment), ", ".join(f"{b} x{len(r)}" for b, r in assignment.items()),
-    )
-    plan = BatchPlan(
-        assignment, [list(r.captions) for r in rows], batch_size=config.batch_size,
-        seed=config.seed,
-    )
-    bucket_of = {i: b for b, members in assignment.items() for i in members}
-    return Data(rows, bucket_of, plan)
-
-
-# Act 3: what student and teacher see, once per distinct caption and (image, caption).
-
-
-class Contexts:
-    """Contexts of a run, computed on first use and kept in host memory."""
-
-    def __init__(self, config: ConfigDict, pipe: Pipeline, vl: VisionLanguage, data: Data):
-        self._config, self._pipe, self._vl, self._data = config, pipe, vl, data
-        self._student = contexts.ContextStore(config.text_tokens)
-        self._teacher = contexts.ContextStore(config.teacher_tokens)
-
-    def compute_all(self) -> None:
-        """Runs the encoders over every row and caption."""
-        pairs = [(i, k) for i, row in enumerate(self._data.rows) for k in row.captions]
-        began, shown = time.time(), 0.0
-        for done, (row, key) in enumerate(pairs, 1):
-            self._compute(row, key)
-            if done == len(pairs) or time.time() - shown > 10:
-                shown = time.time()
-                log.info("contexts: %d of %d captions, %.0f s", done, len(pairs),
-                             shown - began)
-
-    def _keys(self, row: int, key: str) -> tuple[str, tuple]:
-        caption = self._data.rows[row].captions[key]
-        return caption, (str(self._data.rows[row].target), self._data.bucket_of[row], caption)
-
-    def _compute(self, row: int, key: str) -> None:
-        c = self._config
-        caption, pair = self._keys(row, key)
-        try:
-            if caption not in self._student:
-                self._student.put(caption, contexts.text_context(
-                    self._pipe, [caption], length=c.text_tokens, truncate=c.truncate_prompts
-                ))
-            if pair not in self._teacher:
-                self._teacher.put(pair, contexts.vlm_context(
-                    self._pipe, self._vl, [caption], self._data.pixels(row)[None],
-                    length=c.teacher_tokens, rope_theta=c.vlm_rope_theta,
-                    min_pixels=c.vlm_min_pixels, max_pixels=c.vlm_max_pixels,
-                    double_template=c.double_template, truncate=c.truncate_prompts,
-                ))
-        except ValueError as e:
-            raise ValueError(f"{self._data.rows[row].where}, caption {key!r}: {e}") from e
-
-    def batch(self, batch: BatchRows) -> tuple[Context, Context]:
-        """Contexts of student and teacher for the rows of a batch, as NumPy."""
-        keys = [self._keys(r, k) for r, k in zip(batch.rows, batch.caption_keys, strict=True)]
-        return (
-            self._student.batch([caption for caption, _ in keys]),
-            self._teacher.batch([pair for _, pair in keys]),
-        )
-
-
+# Act 2, the rows, all read and validated before anything is put on a device, is
+# data/datasets.py. Act 3, what student and teacher see, is encode.py.
 # Act 4: pictures of the run, always from the same noise.
 
 
@@ -184,10 +75,8 @@ class Previews:
         self._sigmas = flow.sigmas_shifted(config.sample_steps, config.shift or pipe.shift)
         self._prompt_ctx = None
         if config.sample_prompts:
-            prompts = list(config.sample_prompts)
-            ctx = contexts.text_context(pipe, prompts, length=config.text_tokens)
-            self._prompt_ctx = jax.tree.map(np.asarray, ctx)
-            seeds = [config.seed + 1000 + i for i in range(len(prompts))]
+            self._prompt_ctx = ctxs.prompts(config.sample_prompts)
+            seeds = [config.seed + 1000 + i for i in range(len(config.sample_prompts))]
             self._prompt_noise = sample.draw_noise(seeds, shape)
         # Now, because full fine-tuning keeps no base and a resumed run's student has moved.
         untrained = method.assemble(base, student)
@@ -251,18 +140,24 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         return None
 
     # Weights, and the contexts that only the encoders can make; then the encoders may go.
+    entries = Entries(config, data)
+    features = open_cache(config.cache, entries) if config.cache else {}
     mesh = sharding.make_mesh(**config.mesh.to_dict())
+    parts = ("transformer", *([DECODER] if config.sample_every else []),
+             *([] if config.cache else ["text_encoder"]))
     pipe = load_pipeline(
         config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=config.remat,
-        shard=lambda shapes: sharding.shard_params(mesh, shapes),
+        parts=parts, shard=lambda shapes: sharding.shard_params(mesh, shapes),
     )
     targets = lora.parse_targets(config.lora.targets)
     if method.trainable == "lora":
         lora.match_targets(pipe.params, targets)  # before the encoders run
-    vl = load_vision_language(config.vlm, pipe, dtype=config.dtype)
-    log.info("vision tower loaded; %d of %d language tensors replaced", vl.matched, vl.matched)
-    ctxs = Contexts(config, pipe, vl, data)
-    ctxs.compute_all()
+    if not config.cache:
+        vl = load_vision_language(config.vlm, pipe, dtype=config.dtype)
+        log.info("vision tower loaded; %d of %d language tensors replaced", vl.matched, vl.matched)
+        encode_all(entries.all(), Encoders(config, pipe, vl, data), features.__setitem__)
+        pipe.text_params = vl.params = None
+    ctxs = Contexts(config, data, entries, features)
 
     # What trains.
     rng = jax.random.key(config.seed)
@@ -288,7 +183,6 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     preview = None
     if config.sample_every:
         preview = Previews(config, workdir, pipe, data, ctxs, method, base, state.student).save
-    pipe.text_params = vl.params = None
 
     # Compile lazily, once per bucket; the persistent cache makes a second start cheap.
     objective = dopsd(method, pipe.denoiser.velocity)

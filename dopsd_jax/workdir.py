@@ -26,7 +26,7 @@ FREE_KEYS = (
     # The VAE only draws previews; sums over other meshes differ by rounding alone.
     "vae_dtype", "mesh",
     # Paths may move; what they hold is compared by fingerprint.
-    "model", "vlm", "data", "data_root",
+    "model", "vlm", "data", "data_root", "cache",
 )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from etils import epath
+
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -17,7 +19,7 @@ def lfs_advice(path: Path) -> str:
 
 
 def write_atomic(path: str | Path, text: str) -> None:
-    """Writes a file so that a crash leaves either the old or the new text."""
+    """Writes a local file so that a crash leaves either the old or the new text."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w") as f:
@@ -25,3 +27,14 @@ def write_atomic(path: str | Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file, local or remote, that appears under its name when it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as f:
+        f.write(content)
+        f.flush()
+        if "://" not in str(path):
+            os.fsync(f.fileno())
+    temporary.replace(path)

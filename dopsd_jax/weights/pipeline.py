@@ -27,10 +27,11 @@ from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.names import WeightsError
 from dopsd_jax.weights.qwen3_names import check_language_match, qwen3_table, vision_table
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
-from dopsd_jax.weights.vae_names import vae_table
+from dopsd_jax.weights.vae_names import decoder_table, vae_table
 from dopsd_jax.weights.z_image_names import z_image_table
 
 PARTS = ("transformer", "vae", "text_encoder")
+DECODER = "vae_decoder"  # instead of "vae": latents to images alone
 DTYPES = ("bfloat16", "float16", "float32")  # of weights and compute
 C = TypeVar("C")
 
@@ -198,8 +199,8 @@ def load_pipeline(
         dtype: Dtype of the transformer's and the text encoder's weights and compute.
         vae_dtype: The same for the VAE; float32 keeps the picture's last bit.
         remat: Rematerialisation policy of the transformer, see models/layers.py.
-        parts: Which weights to read; networks and configs are always there. () opens in no
-            time, to check a request against them.
+        parts: Which weights to read, of PARTS and DECODER; networks and configs are always
+            there. () opens in no time, to check a request against them.
         shard: Function from the transformer's shapes to a tree of shardings, or None.
 
     Returns:
@@ -219,8 +220,8 @@ def load_pipeline(
             f"{directory}/model_index.json: expected a ZImagePipeline, got "
             f"{index.get('_class_name')!r}"
         )
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise ValueError(f"parts: expected some of {PARTS}, got {unknown}")
+    if unknown := sorted(set(parts) - {*PARTS, DECODER}):
+        raise ValueError(f"parts: expected some of {(*PARTS, DECODER)}, got {unknown}")
     dtype, vae_dtype = jnp.dtype(dtype), jnp.dtype(vae_dtype)
     config = read_config(directory / "transformer" / "config.json", ZImageConfig.from_json)
     text_config = read_config(directory / "text_encoder" / "config.json", Qwen3Config.from_json)
@@ -255,6 +256,11 @@ def load_pipeline(
     if "vae" in parts:
         pipe.vae_params = _load(
             directory / "vae", vae_table(vae_config), vae_shapes(pipe.vae), vae_dtype
+        )
+    elif DECODER in parts:
+        shapes = {"decoder": vae_shapes(pipe.vae)["decoder"]}
+        pipe.vae_params = _load(
+            directory / "vae", decoder_table(vae_config), shapes, vae_dtype
         )
     if "text_encoder" in parts:
         pipe.text_params = _load(
@@ -301,11 +307,15 @@ def _report(name: str, done: int, total: int) -> None:
         log.info("%s: %d of %d tensors", name, done, total)
 
 
-def fingerprint(directory: str | Path) -> str:
+def fingerprint(directory: str | Path, parts: tuple[str, ...] = ()) -> str:
     """Identifies weights by content without reading all of them; place and dates do not matter.
 
     Configs, tokenizers and chat templates count in full; of safetensors files the header, the
     size and blocks spread evenly over the rest.
+
+    Args:
+        directory: A model's directory.
+        parts: Folders in it that count; () is everything.
 
     Raises:
         WeightsError: No such directory, or no safetensors file in it or below.
@@ -317,7 +327,10 @@ def fingerprint(directory: str | Path) -> str:
         Path(folder, name).relative_to(directory)
         for folder, _, names in os.walk(directory, followlinks=True) for name in names
     )
-    files = [f for f in files if not any(part.startswith(".") for part in f.parts)]
+    files = [
+        f for f in files
+        if not any(part.startswith(".") for part in f.parts) and (not parts or f.parts[0] in parts)
+    ]
     if not any(f.suffix == ".safetensors" for f in files):
         found = ", ".join(f.as_posix() for f in files[:10]) or "nothing"
         raise WeightsError(

@@ -8,7 +8,16 @@ from dopsd_jax.weights.names import CONV, LINEAR, SAME, Rule, Transform, rule
 SIDES = "encoder|decoder"
 
 
-def vae_table(config: VaeConfig) -> list[Rule]:
+def decoder_table(config: VaeConfig) -> list[Rule]:
+    """As `vae_table`, but the encoder's tensors are left unused."""
+    table = vae_table(config, "decoder")
+    return [
+        *(r for r in table if not r.target.startswith("encoder")),
+        rule("encoder.{rest}", None, rest=".+"),
+    ]
+
+
+def vae_table(config: VaeConfig, sides: str = SIDES) -> list[Rule]:
     """The name table; the number of resolutions bounds the block indices."""
     levels = len(config.block_out_channels)
     level = "|".join(str(i) for i in range(levels))
@@ -32,8 +41,8 @@ def vae_table(config: VaeConfig) -> list[Rule]:
     middle, middle_target = "{side}.mid_block", "{side}/mid_block"
     attention, attention_target = f"{middle}.attentions.0", f"{middle_target}/attentions_0"
     return [
-        *affine("{side}.{p}", "{side}/{p}", "kernel", CONV, side=SIDES, p="conv_in|conv_out"),
-        *affine("{side}.conv_norm_out", "{side}/conv_norm_out", "scale", side=SIDES),
+        *affine("{side}.{p}", "{side}/{p}", "kernel", CONV, side=sides, p="conv_in|conv_out"),
+        *affine("{side}.conv_norm_out", "{side}/conv_norm_out", "scale", side=sides),
         *resnet("encoder.down_blocks.{i}.resnets.{j}", "encoder/down_blocks_{i}/resnets_{j}",
                 i=level),
         *affine("encoder.down_blocks.{i}.downsamplers.0.conv",
@@ -41,10 +50,10 @@ def vae_table(config: VaeConfig) -> list[Rule]:
         *resnet("decoder.up_blocks.{i}.resnets.{j}", "decoder/up_blocks_{i}/resnets_{j}", i=level),
         *affine("decoder.up_blocks.{i}.upsamplers.0.conv",
                 "decoder/up_blocks_{i}/upsamplers_0", "kernel", CONV, i=resampled),
-        *resnet(f"{middle}.resnets.{{j}}", f"{middle_target}/resnets_{{j}}", side=SIDES),
-        *affine(f"{attention}.group_norm", f"{attention_target}/group_norm", "scale", side=SIDES),
+        *resnet(f"{middle}.resnets.{{j}}", f"{middle_target}/resnets_{{j}}", side=sides),
+        *affine(f"{attention}.group_norm", f"{attention_target}/group_norm", "scale", side=sides),
         *affine(f"{attention}.{{p}}", f"{attention_target}/{{p}}", "kernel", LINEAR,
-                side=SIDES, p="to_q|to_k|to_v"),
+                side=sides, p="to_q|to_k|to_v"),
         *affine(f"{attention}.to_out.0", f"{attention_target}/to_out_0", "kernel", LINEAR,
-                side=SIDES),
+                side=sides),
     ]

@@ -1,0 +1,274 @@
+"""The encoder cache: what is in it, what invalidates it, and training from it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from configs import common
+from configs import tiny as tiny_config
+from dopsd_jax import encode as encode_lib
+from dopsd_jax import train as train_lib
+from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.core.metrics import read_metrics
+from dopsd_jax.data.cache import Cache, CacheError
+from dopsd_jax.data.datasets import read_data
+from dopsd_jax.weights import load, pipeline
+
+ROOT = Path(__file__).parents[1]
+# Keys that no context follows from, or that are in it by content (data, images, weights, bucket).
+OTHER_KEYS = {
+    "model", "vlm", "data", "data_root", "cache", "resolution", "buckets", "small_buckets",
+    "trainable", "num_steps", "schedule", "shift", "loss", "teacher", "ema_decay", "lora.rank",
+    "lora.alpha", "lora.targets", "num_train_steps", "batch_size", "accumulation",
+    "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm", "seed",
+    "vae_dtype", "remat", "mesh.data", "mesh.fsdp", "mesh.tensor", "log_every", "sample_every",
+    "sample_steps", "sample_rows", "sample_prompts", "checkpoint_every", "keep_checkpoints",
+}
+
+
+def write_image(file, seed, size=(64, 64)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
+    Image.fromarray(pixels).save(file)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("photos")
+    for i, (name, size) in enumerate({"a": (64, 64), "b": (96, 64), "c": (64, 64)}.items()):
+        write_image(directory / f"{name}.png", i, size)
+        (directory / f"{name}.txt").write_text("the same" if name == "c" else f"a photo of {name}")
+    return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Both ways of training compile the same programs."""
+    old = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", old)
+
+
+def make_config(tiny, photos, cache=""):
+    c = tiny_config.get_config()
+    c.model, c.vlm, c.data, c.cache = str(tiny.pipeline), str(tiny.vlm), str(photos), str(cache)
+    c.update({
+        "buckets": "64x64,96x64", "num_train_steps": 3, "checkpoint_every": 3, "sample_every": 3,
+        "teacher_tokens": 672, "text_tokens": 128, "sample_steps": 2,
+        "sample_prompts": ("a fox", "the same"),
+    })
+    return c
+
+
+@pytest.fixture(scope="module")
+def cached(tiny, photos, tmp_path_factory):
+    """A cache of the photographs; nothing may change it."""
+    directory = tmp_path_factory.mktemp("cache")
+    assert encode_lib.encode(make_config(tiny, photos, directory)) == (7, 7)
+    return directory
+
+
+@pytest.fixture
+def cache(cached, tmp_path):
+    shutil.copytree(cached, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def config(tiny, photos, cache):
+    return make_config(tiny, photos, cache)
+
+
+def final(workdir):
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    state = checkpoints.restore_part(("student", "teacher", "opt_state", "step"))
+    checkpoints.close()
+    rows = [{k: v for k, v in r.items() if k != "images_per_second"}
+            for r in read_metrics(workdir)]
+    pictures = {p.name: p.read_bytes() for p in sorted((workdir / "samples").glob("*.png"))}
+    return jax.tree.leaves(state), rows, pictures
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Weight files that were opened to be loaded."""
+    files = []
+    read = load.map_safetensors
+    monkeypatch.setattr(load, "map_safetensors", lambda f: (files.append(Path(f)), read(f))[1])
+    return files
+
+
+def test_cached_training_is_bit_identical_and_opens_no_encoder(config, tiny, tmp_path, opened):
+    train_lib.train(config, tmp_path / "cached")
+    assert {f.parent for f in opened} == {tiny.pipeline / "transformer", tiny.pipeline / "vae"}
+    opened.clear()
+    config.cache = ""
+    train_lib.train(config, tmp_path / "uncached")
+    assert {f.parent for f in opened} == {
+        tiny.pipeline / "transformer", tiny.pipeline / "vae", tiny.pipeline / "text_encoder",
+        tiny.vlm,
+    }
+    (state, rows, pictures), other = final(tmp_path / "cached"), final(tmp_path / "uncached")
+    assert len(rows) == 3 and rows == other[1]
+    assert len(pictures) == 6 and pictures == other[2]
+    for a, b in zip(state, other[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    # A run may go on with or without the cache.
+    assert workdir_lib.is_free("cache")
+
+
+def test_without_pictures_the_transformer_alone_is_loaded(config, tiny, tmp_path, opened):
+    config.update({"sample_every": 0, "num_train_steps": 1})
+    train_lib.train(config, tmp_path / "run")
+    assert {f.parent for f in opened} == {tiny.pipeline / "transformer"}
+
+
+def test_of_the_vae_only_the_decoder_is_read(tiny):
+    both = pipeline.load_pipeline(tiny.pipeline, dtype="float32", parts=("vae",)).vae_params
+    half = pipeline.load_pipeline(
+        tiny.pipeline, dtype="float32", parts=(pipeline.DECODER,)
+    ).vae_params
+    assert set(both) == {"encoder", "decoder"} and set(half) == {"decoder"}
+    jax.tree.map(np.testing.assert_array_equal, half["decoder"], both["decoder"])
+
+
+def test_a_second_encode_makes_nothing_and_loads_nothing(config, cache, monkeypatch):
+    before = {p.name: p.stat().st_mtime_ns for p in cache.iterdir()}
+    monkeypatch.setattr(encode_lib, "load_pipeline", None)
+    assert encode_lib.encode(config) == (0, 7)
+    assert {p.name: p.stat().st_mtime_ns for p in cache.iterdir()} == before
+
+
+def made_anew(config, cache):
+    """Roles and captions of what a config needs and the cache does not have."""
+    have = Cache(cache)
+    wanted = encode_lib.Entries(config, read_data(config)).all()
+    return sorted((("student" if e.row is None else "teacher"), e.caption)
+                  for e in wanted if e.key not in have)
+
+
+EVERY_STUDENT = [("student", c) for c in ("a fox", "a photo of a", "a photo of b", "the same")]
+EVERY_TEACHER = [("teacher", c) for c in ("a photo of a", "a photo of b", "the same")]
+
+
+@pytest.mark.parametrize("changes,anew", [
+    ({}, []),
+    ({"text_tokens": 160}, EVERY_STUDENT),
+    ({"teacher_tokens": 704}, EVERY_TEACHER),
+    ({"vlm_rope_theta": 1e6}, EVERY_TEACHER),
+    ({"double_template": True}, EVERY_TEACHER),
+    ({"vlm_max_pixels": 512 * 512}, EVERY_TEACHER),
+    ({"truncate_prompts": True}, EVERY_STUDENT + EVERY_TEACHER),
+    ({"dtype": "bfloat16"}, EVERY_STUDENT + EVERY_TEACHER),
+    ({"buckets": "64x64,96x80"}, [("teacher", "a photo of b")]),
+    ({"sample_prompts": ("a fox", "a dog")}, [("student", "a dog")]),
+    ({"seed": 1, "lora.rank": 4, "num_steps": 2, "batch_size": 1, "mesh.fsdp": 1}, []),
+])
+def test_a_setting_invalidates_exactly_what_follows_from_it(config, cache, changes, anew):
+    config.update_from_flattened_dict(changes)
+    assert made_anew(config, cache) == anew
+
+
+@pytest.fixture
+def own_photos(config, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "elsewhere")
+    config.data = str(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+def test_rows_invalidate_exactly_their_entries(config, cache, own_photos):
+    assert made_anew(config, cache) == []  # the place does not matter
+    (own_photos / "a.txt").write_text("a photo of b")
+    assert made_anew(config, cache) == [("teacher", "a photo of b")]
+    write_image(own_photos / "c.png", 9)
+    assert made_anew(config, cache) == [("teacher", "a photo of b"), ("teacher", "the same")]
+
+
+@pytest.mark.parametrize("folder,anew", [
+    ("vlm", EVERY_TEACHER), ("model/text_encoder", EVERY_STUDENT + EVERY_TEACHER),
+    ("model/transformer", []), ("model/vae", []),
+])
+def test_weights_invalidate_exactly_what_they_made(config, cache, tiny, tmp_path, folder, anew):
+    shutil.copytree(tiny.pipeline, tmp_path / "model")
+    shutil.copytree(tiny.vlm, tmp_path / "vlm")
+    config.model, config.vlm = str(tmp_path / "model"), str(tmp_path / "vlm")
+    file = sorted((tmp_path / folder).glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert made_anew(config, cache) == anew
+
+
+def test_another_tokenizer_or_chat_template_invalidates_all(config, cache, tiny, tmp_path):
+    shutil.copytree(tiny.pipeline, tmp_path / "model")
+    config.model = str(tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    assert made_anew(config, cache) == EVERY_STUDENT + EVERY_TEACHER
+
+
+def test_every_config_key_is_known_to_matter_or_not():
+    """A new key must be put in STUDENT_KEYS, TEACHER_KEYS or OTHER_KEYS: else caches go stale."""
+    matter = {*encode_lib.STUDENT_KEYS, *encode_lib.TEACHER_KEYS}
+    assert not matter & OTHER_KEYS
+    assert matter | OTHER_KEYS == set(workdir_lib.flat_config(common.base().to_dict()))
+
+
+def test_what_is_missing_is_named_and_encode_adds_only_that(config, cache, own_photos, tmp_path):
+    write_image(own_photos / "c.png", 9)
+    with pytest.raises(CacheError, match=(
+        r"1 of 7 contexts are not in this cache; run python -m dopsd_jax.encode with the same "
+        r"config:\n  c.png, caption 'caption', teacher$"
+    )):
+        train_lib.train(config, tmp_path / "run")
+    before = sorted(cache.iterdir())
+    assert encode_lib.encode(config) == (1, 7)
+    assert set(before) < set(cache.iterdir()) and made_anew(config, cache) == []
+
+
+def test_a_truncated_shard_stops_training_and_encode_makes_it_again(config, cache, tmp_path):
+    (shard,) = cache.glob("*.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CacheError, match=f"{shard}: expected {len(whole)} bytes, found .*trunc"):
+        train_lib.train(config, tmp_path / "run")
+    assert encode_lib.encode(config) == (7, 7)
+    (again,) = cache.glob("*.safetensors")
+    assert load_file(again).keys() == Cache(cache).keys() and again.read_bytes() == whole
+
+
+def test_what_was_done_before_a_failure_is_kept(config, own_photos, tmp_path):
+    config.cache = str(tmp_path / "new")
+    (own_photos / "c.txt").write_text("word " * 200)
+    with pytest.raises(ValueError, match=r"c.png, caption 'caption': .*at most 128 tokens"):
+        encode_lib.encode(config)
+    assert len(Cache(tmp_path / "new")) == 4  # of a.png and b.png, student and teacher
+
+
+def test_the_command_says_what_it_did_and_what_is_wrong(tiny, photos, cache, tmp_path):
+    def run(*more):
+        return subprocess.run(
+            [sys.executable, "-m", "dopsd_jax.encode", "--config", "configs/tiny.py",
+             f"--config.model={tiny.pipeline}", f"--config.vlm={tiny.vlm}",
+             f"--config.data={photos}", "--config.buckets=64x64,96x64", "--config.text_tokens=128",
+             "--config.teacher_tokens=672", *more],
+            cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True,
+            check=False,
+        )
+
+    done = run(f"--config.cache={cache}")
+    assert done.stdout == f"0 contexts made, 6 were there: {cache}\n", done.stderr
+    done = run()
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: cache: expected a folder or gs://.., got nothing "
+                                "(--config.cache=..)\n")
