@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from dopsd_jax import contexts
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.config_check import check_config
-from dopsd_jax.core import cli
+from dopsd_jax.core import cli, distributed
 from dopsd_jax.core.log import log
 from dopsd_jax.data.batches import BatchRows
 from dopsd_jax.data.cache import Cache, CacheError, CacheWriter, entry_key
@@ -188,8 +189,10 @@ def open_cache(directory: str, entries: Entries) -> Cache:
 def encode(config: ConfigDict) -> tuple[int, int]:
     """Adds to config.cache what it does not hold yet; loads nothing if that is nothing.
 
+    Several processes share the work.
+
     Returns:
-        How many contexts were made, and how many the run has in all.
+        How many contexts this process made, and how many were its share.
 
     Raises:
         ValueError: Bad config, data or weights; a caption that does not fit.
@@ -199,6 +202,8 @@ def encode(config: ConfigDict) -> tuple[int, int]:
     check_config(config)
     data = read_data(config)
     wanted = Entries(config, data).all()
+    # A process's share does not depend on what others have written meanwhile.
+    wanted = wanted[jax.process_index() :: jax.process_count()]
     cache = Cache(config.cache, repair=True)
     missing = [e for e in wanted if e.key not in cache]
     log.info("%s: %d of %d contexts are there", config.cache, len(wanted) - len(missing),
@@ -211,17 +216,20 @@ def encode(config: ConfigDict) -> tuple[int, int]:
             encode_all(missing, Encoders(config, pipe, vl, data), writer.add)
         finally:
             writer.flush()  # what is done is done
+    distributed.barrier("encoded")
     return len(missing), len(wanted)
 
 
 def define_flags() -> None:
     """The command's flags; a function, so that importing this module defines none."""
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    distributed.define_flags()
 
 
 def main() -> None:
     if FLAGS.config is None:
         raise ValueError("--config is needed, such as --config configs/z_image_turbo_lora.py")
+    distributed.initialize()
     workdir_lib.enable_compilation_cache()
     made, total = encode(FLAGS.config)
     print(f"{made} contexts made, {total - made} were there: {FLAGS.config.cache}")

@@ -13,10 +13,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from dopsd_jax.core import distributed
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
-from dopsd_jax.core.metrics import Metrics, Progress, save_curves
+from dopsd_jax.core.metrics import Metrics, NoMetrics, Progress, save_curves
+from dopsd_jax.core.sharding import fetch
 
 
 class TrainingError(RuntimeError):
@@ -46,7 +48,8 @@ class Task:
         make_batch: (step, state.rng) -> batch on the devices; a function of these alone, so that
             a resumed run sees the same batches.
         preview: (step, state, metrics) draws samples/*.png and may log them with
-            `metrics.image`; None: no pictures.
+            `metrics.image`; called in every process, of which only the first may write; None: no
+            pictures.
         epochs: Step -> epochs done, logged; None: not logged.
     """
 
@@ -112,7 +115,14 @@ def finished(config: ConfigDict, workdir: str | Path) -> bool:
 
     A task without preview must have sample_every = 0: its last picture would be waited for.
     """
-    workdir = Path(workdir)
+    # Agreed: a process that goes on makes what another would still look for.
+    if distributed.any_process(not _is_finished(config, Path(workdir))):
+        return False
+    log.info("already finished: step %d of %d", config.num_train_steps, config.num_train_steps)
+    return True
+
+
+def _is_finished(config: ConfigDict, workdir: Path) -> bool:
     if not (workdir / "checkpoints").is_dir():
         return False
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
@@ -120,10 +130,7 @@ def finished(config: ConfigDict, workdir: str | Path) -> bool:
     checkpoints.close()
     if step is None or step < config.num_train_steps:
         return False
-    if _draws_at(config, step) and _last_drawn(workdir) < step:
-        return False
-    log.info("already finished: step %d of %d", step, config.num_train_steps)
-    return True
+    return not _draws_at(config, step) or _last_drawn(workdir) >= step
 
 
 def _restore(checkpoints: Checkpoints, task: Task, total: int) -> State:
@@ -166,23 +173,27 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
         at_end.callback(checkpoints.close)
         state = _restore(checkpoints, task, total)
         start = int(state.step)
-        metrics = Metrics(workdir, start)
-        at_end.callback(save_curves, workdir)
+        main = distributed.is_main()
+        metrics = Metrics(workdir, start) if main else NoMetrics()
+        if main:
+            at_end.callback(save_curves, workdir)
         at_end.callback(metrics.close)
         progress = Progress(total, start, config.batch_size)
         at_end.callback(progress.close)
         stopper = Stopper()
         at_end.callback(stopper.restore)
+        vote = distributed.Vote()
 
         def draw(step: int) -> None:
             if task.preview is not None:
                 task.preview(step, state, metrics)
-                (workdir / "samples").mkdir(exist_ok=True)
-                write_atomic(workdir / "samples" / ".last", str(step))
+                if main:
+                    (workdir / "samples").mkdir(exist_ok=True)
+                    write_atomic(workdir / "samples" / ".last", str(step))
 
         def settle(step: int, values, *, timed: bool) -> None:
             """Fetches a finished step's numbers, checks and logs them."""
-            values = jax.tree.map(np.asarray, values)
+            values = fetch(values)
             check_finite(step, values, checkpoints)
             if timed:
                 progress.lap()
@@ -198,7 +209,8 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             progress.update(step, shown, line=step % config.log_every == 0 or step == total)
 
         # A process killed between a checkpoint and its picture owes the picture.
-        if _draws_at(config, start) and (start == 0 or _last_drawn(workdir) < start):
+        owed = _draws_at(config, start) and (start == 0 or _last_drawn(workdir) < start)
+        if distributed.any_process(owed):
             draw(start)
         progress.restart()
         pending, compiled = None, set()
@@ -213,7 +225,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             if pending is not None:
                 settle(*pending, timed=not compiles)
             pending = (step, values)
-            stopping = stopper.signal is not None
+            stopping = vote(stopper.signal is not None)
             saves = step == total or stopping or step % config.checkpoint_every == 0
             draws = _draws_at(config, step)
             if compiles or saves or draws:
@@ -228,7 +240,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             if stopping and step < total:
                 log.info(
                     "%s: saved step %d; run the same command again to continue",
-                    stopper.signal, step,
+                    stopper.signal or "stopped with another process", step,
                 )
                 break
     return state

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from dopsd_jax import flow, loop, lora, previews, sample
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.caption_check import check_captions
 from dopsd_jax.config_check import check_config
-from dopsd_jax.core import cli, sharding, trees
+from dopsd_jax.core import cli, distributed, sharding, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import Metrics
 from dopsd_jax.data.batches import BatchRows
@@ -60,9 +61,10 @@ class Previews:
     """Grids of base, student and teacher, and both walks, for some rows of one bucket."""
 
     def __init__(self, config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Contexts,
-                 method: Method, base: trees.Tree, student: trees.Tree):
+                 method: Method, base: trees.Tree, student: trees.Tree, mesh: Mesh):
         """`student`: the untrained one, which equals the base; drawn now, and not kept."""
         self._workdir, self._pipe, self._method, self._base = workdir, pipe, method, base
+        self._everywhere = sharding.replicated(mesh)
         # One shape for all: the bucket with the most rows.
         of_bucket = list(data.bucket_of.values())
         first = max(dict.fromkeys(of_bucket), key=of_bucket.count)
@@ -85,8 +87,9 @@ class Previews:
             self._base_prompts, _ = self._draw(untrained, self._prompt_noise, self._prompt_ctx)
 
     def _draw(self, variables, noise, ctx) -> tuple[np.ndarray, np.ndarray]:
-        x, x0 = sample.walk(self._pipe.denoiser, variables, noise, ctx, self._sigmas)
-        return sample.decode(self._pipe, x), np.asarray(x0[:, 0])
+        noise, ctx, sigmas = sharding.place((noise, ctx, self._sigmas), self._everywhere)
+        x, x0 = sharding.fetch(sample.walk(self._pipe.denoiser, variables, noise, ctx, sigmas))
+        return sample.decode(self._pipe, jnp.asarray(x)), x0[:, 0]
 
     def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Writes samples/step_N.png and step_N_walk.png, and prompts_N.png if there are any."""
@@ -111,8 +114,9 @@ class Previews:
             self._write(metrics, step, "prompts", previews.grid(columns))
 
     def _write(self, metrics: Metrics, step: int, name: str, pixels: np.ndarray) -> None:
-        previews.save(self._workdir / "samples" / f"{name}_{step:06d}.png", pixels)
-        metrics.image(step, name, pixels)
+        if distributed.is_main():
+            previews.save(self._workdir / "samples" / f"{name}_{step:06d}.png", pixels)
+            metrics.image(step, name, pixels)
 
 
 # Act 5: all together.
@@ -135,7 +139,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     identity = {"model": fingerprint(pipeline_directory(config.model)),
                 "vlm": fingerprint(vlm_directory(config.vlm)),
                 "data": data.fingerprint()}
-    workdir_lib.claim(workdir, config.to_dict(), identity)
+    for what, fingerprinted in identity.items():
+        distributed.check_same(what, fingerprinted)
+    distributed.on_main(lambda: workdir_lib.claim(workdir, config.to_dict(), identity))
+    if distributed.any_process(not workdir_lib.is_workdir(workdir)):
+        raise ValueError(f"{workdir}: expected a directory that every process sees")
     if loop.finished(config, workdir):
         return None
 
@@ -174,7 +182,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm"
     )})
     state = init_state(student, optimizer, jax.random.key_data(jax.random.fold_in(rng, 2)))
-    state = jax.device_put(
+    state = sharding.place(
         state, sharding.replicated(mesh) if base is not None
         else sharding.shard_params(mesh, state)
     )
@@ -182,7 +190,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
 
     preview = None
     if config.sample_every:
-        preview = Previews(config, workdir, pipe, data, ctxs, method, base, state.student).save
+        preview = Previews(
+            config, workdir, pipe, data, ctxs, method, base, state.student, mesh
+        ).save
 
     # Compile lazily, once per bucket; the persistent cache makes a second start cheap.
     objective = dopsd(method, pipe.denoiser.velocity)
@@ -191,13 +201,18 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         lambda rng, step, shape: draw_noise(jax.random.wrap_key_data(rng), step, shape),
         static_argnums=2, out_shardings=sharding.batch_sharding(mesh),
     )
-    sigmas = jnp.asarray(
-        flow.make_sigmas(config.schedule, config.num_steps, config.shift or pipe.shift)
+    sigmas = sharding.place(
+        flow.make_sigmas(config.schedule, config.num_steps, config.shift or pipe.shift),
+        sharding.replicated(mesh),
     )
+    spread, size = sharding.batch_sharding(mesh), config.batch_size
+    mine = sharding.local_rows(spread, size)
 
     def make_batch(step: int, rng) -> Batch:
         rows = data.plan.at(step)
-        student_ctx, teacher_ctx = jax.device_put(ctxs.batch(rows), sharding.batch_sharding(mesh))
+        student_ctx, teacher_ctx = sharding.place_rows(
+            spread, size, mine, ctxs.batch(rows.take(mine))
+        )
         shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
         noise = noise_fn(rng, step, (config.batch_size, *shape))
         return Batch(noise, student_ctx, teacher_ctx, sigmas)
@@ -212,14 +227,18 @@ def define_flags() -> None:
     """The command's flags; a function, so that importing this module defines none."""
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory of the run; made or continued.", required=True)
+    distributed.define_flags()
 
 
 def main() -> None:
     if FLAGS.config is None:
         raise ValueError("--config is needed, such as --config configs/z_image_turbo_lora.py")
     cli.check_directory(FLAGS.workdir)
+    distributed.initialize()
     workdir_lib.enable_compilation_cache()
     state = train(FLAGS.config, FLAGS.workdir)
+    if not distributed.is_main():
+        return
     workdir = Path(FLAGS.workdir)
     if state is not None:
         print(f"step {int(state.step)} of {FLAGS.config.num_train_steps}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +54,16 @@ class Metrics:
         self.flush()
         self._stream.close()
         self._board.close()
+
+
+class NoMetrics:
+    """Takes the place of `Metrics` in processes that write nothing."""
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None: ...
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
@@ -138,7 +149,7 @@ class Progress:
         # tqdm's own rate and time left count everything.
         self._bar = tqdm(
             total=total, initial=start, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
-        ) if sys.stderr.isatty() else None
+        ) if sys.stderr.isatty() and log.isEnabledFor(logging.INFO) else None
 
     def lap(self) -> None:
         now = self._clock()

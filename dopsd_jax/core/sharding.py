@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dopsd_jax.core.trees import Tree
@@ -54,3 +57,68 @@ def shard_params(mesh: Mesh, shapes: Tree) -> Tree:
         return replicated(mesh)
 
     return jax.tree.map(place, shapes)
+
+
+def place(tree: Tree, shardings: Tree) -> Tree:
+    """Puts a tree on devices that may belong to several processes.
+
+    Args:
+        tree: Arrays, the same in every process, or arrays that are spread already.
+        shardings: One sharding, None for the default device, or a tree of them.
+    """
+    def put(x, sharding):
+        spread = isinstance(x, jax.Array) and not x.is_fully_addressable
+        if sharding is None or sharding.is_fully_addressable or spread:
+            return jax.device_put(x, sharding)
+        # device_put would first compare the whole array between the processes.
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda x: put(x, shardings), tree)
+    return jax.tree.map(put, tree, shardings)
+
+
+def fetch(tree: Tree) -> Tree:
+    """The arrays as NumPy, in every process, wherever they lie."""
+    def get(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(get, tree)
+
+
+def local_rows(sharding: NamedSharding, size: int) -> list[int]:
+    """Which of a batch's `size` rows this process's devices hold, ascending."""
+    indices = sharding.addressable_devices_indices_map((size,)).values()
+    return sorted({row for (rows,) in indices for row in range(*rows.indices(size))})
+
+
+def place_rows(
+    sharding: NamedSharding, size: int, rows: Sequence[int], local: Tree
+) -> Tree:
+    """A batch of which each process has the rows of its own devices.
+
+    Args:
+        sharding: Splits the leading axis alone, see `batch_sharding`.
+        size: Rows of the whole batch.
+        rows: From `local_rows`.
+        local: Arrays [len(rows), ..].
+
+    Returns:
+        Arrays [size, ..] on the devices.
+    """
+    where = {row: i for i, row in enumerate(rows)}
+
+    def spread(x):
+        def part(index):
+            wanted = [where[row] for row in range(*index[0].indices(size))]
+            first = wanted[0]
+            if wanted == list(range(first, first + len(wanted))):  # a view, no copy
+                return x[first : first + len(wanted)]
+            return x[wanted]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(spread, local)

@@ -31,6 +31,13 @@ class BatchRows:
     rows: tuple[int, ...]
     caption_keys: tuple[str, ...]
 
+    def take(self, positions: Sequence[int]) -> BatchRows:
+        """Some of the batch's rows."""
+        return BatchRows(
+            self.bucket, tuple(self.rows[i] for i in positions),
+            tuple(self.caption_keys[i] for i in positions),
+        )
+
 
 class BatchPlan:
     """The batches of a run, by step, in any order.

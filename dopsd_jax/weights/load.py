@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from dopsd_jax.core import trees
 from dopsd_jax.core.files import lfs_advice
+from dopsd_jax.core.sharding import place
 from dopsd_jax.weights.names import Rule, Slot, WeightsError, resolve
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -265,7 +266,7 @@ def load_tree(
         is_float = jnp.issubdtype(value.dtype, jnp.floating)
         kind = np.dtype(dtype) if dtype is not None and is_float else value.dtype
         if slot.layer is None:
-            flat[name] = jax.device_put(_fill(_aligned(value.shape, kind), value), sharding)
+            flat[name] = place(_fill(_aligned(value.shape, kind), value), sharding)
         elif _on_cpu(sharding):  # the stack is host memory anyway
             if name not in flat:
                 flat[name] = _aligned(flat_shapes[name].shape, kind)
@@ -283,7 +284,7 @@ def load_tree(
             report(done + 1, len(slots))
     for name, value in flat.items():
         if isinstance(value, np.ndarray):
-            flat[name] = jax.device_put(value, flat_shardings.get(name))
+            flat[name] = place(value, flat_shardings.get(name))
     return trees.unflatten(flat)
 
 
@@ -349,6 +350,6 @@ def _empty(shape, dtype, sharding) -> jax.Array:
 def _like(part: np.ndarray, sharding) -> jax.Array:
     """Places one layer with the stacked array's sharding less its leading axis."""
     if not isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.device_put(part, sharding)
+        return place(part, sharding)
     spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
-    return jax.device_put(part, jax.sharding.NamedSharding(sharding.mesh, spec))
+    return place(part, jax.sharding.NamedSharding(sharding.mesh, spec))
