@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dopsd_jax import contexts
 from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.caption_check import check_captions
 from dopsd_jax.config_check import check_config
 from dopsd_jax.core import cli, distributed
 from dopsd_jax.core.log import log
@@ -201,6 +202,7 @@ def encode(config: ConfigDict) -> tuple[int, int]:
         raise ValueError("cache: expected a folder or gs://.., got nothing (--config.cache=..)")
     check_config(config)
     data = read_data(config)
+    check_captions(config, data.rows, data.bucket_of)
     wanted = Entries(config, data).all()
     # A process's share does not depend on what others have written meanwhile.
     wanted = wanted[jax.process_index() :: jax.process_count()]

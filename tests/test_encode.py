@@ -247,12 +247,28 @@ def test_a_truncated_shard_stops_training_and_encode_makes_it_again(config, cach
     assert load_file(again).keys() == Cache(cache).keys() and again.read_bytes() == whole
 
 
-def test_what_was_done_before_a_failure_is_kept(config, own_photos, tmp_path):
+def test_what_was_done_before_a_failure_is_kept(config, tmp_path, monkeypatch):
     config.cache = str(tmp_path / "new")
-    (own_photos / "c.txt").write_text("word " * 200)
-    with pytest.raises(ValueError, match=r"c.png, caption 'caption': .*at most 128 tokens"):
+    encode = encode_lib.Encoders.__call__
+
+    def stop_at_the_third_row(self, entry):
+        if entry.row == 2:
+            raise KeyboardInterrupt
+        return encode(self, entry)
+
+    monkeypatch.setattr(encode_lib.Encoders, "__call__", stop_at_the_third_row)
+    with pytest.raises(KeyboardInterrupt):
         encode_lib.encode(config)
-    assert len(Cache(tmp_path / "new")) == 4  # of a.png and b.png, student and teacher
+    assert len(Cache(tmp_path / "new")) == 5  # all but that row's teacher and the other prompt
+    monkeypatch.undo()
+    assert encode_lib.encode(config) == (2, 7)
+
+
+def test_captions_are_checked_before_weights_are_read(config, own_photos, monkeypatch):
+    (own_photos / "c.txt").write_text("word " * 200)
+    monkeypatch.setattr(encode_lib, "Entries", None)
+    with pytest.raises(ValueError, match=r"c.png, caption, text_tokens = 128: .*at most 128"):
+        encode_lib.encode(config)
 
 
 def test_the_command_says_what_it_did_and_what_is_wrong(tiny, photos, cache, tmp_path):
