@@ -53,9 +53,16 @@ class Run:
 
     def end(self, code=0):
         """Waits; the output of each process."""
-        outputs = [p.communicate(timeout=400)[0] for p in self.processes]
+        try:
+            outputs = [p.communicate(timeout=400)[0] for p in self.processes]
+        finally:
+            self.kill()
         assert [p.returncode for p in self.processes] == [code] * len(self.processes), outputs
         return outputs
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +147,9 @@ def test_runs_continue_with_another_number_of_processes(settings, one, two, tmp_
 def wait_for(condition, run, timeout=300):
     end = time.time() + timeout
     while not condition():
-        assert time.time() < end, "timed out"
-        assert all(p.poll() is None for p in run.processes), run.end()
+        if time.time() > end or any(p.poll() is not None for p in run.processes):
+            run.kill()
+            raise AssertionError(run.processes[0].stdout.read())
         time.sleep(0.01)
 
 
