@@ -1,5 +1,7 @@
 """The image autoencoder of Z-Image (FLUX.1 type), numerically diffusers' AutoencoderKL, NHWC.
 
+Its conv network is that of FLUX.2 too; see models/flux2_vae.py for the rest of that one.
+
 Parameter names follow the tensor names: `encoder.down_blocks.0.resnets.1.conv1.weight` is
 `encoder/down_blocks_0/resnets_1/conv1/kernel`.
 
@@ -44,8 +46,53 @@ DIFFUSERS_DEFAULTS = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
+# What the conv network itself is made of.
+CONV_FIELDS = (
+    "block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "in_channels",
+)
 # Keys that change no number here: tiling sizes, float16 advice, provenance.
 IGNORED_KEYS = {"sample_size", "force_upcast", "_diffusers_version", "_name_or_path"}
+
+
+def read_config(values: dict, defaults: dict, **expected) -> dict:
+    """A vae/config.json, complete and checked against what the conv network supports.
+
+    Args:
+        values: Of the file.
+        defaults: What diffusers assumes for absent keys; its `_class_name` must be the file's.
+        **expected: Further keys with the only value that is supported.
+
+    Returns:
+        `defaults` overwritten by `values`, block_out_channels as a tuple.
+
+    Raises:
+        ValueError: Every key whose value is not supported, together.
+    """
+    full = {**defaults, **values}
+    blocks = len(full["block_out_channels"])
+    expected = {
+        "_class_name": defaults["_class_name"],
+        "down_block_types": ["DownEncoderBlock2D"] * blocks,
+        "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        "out_channels": full["in_channels"],
+        "act_fn": "silu",
+        "mid_block_add_attention": True,
+    } | expected
+    problems = []
+    for key, want in expected.items():
+        got = list(full[key]) if isinstance(full[key], tuple) else full[key]
+        if got != want:
+            absent = "" if key in values else " (absent, the default of diffusers)"
+            problems.append(f"{key}: expected {want!r}, got {got!r}{absent}")
+    groups = full["norm_num_groups"]
+    if any(width % groups for width in full["block_out_channels"]):
+        widths = list(full["block_out_channels"])
+        problems.append(f"norm_num_groups: {groups} does not divide each width of {widths}")
+    if unknown := sorted(set(values) - set(defaults) - IGNORED_KEYS):
+        problems.append(f"unknown keys {unknown}")
+    if problems:
+        raise ValueError("VAE config: " + "; ".join(problems))
+    return full | {"block_out_channels": tuple(full["block_out_channels"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,48 +136,18 @@ class VaeConfig:
         Raises:
             ValueError: Every key whose value this port does not support, together.
         """
-        full = {**DIFFUSERS_DEFAULTS, **values}
-        blocks = len(full["block_out_channels"])
-        expected = {
-            "_class_name": "AutoencoderKL",
-            "down_block_types": ["DownEncoderBlock2D"] * blocks,
-            "up_block_types": ["UpDecoderBlock2D"] * blocks,
-            "out_channels": full["in_channels"],
-            "act_fn": "silu",
-            "latents_mean": None,
-            "latents_std": None,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-            "mid_block_add_attention": True,
-        }
-        problems = []
-        for key, want in expected.items():
-            got = list(full[key]) if isinstance(full[key], tuple) else full[key]
-            if got != want:
-                absent = "" if key in values else " (absent, the default of diffusers)"
-                problems.append(f"{key}: expected {want!r}, got {got!r}{absent}")
-        groups = full["norm_num_groups"]
-        if any(width % groups for width in full["block_out_channels"]):
-            widths = list(full["block_out_channels"])
-            problems.append(f"norm_num_groups: {groups} does not divide each width of {widths}")
-        unknown = sorted(set(values) - set(DIFFUSERS_DEFAULTS) - IGNORED_KEYS)
-        if unknown:
-            problems.append(f"unknown keys {unknown}")
-        if problems:
-            raise ValueError("VAE config: " + "; ".join(problems))
+        full = read_config(
+            values, DIFFUSERS_DEFAULTS, use_quant_conv=False, use_post_quant_conv=False,
+            latents_mean=None, latents_std=None,
+        )
         return cls(
-            block_out_channels=tuple(full["block_out_channels"]),
-            layers_per_block=full["layers_per_block"],
-            latent_channels=full["latent_channels"],
-            norm_num_groups=groups,
-            scaling_factor=full["scaling_factor"],
-            shift_factor=full["shift_factor"] or 0.0,
-            in_channels=full["in_channels"],
+            **{name: full[name] for name in CONV_FIELDS},
+            scaling_factor=full["scaling_factor"], shift_factor=full["shift_factor"] or 0.0,
         )
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along H and W."""
+        """Pixels per latent along H and W, raw and normalised."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
