@@ -339,6 +339,14 @@ class Flux2Transformer(nn.Module):
         out = modulated(both[:, L : L + h * w], shift, scale, c)
         return dense(c.in_channels, self.dtype, "proj_out")(out).reshape(x.shape)
 
+    def smallest_inputs(self) -> tuple[jax.Array, ...]:
+        """Arguments of `__call__` with B = 1, to make parameters or their shapes."""
+        c = self.config
+        return (
+            jnp.zeros((1, 1, 1, c.in_channels)), jnp.zeros(1),
+            jnp.zeros((1, 1, c.joint_attention_dim)),
+        )
+
     def check_sizes(self, h: int, w: int, L: int) -> None:
         """Raises ValueError unless the network takes latents [h, w] beside L text tokens."""
         wrong = [

@@ -134,7 +134,7 @@ class Flux2Vae(Vae):
 
 
 def to_patches(z: jax.Array) -> jax.Array:
-    """[B, h, w, C] -> [B, h / 2, w / 2, 4 C]; channel c at row i, column j is then 4 c + 2 i + j."""
+    """[B, h, w, C] -> [B, h/2, w/2, 4C]; channel c at row i, column j is then 4 c + 2 i + j."""
     B, h, w, C = z.shape
     z = z.reshape(B, h // PATCH, PATCH, w // PATCH, PATCH, C)
     return z.transpose(0, 1, 3, 5, 2, 4).reshape(B, h // PATCH, w // PATCH, -1)

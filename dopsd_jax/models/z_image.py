@@ -284,6 +284,15 @@ class ZImageTransformer(nn.Module):
         out = Dense(c.patch_size**2 * c.in_channels, dtype=self.dtype, name="final_linear")(out)
         return unpatchify(out, c.patch_size, h, w)
 
+    def smallest_inputs(self) -> tuple[jax.Array, ...]:
+        """Arguments of `__call__` with B = 1, to make parameters or their shapes."""
+        c, side = self.config, self.config.patch_size
+        return (
+            jnp.zeros((1, side, side, c.in_channels)), jnp.zeros(1),
+            jnp.zeros((1, SEQUENCE_MULTIPLE, c.cap_feat_dim)),
+            jnp.ones((1, SEQUENCE_MULTIPLE), bool),
+        )
+
     def check_sizes(self, h: int, w: int, L: int) -> None:
         """Raises ValueError unless the network takes latents [h, w] beside L text tokens."""
         c = self.config
