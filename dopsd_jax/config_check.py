@@ -168,7 +168,8 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
         problems += [
             f"sample_prompts: {problem} (text_tokens = {config.text_tokens})"
             for problem in prompts.prompt_problems(
-                pipe.tokenizer, config.sample_prompts, config.text_tokens, enable_thinking=True
+                pipe.tokenizer, config.sample_prompts, config.text_tokens,
+                enable_thinking=pipe.text.enable_thinking,
             )
         ]
     return problems

@@ -14,18 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from dopsd_jax.data import prompts as prompts_lib
-from dopsd_jax.models.denoiser import Context
+from dopsd_jax.models.denoiser import Context, reference_tokens
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import VisionTower, multimodal_features
+from dopsd_jax.models.vae import Vae
+from dopsd_jax.weights.families import TextRules
 from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage
 
 RECIPES = ("vlm",)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _text_features(encoder: Qwen3, text: TextRules, params, ids, mask):
+    features = encoder.apply({"params": params}, ids, mask, text.taps)
+    return features if text.attends_pads else jnp.where(mask[..., None], features, 0)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _text_features(encoder: Qwen3, params, ids, mask):
-    features = encoder.apply({"params": params}, ids, mask)
-    return jnp.where(mask[..., None], features, 0)
+def _latents(vae: Vae, params, image):
+    return vae.apply({"params": params}, image, method="encode_mode")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -48,16 +55,55 @@ def text_context(
     Args:
         pipe: With text encoder.
         prompts: B prompts, not templated.
-        length: Padded text length L, a multiple of 32.
+        length: Padded text length L; of `pipe.text.lengths`, or any multiple of 32 where the
+            denoiser does not attend to pads.
         truncate: Cut longer prompts as published; otherwise they are an error.
 
     Returns:
         Context with text [B, L, D].
+
+    Raises:
+        ValueError: Prompts that do not fit, or a length that would change the picture.
     """
+    text = pipe.text
+    if text.attends_pads and length not in text.lengths:
+        raise ValueError(
+            f"text length: this model attends to padding and was made for {text.lengths[-1]} "
+            f"tokens, got {length}"
+        )
     ids, mask = prompts_lib.encode_prompts(
-        pipe.tokenizer, prompts, length, enable_thinking=True, truncate=truncate
+        pipe.tokenizer, prompts, length, enable_thinking=text.enable_thinking, truncate=truncate
     )
-    return Context(_text_features(pipe.text_encoder, pipe.text_params, ids, mask), mask)
+    features = _text_features(pipe.text_encoder, text, pipe.text_params, ids, mask)
+    return Context(features, np.ones_like(mask) if text.attends_pads else mask)
+
+
+def with_references(pipe: Pipeline, ctx: Context, images: Sequence[np.ndarray]) -> Context:
+    """Adds reference images to what a context shows.
+
+    Args:
+        pipe: With VAE, of a family that looks at references.
+        ctx: Context of B rows without references.
+        images: One after the other, float32 [B, H, W, 3] in [-1, 1], see
+            `data.images.reference_image`. Sizes may differ, and "one after the other" is seen:
+            the network knows the first from the second.
+
+    Returns:
+        `ctx` with ref_tokens [B, M, C] and ref_ids [B, M, 4].
+
+    Raises:
+        ValueError: More references than the family takes.
+    """
+    most = pipe.denoiser.max_references
+    if len(images) > most:
+        raise ValueError(f"references: this model takes at most {most}, got {len(images)}")
+    # One image at a time: the encoder's activations are far larger than its input.
+    latents = [
+        jnp.concatenate([_latents(pipe.vae, pipe.vae_params, row[None]) for row in image])
+        for image in images
+    ]
+    tokens, ids = reference_tokens(latents)
+    return ctx.replace(ref_tokens=tokens, ref_ids=ids)
 
 
 def vlm_ids(

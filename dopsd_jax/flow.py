@@ -5,12 +5,14 @@ sigma runs from 1 (noise) to 0 (data) and is float32 everywhere.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 
 from dopsd_jax.core.checks import is_whole
 
-SCHEDULES = ("shifted", "reference8")
+SCHEDULES = ("shifted", "reference8", "reference")
 MAX_STEPS = 1000  # as many as models of this kind are trained with; more is a mistake
 
 
@@ -19,7 +21,7 @@ def sigmas_shifted(num_steps: int, shift: float) -> np.ndarray:
 
     Args:
         num_steps: S, the number of denoiser calls, 1 to MAX_STEPS.
-        shift: s > 0; 1 is linear, Z-Image-Turbo ships 3.
+        shift: s > 0; 1 is linear, Z-Image-Turbo ships 3, FLUX.2 has `empirical_shift`.
 
     Returns:
         float32 [S + 1], from exactly 1 down to exactly 0.
@@ -35,8 +37,7 @@ def sigmas_shifted(num_steps: int, shift: float) -> np.ndarray:
         raise ValueError(f"num_steps: expected at least 1 denoiser call, got {num_steps}")
     if num_steps > MAX_STEPS:
         raise ValueError(f"num_steps: expected at most {MAX_STEPS} denoiser calls, got {num_steps}")
-    if shift <= 0:
-        raise ValueError(f"shift: expected a positive number, got {shift}")
+    _check_shift(shift)
     u = np.append(np.linspace(1, 1 / num_steps, num_steps).astype(np.float32), np.float32(0))
     return (shift * u / (1 + (shift - 1) * u)).astype(np.float32)
 
@@ -56,14 +57,74 @@ def sigmas_reference8() -> np.ndarray:
     return np.append(grid[:8], 0).astype(np.float32)
 
 
+def empirical_shift(num_steps: int, num_tokens: int) -> float:
+    """The shift s = e^mu of FLUX.2: larger pictures spend longer in the noise.
+
+    Args:
+        num_steps: S.
+        num_tokens: Image tokens of the picture that is drawn; references do not count.
+
+    Source: diffusers Flux2KleinPipeline, `compute_empirical_mu`, for an exponential time shift,
+        e^mu / (e^mu + 1 / u - 1), which is `sigmas_shifted`.
+    """
+    slope10, bias10 = 8.73809524e-05, 1.89833333
+    slope200, bias200 = 0.00016927, 0.45666666
+    mu200 = slope200 * num_tokens + bias200
+    if num_tokens > 4300:
+        return math.exp(mu200)
+    mu10 = slope10 * num_tokens + bias10
+    # A line in S through the values measured at 10 and at 200 steps.
+    slope = (mu200 - mu10) / 190.0
+    return math.exp(slope * num_steps + mu200 - 200.0 * slope)
+
+
+def sigmas_reference(num_steps: int, shift: float) -> np.ndarray:
+    """The published training list of FLUX.2-klein: the shift over u = 1, .., 0.001, then 0.
+
+    The last real step thus begins next to the data, where the x0 loss weighs nothing.
+
+    Differs from reference: there it is the default; here training uses the sampler's own grid,
+    1, .., 1/S, for every model and this only by name.
+
+    Args:
+        num_steps: S, at least 2.
+        shift: s > 0.
+
+    Returns:
+        float32 [S + 1], from exactly 1 down to exactly 0.
+
+    Raises:
+        ValueError: num_steps < 2 or shift <= 0.
+
+    Source: D-OPSD, flux2-klein, FlowMatchEulerDiscreteScheduler.set_timesteps without sigmas.
+    """
+    if num_steps < 2:
+        raise ValueError(f"schedule reference: expected at least 2 denoiser calls, got {num_steps}")
+    _check_shift(shift)
+    u = np.append(np.linspace(1, 0.001, num_steps), 0)
+    return (shift * u / (1 + (shift - 1) * u)).astype(np.float32)
+
+
+def _check_shift(shift: float) -> None:
+    if shift <= 0:
+        raise ValueError(f"shift: expected a positive number, got {shift}")
+
+
 def make_sigmas(schedule: str, num_steps: int, shift: float) -> np.ndarray:
     """The schedule of a config: float32 [S + 1].
 
+    Args:
+        schedule: One of SCHEDULES: the sampler's own, or what a published trainer uses.
+        num_steps: S.
+        shift: Of the model, see `Pipeline.shift_at`; `reference8` has its own.
+
     Raises:
-        ValueError: Unknown schedule, or `reference8` with another number of steps than 8.
+        ValueError: Unknown schedule, or a number of steps that it does not have.
     """
     if schedule == "shifted":
         return sigmas_shifted(num_steps, shift)
+    if schedule == "reference":
+        return sigmas_reference(num_steps, shift)
     if schedule == "reference8":
         if num_steps != 8:
             raise ValueError(f"schedule reference8 has 8 steps, got num_steps = {num_steps}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,22 @@ from PIL import Image
 from dopsd_jax import flow, rollout
 from dopsd_jax import lora as lora_lib
 from dopsd_jax import workdir as workdir_lib
-from dopsd_jax.contexts import text_context
+from dopsd_jax.contexts import text_context, with_references
 from dopsd_jax.core import cli, trees
 from dopsd_jax.core.checks import is_number, is_whole, noted
-from dopsd_jax.data.images import to_uint8
+from dopsd_jax.data.images import read_image, reference_image, to_uint8
 from dopsd_jax.data.prompts import encode_prompts, prompt_problems
-from dopsd_jax.models.denoiser import ZImageDenoiser
+from dopsd_jax.models.denoiser import Context, Denoiser
 from dopsd_jax.models.vae import Vae
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import DTYPES, Pipeline, load_pipeline, transformer_shapes
 
-TEXT_TOKENS = 512  # at most, as in the torch pipelines
-# Prompts are padded to the first of these that fits: fewer tokens for short prompts, few programs
-# to compile, and the same picture, because whatever lies beyond the next 32 tokens is masked.
-LENGTHS = (64, 128, 256, TEXT_TOKENS)
 MAX_SEED = 2**31
+References = Sequence[Sequence[Image.Image | np.ndarray]]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def walk(denoiser: ZImageDenoiser, variables, noise, ctx, sigmas):
+def walk(denoiser: Denoiser, variables, noise, ctx, sigmas):
     """`rollout.trajectory` under jit: the sample [B, h, w, C] and its x0 [S, B, h, w, C]."""
     return rollout.trajectory(variables, noise, ctx, sigmas, velocity=denoiser.velocity)
 
@@ -85,17 +82,30 @@ def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Any, float]:
 
 
 def check_request(
-    pipe: Pipeline, prompts: Sequence[str], *, num_steps: int, height: int, width: int,
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    *,
+    num_steps: int,
+    height: int,
+    width: int,
     seed: int = 0,
+    num_references: Sequence[int] = (),
 ) -> None:
     """Refuses what `generate` cannot draw; needs no weights (`load_pipeline(.., parts=())`).
+
+    Args:
+        pipe, prompts, num_steps, height, width: As for `generate`.
+        num_references: References of each prompt; () is none.
 
     Raises:
         ValueError: Everything that is wrong, together.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
         raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r}")
-    problems = prompt_problems(pipe.tokenizer, prompts, TEXT_TOKENS, enable_thinking=True)
+    longest = pipe.text.lengths[-1]
+    problems = prompt_problems(
+        pipe.tokenizer, prompts, longest, enable_thinking=pipe.text.enable_thinking
+    )
     sides = {"height": height, "width": width}
     wrong = [f"{name}: expected a whole number of pixels, got {side!r}"
              for name, side in sides.items() if not is_whole(side)]
@@ -103,11 +113,22 @@ def check_request(
         if wrong:
             raise ValueError("; ".join(wrong))
         h, w, _ = pipe.denoiser.latent_shape(height, width)
-        pipe.denoiser.network.check_sizes(h, w, TEXT_TOKENS)
+        pipe.denoiser.network.check_sizes(h, w, longest)
     with noted(problems):
-        flow.sigmas_shifted(num_steps, pipe.shift)
+        flow.sigmas_shifted(num_steps, 1.0)
     if not is_whole(seed) or not 0 <= seed <= MAX_SEED:
         problems.append(f"seed: expected a whole number in [0, 2^31], got {seed!r:.40}")
+    most = pipe.denoiser.max_references
+    if num_references and len(num_references) != len(prompts):
+        problems.append(
+            f"references: expected one list for each of {len(prompts)} prompts, got "
+            f"{len(num_references)} lists"
+        )
+    if max(num_references, default=0) > most:
+        problems.append(
+            f"references: this model takes {f'at most {most}' if most else 'none'}, got "
+            f"{max(num_references)}"
+        )
     if problems:
         raise ValueError("\n  ".join(problems))
 
@@ -154,6 +175,45 @@ def _take_lora(lora: Any, pipe: Pipeline) -> tuple[Any, float]:
     return tree, scale
 
 
+def read_references(pipe: Pipeline, references: References) -> list[list[np.ndarray]]:
+    """References as the model looks at them, float32 [H, W, 3] in [-1, 1].
+
+    Raises:
+        ValueError: Every image that is none, too small or too long, together.
+    """
+    problems: list[str] = []
+    read = []
+    for i, images in enumerate(references):
+        read.append([])
+        for j, image in enumerate(images):
+            with noted(problems, f"prompt {i}, reference {j}"):
+                read[i].append(reference_image(image, pipe.denoiser.pixel_multiple))
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    return read
+
+
+def picture_size(
+    pipe: Pipeline, height: int | None, width: int | None, references: list[list[np.ndarray]]
+) -> tuple[int, int]:
+    """Height and width to draw: as asked for, else of the first reference, else the model's own.
+
+    Raises:
+        ValueError: A missing side, and first references of different sizes.
+    """
+    if height is not None and width is not None:
+        return height, width
+    first = {images[0].shape[:2] if images else (pipe.sample_size,) * 2 for images in references}
+    if len(first) > 1:
+        raise ValueError(
+            "height, width: the prompts' first references differ in size "
+            f"({', '.join(f'{h}x{w}' for h, w in sorted(first))}, height x width); say which to "
+            "draw"
+        )
+    own = first.pop() if first else (pipe.sample_size,) * 2
+    return own[0] if height is None else height, own[1] if width is None else width
+
+
 def generate(
     pipe: Pipeline,
     prompts: Sequence[str],
@@ -164,6 +224,7 @@ def generate(
     seed: int = 0,
     noise: np.ndarray | None = None,
     lora: str | Path | tuple[Any, float] | None = None,
+    references: References | None = None,
 ) -> np.ndarray:
     """Draws one picture per prompt.
 
@@ -172,12 +233,14 @@ def generate(
         prompts: B prompts.
         num_steps: Number of denoiser calls. (diffusers before 0.39 counted one more: its 9 is
             8 here.)
-        height, width: Pixels, multiples of 16; None is the model's own size, 1024 for
-            Z-Image-Turbo.
+        height, width: Pixels, multiples of 16; None is the size of the first reference or, without
+            one, the model's own, 1024 for Z-Image-Turbo and FLUX.2-klein.
         seed: Picture i starts from seed + i; 0 to 2^31.
-        noise: float32 [B, H/8, W/8, C] standard normal in the normalised latent space; takes the
-            place of the seed.
+        noise: float32 [B, h, w, C] standard normal in the normalised latent space, shaped as
+            `pipe.denoiser.latent_shape` says; takes the place of the seed.
         lora: A LoRA file, a PEFT directory, a run's workdir, or (tree, alpha / rank).
+        references: For each prompt its reference images, PIL or uint8 [H, W, 3], each as large as
+            it is up to an area of 1024 x 1024; for models that edit.
 
     Returns:
         uint8 [B, H, W, 3].
@@ -186,9 +249,10 @@ def generate(
         ValueError: Empty prompts, sizes or noise that do not fit, a LoRA of another model, or
             pictures that are not finite.
     """
-    height = pipe.sample_size if height is None else height
-    width = pipe.sample_size if width is None else width
-    check_request(pipe, prompts, num_steps=num_steps, height=height, width=width, seed=seed)
+    images = read_references(pipe, references or [])
+    height, width = picture_size(pipe, height, width, images)
+    check_request(pipe, prompts, num_steps=num_steps, height=height, width=width,
+                  seed=seed, num_references=[len(row) for row in images])
     shape = pipe.denoiser.latent_shape(height, width)
     if noise is None:
         noise = draw_noise([seed + i for i in range(len(prompts))], shape)
@@ -199,16 +263,37 @@ def generate(
         tree, scale = _take_lora(lora, pipe)
         variables["lora"] = lora_lib.scaled(jax.tree.map(jnp.asarray, tree), scale)
     ctx = text_context(pipe, prompts, length=_padded_length(pipe, prompts))
-    sigmas = flow.sigmas_shifted(num_steps, pipe.shift)
-    latents, _ = walk(pipe.denoiser, variables, noise, ctx, sigmas)
-    return decode(pipe, latents)
+    sigmas = flow.sigmas_shifted(num_steps, pipe.shift_at(num_steps, height, width))
+    pixels = np.empty((len(prompts), height, width, 3), np.uint8)
+    for rows, part in _alike(pipe, ctx, images):
+        latents, _ = walk(pipe.denoiser, variables, noise[rows], part, sigmas)
+        pixels[rows] = decode(pipe, latents)
+    return pixels
+
+
+def _alike(
+    pipe: Pipeline, ctx: Context, images: list[list[np.ndarray]]
+) -> Iterator[tuple[np.ndarray, Context]]:
+    """Rows whose references are alike in number and size, and their context, group by group."""
+    groups: dict[tuple, list[int]] = {}
+    for i in range(len(ctx.text)):
+        key = tuple(image.shape for image in images[i]) if images else ()
+        groups.setdefault(key, []).append(i)
+    for key, members in groups.items():
+        rows = np.array(members)
+        part = Context(ctx.text[rows], ctx.text_mask[rows])
+        stacked = [np.stack([images[i][r] for i in members]) for r in range(len(key))]
+        yield rows, with_references(pipe, part, stacked) if stacked else part
 
 
 def _padded_length(pipe: Pipeline, prompts: Sequence[str]) -> int:
-    """The first of LENGTHS that holds every prompt."""
-    _, mask = encode_prompts(pipe.tokenizer, prompts, TEXT_TOKENS, enable_thinking=True)
+    """The first of the model's lengths that holds every prompt."""
+    lengths = pipe.text.lengths
+    _, mask = encode_prompts(
+        pipe.tokenizer, prompts, lengths[-1], enable_thinking=pipe.text.enable_thinking
+    )
     longest = int(mask.sum(1).max())
-    return next(length for length in LENGTHS if length >= longest)
+    return next(length for length in lengths if length >= longest)
 
 
 FLAGS = flags.FLAGS
@@ -220,8 +305,11 @@ def define_flags() -> None:
     flags.DEFINE_string("lora", None, "Workdir of a run, LoRA file, or PEFT directory.")
     flags.DEFINE_multi_string("prompt", None, "Prompt; may be given several times.", required=True)
     flags.DEFINE_integer("num_steps", 8, "Number of denoiser calls.")
-    flags.DEFINE_integer("height", None, "Pixels, a multiple of 16; default: the model's own.")
-    flags.DEFINE_integer("width", None, "Pixels, a multiple of 16; default: the model's own.")
+    flags.DEFINE_multi_string("reference", None, "Reference image of every prompt, for models "
+                              "that edit; may be given several times.")
+    default = "Pixels, a multiple of 16; default: the first reference's, or the model's own."
+    flags.DEFINE_integer("height", None, default)
+    flags.DEFINE_integer("width", None, default)
     flags.DEFINE_integer("seed", 0, "Picture i starts from seed + i.",
                          lower_bound=0, upper_bound=MAX_SEED)
     flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Dtype of transformer and text encoder.")
@@ -234,19 +322,22 @@ def main() -> None:
     workdir_lib.enable_compilation_cache()
     # Whatever can be wrong is found before gigabytes of weights are read.
     pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype, parts=())
-    sides = (pipe.sample_size if x is None else x for x in (FLAGS.height, FLAGS.width))
+    references = [[read_image(path) for path in FLAGS.reference or ()]] * len(FLAGS.prompt)
+    images = read_references(pipe, references)
+    sides = picture_size(pipe, FLAGS.height, FLAGS.width, images)
     size = dict(zip(("height", "width"), sides, strict=True), num_steps=FLAGS.num_steps)
-    check_request(pipe, FLAGS.prompt, **size)
+    check_request(pipe, FLAGS.prompt, **size, num_references=[len(row) for row in images])
     lora = None if FLAGS.lora is None else read_lora(FLAGS.lora, pipe)
     pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype)
-    pixels = generate(pipe, FLAGS.prompt, **size, seed=FLAGS.seed, lora=lora)
+    pixels = generate(pipe, FLAGS.prompt, **size, seed=FLAGS.seed, lora=lora, references=references)
     out.mkdir(parents=True, exist_ok=True)
     for i, (prompt, image) in enumerate(zip(FLAGS.prompt, pixels, strict=True)):
         words = re.sub(r"\W+", "-", prompt).strip("-")[:60]
         path = out / f"{FLAGS.seed + i:04d}-{words}.png"
         Image.fromarray(image).save(path)
         made = {"prompt": prompt, "seed": FLAGS.seed + i, "num_steps": FLAGS.num_steps,
-                "model": FLAGS.model, "lora": FLAGS.lora}
+                "model": FLAGS.model, "lora": FLAGS.lora,
+                "references": FLAGS.reference or []}
         path.with_suffix(".json").write_text(json.dumps(made, indent=2, ensure_ascii=False))
         print(path)
 

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 
+from dopsd_jax.weights.random_flux2 import write_random_flux2
 from dopsd_jax.weights.random_pipeline import write_random_pipeline
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -28,6 +29,12 @@ class Tiny:
 def tiny(tmp_path_factory) -> Tiny:
     """The two tiny models, float32, seed 0; shared by all tests, so nothing may be changed."""
     return Tiny(*write_random_pipeline(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def tiny_flux2(tmp_path_factory) -> Path:
+    """A random pipeline in the format of FLUX.2-klein, float32; nothing in it may be changed."""
+    return write_random_flux2(tmp_path_factory.mktemp("tiny_flux2"))
 
 
 @pytest.fixture(scope="session", autouse=True)

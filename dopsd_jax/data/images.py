@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,11 @@ def read_image(path: str | Path) -> Image.Image:
         Differs from reference: turned upright by EXIF; 16-bit images are scaled to 8 bits, not
         clipped at 255; a transparent colour counts in every mode, not in palettes alone.
     """
-    image = open_image(path)
+    return to_rgb(open_image(path))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB, transparency over white."""
     if image.mode in IMAGE_MODES_16:
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -48,6 +53,78 @@ def fit_image(image: Image.Image, width: int, height: int) -> np.ndarray:
         resized = (-(-w * height // h), height)
     left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
     image = image.resize(resized, Image.Resampling.BICUBIC)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+    return pixels.astype(np.float32) / 127.5 - 1.0
+
+
+REFERENCE_AREA = 1024 * 1024  # pixels; larger references are made smaller
+REFERENCE_MIN_SIDE = 64
+REFERENCE_MAX_ASPECT = 8
+
+
+def reference_size(width: int, height: int, multiple: int) -> tuple[int, int]:
+    """Width and height at which a reference image is looked at.
+
+    Raises:
+        ValueError: A side below 64 pixels or an aspect ratio above 8.
+
+    Source: diffusers `Flux2KleinPipeline.__call__` and `Flux2ImageProcessor`.
+    """
+    width, height = _within_area(width, height)
+    return _floor(width, multiple), _floor(height, multiple)
+
+
+def _floor(side: int, multiple: int) -> int:
+    return side // multiple * multiple
+
+
+def _within_area(width: int, height: int) -> tuple[int, int]:
+    if min(width, height) < REFERENCE_MIN_SIDE:
+        raise ValueError(
+            f"reference image: expected sides of at least {REFERENCE_MIN_SIDE} pixels, got "
+            f"{width}x{height} (width x height)"
+        )
+    if max(width, height) > REFERENCE_MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"reference image: expected an aspect ratio of at most {REFERENCE_MAX_ASPECT}, got "
+            f"{width}x{height} (width x height); crop it"
+        )
+    if width * height <= REFERENCE_AREA:
+        return width, height
+    scale = math.sqrt(REFERENCE_AREA / (width * height))
+    return int(width * scale), int(height * scale)
+
+
+def reference_image(image: Image.Image | np.ndarray, multiple: int) -> np.ndarray:
+    """A reference image as the VAE reads it: made smaller if it is large, then cropped.
+
+    Args:
+        image: PIL image of any mode, or uint8 [H, W, 3].
+        multiple: Sides become multiples of it by a centred crop.
+
+    Returns:
+        float32 [H, W, 3] in [-1, 1].
+
+    Raises:
+        ValueError: No such image, a side below 64 pixels or an aspect ratio above 8.
+
+    Source: as `reference_size`.
+        Differs from reference: transparency over white, and before the resize.
+    """
+    if not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            raise ValueError(
+                "reference image: expected a PIL image or uint8 [H, W, 3], got "
+                f"{type(image).__name__} {array.dtype} {array.shape}"
+            )
+        image = Image.fromarray(array)
+    image = to_rgb(image)
+    resized = _within_area(*image.size)
+    if resized != image.size:
+        image = image.resize(resized, Image.Resampling.LANCZOS)
+    width, height = (_floor(side, multiple) for side in resized)
+    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
     pixels = np.asarray(image.crop((left, top, left + width, top + height)))
     return pixels.astype(np.float32) / 127.5 - 1.0
 

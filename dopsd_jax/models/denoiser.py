@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dopsd_jax.core.checks import check_shapes
+from dopsd_jax.models.flux2 import Flux2Transformer, image_ids
 from dopsd_jax.models.z_image import ZImageTransformer
 
 Variables = dict[str, Any]
@@ -21,7 +23,8 @@ class Context:
 
     Attributes:
         text: [B, L, D] features, zero behind the mask.
-        text_mask: bool [B, L], True on a prefix.
+        text_mask: bool [B, L], True on a prefix: what the denoiser looks at. Of a network that
+            attends to the features of pads too, True everywhere.
         ref_tokens: [B, M, C] clean reference tokens, or None.
         ref_ids: int32 [B, M, 4] their positions, or None.
     """
@@ -32,6 +35,17 @@ class Context:
     ref_ids: jax.Array | None = None
 
 
+def _latent_shape(denoiser: Denoiser, height: int, width: int) -> tuple[int, int, int]:
+    m = denoiser.pixel_multiple
+    if height < m or width < m or height % m or width % m:
+        raise ValueError(
+            f"image size: expected height and width in positive multiples of {m}, got "
+            f"{height}x{width} (height x width)"
+        )
+    f = denoiser.pixels_per_latent
+    return height // f, width // f, denoiser.network.config.in_channels
+
+
 @dataclasses.dataclass(frozen=True)
 class ZImageDenoiser:
     """Z-Image: the network sees t = 1 - sigma and points from noise to data."""
@@ -39,9 +53,11 @@ class ZImageDenoiser:
     network: ZImageTransformer
     pixels_per_latent: int = 8
 
+    max_references = 0
+
     @property
     def pixel_multiple(self) -> int:
-        """Image sides must be multiples of this."""
+        """Image sides must be multiples of this: one token is so many pixels."""
         return self.pixels_per_latent * self.network.config.patch_size
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -50,14 +66,7 @@ class ZImageDenoiser:
         Raises:
             ValueError: Sides that are not positive multiples of `pixel_multiple`.
         """
-        m = self.pixel_multiple
-        if height < m or width < m or height % m or width % m:
-            raise ValueError(
-                f"image size: expected height and width in positive multiples of {m}, got "
-                f"{height}x{width} (height x width)"
-            )
-        f = self.pixels_per_latent
-        return height // f, width // f, self.network.config.in_channels
+        return _latent_shape(self, height, width)
 
     def velocity(
         self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context
@@ -86,3 +95,73 @@ class ZImageDenoiser:
             variables, x.astype(self.network.dtype), t, ctx.text, ctx.text_mask
         )
         return -u.astype(jnp.float32)
+
+
+REFERENCE_SPACING = 10  # of the references' t coordinates; the image that is drawn has t = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Flux2Denoiser:
+    """FLUX.2: the network sees t = sigma, points from data to noise, and looks at references."""
+
+    network: Flux2Transformer
+    pixels_per_latent: int = 16
+    max_references = 100  # t = 10, 20, .., below the network's POSITIONS
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Image sides must be multiples of this: one token is so many pixels."""
+        return self.pixels_per_latent
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape [h, w, C] of the latents of one image.
+
+        Raises:
+            ValueError: Sides that are not positive multiples of `pixel_multiple`.
+        """
+        return _latent_shape(self, height, width)
+
+    def velocity(
+        self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context
+    ) -> jax.Array:
+        """v = dx/dsigma = noise - x0 at x.
+
+        Args:
+            variables: {"params": ..} and, with LoRA, {"lora": ..} already scaled.
+            x: float32 [B, h, w, C].
+            sigma: float32 scalar or [B].
+            ctx: Context of the batch; its mask is not read, because no token is masked.
+
+        Returns:
+            float32 [B, h, w, C].
+        """
+        dims = check_shapes("velocity", x=(x, "B h w C"), text=(ctx.text, "B L D"))
+        sigma = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), (dims["B"],))
+        v = self.network.apply(
+            variables, x.astype(self.network.dtype), sigma, ctx.text, ctx.ref_tokens, ctx.ref_ids
+        )
+        return v.astype(jnp.float32)
+
+
+Denoiser = ZImageDenoiser | Flux2Denoiser
+
+
+def reference_tokens(latents: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Clean latents of reference images as tokens.
+
+    Args:
+        latents: Of one reference after the other, [B, h, w, C]; h and w may differ.
+
+    Returns:
+        ref_tokens [B, M, C] and ref_ids int32 [B, M, 4], M the sum of all h w. Reference r,
+        counted from 0, has t = 10 (r + 1).
+
+    Source: diffusers `Flux2KleinPipeline._prepare_image_ids`.
+    """
+    tokens, ids = [], []
+    for r, z in enumerate(latents):
+        dims = check_shapes("reference_tokens", latents=(z, "B h w C"))
+        tokens.append(z.reshape(dims["B"], -1, dims["C"]))
+        ids.append(image_ids(dims["h"], dims["w"], t=REFERENCE_SPACING * (r + 1)))
+    tokens, ids = jnp.concatenate(tokens, axis=1), jnp.concatenate(ids)
+    return tokens, jnp.broadcast_to(ids, (tokens.shape[0], *ids.shape))

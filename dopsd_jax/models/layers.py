@@ -6,11 +6,13 @@ their product is added. The network itself never learns who provides them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Dtype = jnp.dtype
 
@@ -80,6 +82,19 @@ class LayerNorm(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (width,))
             x = x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
         return x.astype(self.dtype)
+
+
+def sinusoid(t: jax.Array, width: int) -> jax.Array:
+    """Sinusoidal features of times: [B] -> float32 [B, width], cosines, then sines.
+
+    Frequencies fall from 1 to nearly 1e-4. They are rounded where torch rounds: at an angle of
+    1000 the last bit of a frequency is 6e-5 in the feature.
+    """
+    half = width // 2
+    exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / half
+    freqs = np.exp(exponents, dtype=np.float64).astype(np.float32)
+    angles = t.astype(jnp.float32)[:, None] * freqs
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 # What a rematerialised layer keeps for its backward pass. "full" recomputes everything.

@@ -1,5 +1,7 @@
 """The image autoencoder of Z-Image (FLUX.1 type), numerically diffusers' AutoencoderKL, NHWC.
 
+Its conv network is that of FLUX.2 too; see models/flux2_vae.py for the rest of that one.
+
 Parameter names follow the tensor names: `encoder.down_blocks.0.resnets.1.conv1.weight` is
 `encoder/down_blocks_0/resnets_1/conv1/kernel`.
 
@@ -54,11 +56,61 @@ DIFFUSERS_DEFAULTS = {
 }
 KINDS = {
     "in_channels": COUNT, "block_out_channels": list_of(COUNT), "layers_per_block": COUNT,
-    "latent_channels": COUNT, "norm_num_groups": COUNT, "scaling_factor": POSITIVE,
+    "latent_channels": COUNT, "norm_num_groups": COUNT,
+}
+FACTORS = {
+    "scaling_factor": POSITIVE,
     "shift_factor": Kind("a number or null", lambda x: x is None or is_number(x)),
 }
+CONV_FIELDS = tuple(KINDS)  # what the conv network itself is made of
 # Keys that change no number here: tiling sizes, float16 advice, provenance.
 IGNORED_KEYS = {"sample_size", "force_upcast", "_diffusers_version", "_name_or_path"}
+
+
+def read_config(
+    values: dict, defaults: dict, kinds: dict[str, Kind] | None = None, **expected
+) -> dict:
+    """A vae/config.json, complete and checked against what the conv network supports.
+
+    Args:
+        values: Of the file.
+        defaults: What diffusers assumes for absent keys; its `_class_name` must be the file's.
+        kinds: What further values must be.
+        **expected: Further keys with the only value that is supported.
+
+    Returns:
+        `defaults` overwritten by `values`, block_out_channels as a tuple.
+
+    Raises:
+        ValueError: Every key whose value is impossible or not supported, together.
+    """
+    full = {**defaults, **values}
+    wrong = value_problems(full, KINDS | (kinds or {}))
+    widths = [] if "block_out_channels" in wrong else list(full["block_out_channels"])
+    expected = {
+        "_class_name": defaults["_class_name"],
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "out_channels": full["in_channels"],
+        "act_fn": "silu",
+        "mid_block_add_attention": True,
+    } | expected
+    if "block_out_channels" in wrong:
+        del expected["down_block_types"], expected["up_block_types"]
+    problems = list(wrong.values())
+    for key, want in expected.items():
+        got = list(full[key]) if isinstance(full[key], tuple) else full[key]
+        if got != want:
+            absent = "" if key in values else " (absent, the default of diffusers)"
+            problems.append(f"{key}: expected {want!r}, got {got!r}{absent}")
+    groups = full["norm_num_groups"]
+    if "norm_num_groups" not in wrong and any(width % groups for width in widths):
+        problems.append(f"norm_num_groups: {groups} does not divide each width of {widths}")
+    if unknown := sorted(set(values) - set(defaults) - IGNORED_KEYS):
+        problems.append(f"unknown keys {unknown}")
+    if problems:
+        raise ValueError("VAE config: " + "; ".join(problems))
+    return full | {"block_out_channels": tuple(widths)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,51 +154,18 @@ class VaeConfig:
         Raises:
             ValueError: Every key whose value is impossible or not supported here, together.
         """
-        full = {**DIFFUSERS_DEFAULTS, **values}
-        wrong = value_problems(full, KINDS)
-        widths = [] if "block_out_channels" in wrong else list(full["block_out_channels"])
-        blocks = len(widths)
-        expected = {
-            "_class_name": "AutoencoderKL",
-            "down_block_types": ["DownEncoderBlock2D"] * blocks,
-            "up_block_types": ["UpDecoderBlock2D"] * blocks,
-            "out_channels": full["in_channels"],
-            "act_fn": "silu",
-            "latents_mean": None,
-            "latents_std": None,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-            "mid_block_add_attention": True,
-        }
-        if "block_out_channels" in wrong:
-            del expected["down_block_types"], expected["up_block_types"]
-        problems = list(wrong.values())
-        for key, want in expected.items():
-            got = list(full[key]) if isinstance(full[key], tuple) else full[key]
-            if got != want:
-                absent = "" if key in values else " (absent, the default of diffusers)"
-                problems.append(f"{key}: expected {want!r}, got {got!r}{absent}")
-        groups = full["norm_num_groups"]
-        if "norm_num_groups" not in wrong and any(width % groups for width in widths):
-            problems.append(f"norm_num_groups: {groups} does not divide each width of {widths}")
-        unknown = sorted(set(values) - set(DIFFUSERS_DEFAULTS) - IGNORED_KEYS)
-        if unknown:
-            problems.append(f"unknown keys {unknown}")
-        if problems:
-            raise ValueError("VAE config: " + "; ".join(problems))
+        full = read_config(
+            values, DIFFUSERS_DEFAULTS, FACTORS, use_quant_conv=False, use_post_quant_conv=False,
+            latents_mean=None, latents_std=None,
+        )
         return cls(
-            block_out_channels=tuple(widths),
-            layers_per_block=full["layers_per_block"],
-            latent_channels=full["latent_channels"],
-            norm_num_groups=groups,
-            scaling_factor=full["scaling_factor"],
-            shift_factor=full["shift_factor"] or 0.0,
-            in_channels=full["in_channels"],
+            **{name: full[name] for name in CONV_FIELDS},
+            scaling_factor=full["scaling_factor"], shift_factor=full["shift_factor"] or 0.0,
         )
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along H and W."""
+        """Pixels per latent along H and W, raw and normalised."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 

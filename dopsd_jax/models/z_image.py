@@ -6,7 +6,6 @@ Source: diffusers `ZImageTransformer2DModel` and the tensors of Tongyi-MAI/Z-Ima
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax
@@ -15,11 +14,11 @@ import numpy as np
 
 from dopsd_jax.core.checks import COUNT, POSITIVE, check_shapes, list_of, value_problems
 from dopsd_jax.models.attention import attention
-from dopsd_jax.models.layers import Dense, Dtype, LayerNorm, RMSNorm, scan_layers
+from dopsd_jax.models.layers import Dense, Dtype, LayerNorm, RMSNorm, scan_layers, sinusoid
 from dopsd_jax.models.rope import axis_tables, gather_cos_sin, rotate_interleaved
 
 SEQUENCE_MULTIPLE = 32  # image and caption are each padded to it; the pads are attended
-TIME_FREQUENCIES = 128
+TIME_CHANNELS = 256
 
 
 KINDS = {
@@ -127,9 +126,7 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
-        freqs = np.exp(-math.log(10000.0) * np.arange(TIME_FREQUENCIES) / TIME_FREQUENCIES)
-        angles = (t.astype(jnp.float32) * self.t_scale)[:, None] * jnp.asarray(freqs, jnp.float32)
-        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        x = sinusoid(t.astype(jnp.float32) * self.t_scale, TIME_CHANNELS)
         x = nn.silu(Dense(1024, dtype=self.dtype, name="mlp_0")(x))
         return Dense(self.features, dtype=self.dtype, name="mlp_2")(x)
 
@@ -309,6 +306,15 @@ class ZImageTransformer(nn.Module):
         out = out * (1 + scale[:, None])
         out = Dense(c.patch_size**2 * c.in_channels, dtype=self.dtype, name="final_linear")(out)
         return unpatchify(out, c.patch_size, h, w)
+
+    def smallest_inputs(self) -> tuple[jax.Array, ...]:
+        """Arguments of `__call__` with B = 1, to make parameters or their shapes."""
+        c, side = self.config, self.config.patch_size
+        return (
+            jnp.zeros((1, side, side, c.in_channels)), jnp.zeros(1),
+            jnp.zeros((1, SEQUENCE_MULTIPLE, c.cap_feat_dim)),
+            jnp.ones((1, SEQUENCE_MULTIPLE), bool),
+        )
 
     def check_sizes(self, h: int, w: int, L: int) -> None:
         """Raises ValueError unless the network takes latents [h, w] beside L text tokens."""

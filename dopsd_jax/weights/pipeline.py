@@ -11,24 +11,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dopsd_jax import flow
 from dopsd_jax.core import trees
-from dopsd_jax.core.checks import COUNT, POSITIVE, value_problems
+from dopsd_jax.core.checks import COUNT, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
-from dopsd_jax.models.denoiser import ZImageDenoiser
-from dopsd_jax.models.qwen3 import Qwen3, Qwen3Config
+from dopsd_jax.models.denoiser import Denoiser
+from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
-from dopsd_jax.models.vae import Vae, VaeConfig
-from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.models.vae import Vae
+from dopsd_jax.weights.families import Networks, Source, TextRules, open_networks
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.names import WeightsError
-from dopsd_jax.weights.qwen3_names import check_language_match, qwen3_table, vision_table
+from dopsd_jax.weights.qwen3_names import check_language_match, vision_table
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
-from dopsd_jax.weights.vae_names import decoder_table, vae_table
-from dopsd_jax.weights.z_image_names import z_image_table
+from dopsd_jax.weights.vae_names import decoder_table
 
 PARTS = ("transformer", "vae", "text_encoder")
 DECODER = "vae_decoder"  # instead of "vae": latents to images alone
@@ -45,22 +46,31 @@ class Pipeline:
         denoiser: The transformer behind the family's adapter.
         params: The transformer's parameters, {layers: ..}.
         vae, vae_params: Images to normalised latents and back.
-        text_encoder, text_params: Qwen3, as deep as the tap needs.
+        text_encoder, text_params: Qwen3, as deep as the taps need.
         tokenizer: With the chat template.
-        shift: The scheduler's static shift.
+        text: How prompts become features.
+        shift: The scheduler's static shift, or None where it depends on the picture's size.
         sample_size: Pixels per side that the model draws by itself.
     """
 
     directory: Path
-    denoiser: ZImageDenoiser
+    denoiser: Denoiser
     tokenizer: Any
-    shift: float
+    text: TextRules
+    shift: float | None
     sample_size: int
     vae: Vae
     text_encoder: Qwen3
     params: trees.Tree | None = None
     vae_params: trees.Tree | None = None
     text_params: trees.Tree | None = None
+
+    def shift_at(self, num_steps: int, height: int, width: int) -> float:
+        """The sampler's shift for S = num_steps and a picture of height x width pixels."""
+        if self.shift is not None:
+            return self.shift
+        m = self.denoiser.pixel_multiple
+        return flow.empirical_shift(num_steps, (height // m) * (width // m))
 
 
 @dataclasses.dataclass
@@ -131,21 +141,6 @@ def read_vl_config(directory: str | Path) -> Qwen3VLConfig:
     return read_config(directory / "config.json", Qwen3VLConfig.from_json)
 
 
-def _shift(directory: Path) -> float:
-    file = directory / "scheduler" / "scheduler_config.json"
-    values = {"shift": 1.0, **read_json(file)}
-    fixed = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": False}
-    wrong = [f"{k}: expected {v!r}, got {values.get(k)!r}" for k, v in fixed.items()
-             if values.get(k, v) != v]
-    unsupported = ("shift_terminal", "invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
-                   "use_exponential_sigmas", "use_beta_sigmas")
-    wrong += [f"{k}: not supported, got {values[k]!r}" for k in unsupported if values.get(k)]
-    wrong += value_problems(values, {"shift": POSITIVE}).values()
-    if wrong:
-        raise WeightsError(f"{file}: " + "; ".join(wrong))
-    return float(values["shift"])
-
-
 def _sample_size(values: dict) -> int:
     values = {"sample_size": 1024, **values}
     if wrong := value_problems(values, {"sample_size": COUNT}):
@@ -153,14 +148,9 @@ def _sample_size(values: dict) -> int:
     return values["sample_size"]
 
 
-def transformer_shapes(network: ZImageTransformer) -> trees.Tree:
-    """Parameter shapes of the transformer, float32, without computing anything."""
-    c = network.config
-    side = 8 * c.patch_size
-    args = (
-        jnp.zeros((1, side, side, c.in_channels)), jnp.zeros((1,)),
-        jnp.zeros((1, 32, c.cap_feat_dim)), jnp.ones((1, 32), bool),
-    )
+def transformer_shapes(network: nn.Module) -> trees.Tree:
+    """Parameter shapes of a transformer, float32, without computing anything."""
+    args = network.smallest_inputs()
     return jax.eval_shape(lambda: network.init(jax.random.key(0), *args))["params"]
 
 
@@ -191,7 +181,7 @@ def load_pipeline(
     parts: tuple[str, ...] = PARTS,
     shard=None,
 ) -> Pipeline:
-    """Opens a directory as Tongyi-MAI/Z-Image-Turbo ships it.
+    """Opens a directory as Tongyi-MAI/Z-Image-Turbo or FLUX.2-klein ships it.
 
     Args:
         directory: Holds model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and
@@ -214,60 +204,45 @@ def load_pipeline(
     check_dtype("dtype", dtype)
     check_dtype("vae_dtype", vae_dtype)
     _check_is_directory(directory, "model_index.json, transformer/, vae/, ..")
-    index = read_json(directory / "model_index.json")
-    if index.get("_class_name") != "ZImagePipeline":
-        raise WeightsError(
-            f"{directory}/model_index.json: expected a ZImagePipeline, got "
-            f"{index.get('_class_name')!r}"
-        )
     if unknown := sorted(set(parts) - {*PARTS, DECODER}):
         raise ValueError(f"parts: expected some of {(*PARTS, DECODER)}, got {unknown}")
-    dtype, vae_dtype = jnp.dtype(dtype), jnp.dtype(vae_dtype)
-    config = read_config(directory / "transformer" / "config.json", ZImageConfig.from_json)
-    text_config = read_config(directory / "text_encoder" / "config.json", Qwen3Config.from_json)
-    vae_config = read_config(directory / "vae" / "config.json", VaeConfig.from_json)
-    if vae_config.latent_channels != config.in_channels:
-        raise WeightsError(
-            f"{directory}: the VAE has {vae_config.latent_channels} latent channels, the "
-            f"transformer takes {config.in_channels}"
-        )
-    if text_config.hidden_size != config.cap_feat_dim:
-        raise WeightsError(
-            f"{directory}: the text encoder is {text_config.hidden_size} wide, the transformer "
-            f"takes {config.cap_feat_dim}"
-        )
-    # The feature is the residual stream before the last layer, which is therefore never run.
-    depth = text_config.num_layers - 1
+    nets = _open(directory, jnp.dtype(dtype), jnp.dtype(vae_dtype), remat)
     pipe = Pipeline(
         directory=directory,
-        denoiser=ZImageDenoiser(ZImageTransformer(config, dtype, remat), vae_config.factor),
+        denoiser=nets.denoiser,
         tokenizer=prompts.load_tokenizer(directory / "tokenizer"),
-        shift=_shift(directory),
+        text=nets.text,
+        shift=nets.shift,
         sample_size=read_config(directory / "vae" / "config.json", _sample_size),
-        vae=Vae(vae_config, vae_dtype),
-        text_encoder=Qwen3(text_config, depth, dtype),
+        vae=nets.vae,
+        text_encoder=nets.text_encoder,
     )
-    if "transformer" in parts:
-        shapes = transformer_shapes(pipe.denoiser.network)
-        pipe.params = _load(
-            directory / "transformer", z_image_table(config), shapes, dtype,
-            shard(shapes) if shard else None,
-        )
-    if "vae" in parts:
-        pipe.vae_params = _load(
-            directory / "vae", vae_table(vae_config), vae_shapes(pipe.vae), vae_dtype
-        )
-    elif DECODER in parts:
-        shapes = {"decoder": vae_shapes(pipe.vae)["decoder"]}
-        pipe.vae_params = _load(
-            directory / "vae", decoder_table(vae_config), shapes, vae_dtype
-        )
-    if "text_encoder" in parts:
-        pipe.text_params = _load(
-            directory / "text_encoder", qwen3_table(text_config, depth),
-            text_shapes(pipe.text_encoder), dtype,
-        )
+
+    def load(part, shapes, dtype, shardings=None):
+        if part not in parts:
+            return None
+        return _load(directory / part, nets.tables[part], shapes, jnp.dtype(dtype), shardings)
+
+    shapes = transformer_shapes(pipe.denoiser.network)
+    pipe.params = load("transformer", shapes, dtype, shard(shapes) if shard else None)
+    pipe.vae_params = load("vae", vae_shapes(pipe.vae), vae_dtype)
+    if DECODER in parts and "vae" not in parts:
+        decoder = {"decoder": vae_shapes(pipe.vae)["decoder"]}
+        table = decoder_table(nets.vae.config)
+        pipe.vae_params = _load(directory / "vae", table, decoder, jnp.dtype(vae_dtype))
+    pipe.text_params = load("text_encoder", text_shapes(pipe.text_encoder), dtype)
     return pipe
+
+
+def _open(directory: Path, dtype: jnp.dtype, vae_dtype: jnp.dtype, remat: str) -> Networks:
+    """The networks of a directory by its configs."""
+
+    def read(part, from_json):
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return read_config(directory / part / file, from_json)
+
+    index = read_json(directory / "model_index.json")
+    return open_networks(Source(directory, index, read, dtype, vae_dtype, remat))
 
 
 def load_vision_language(

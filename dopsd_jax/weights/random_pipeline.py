@@ -12,12 +12,13 @@ Source: diffusers 0.42.1 and transformers 5.23 (configs, names and shapes).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -178,27 +179,29 @@ def draw(shapes: Shapes, dtype: np.dtype, *stream: int) -> dict[str, np.ndarray]
         value = rng.standard_normal(shape, np.float32)
         if name.endswith(".bias"):
             value *= 0.1
-        elif name.endswith(".weight") and len(shape) == 1:
+        elif name.endswith((".weight", ".running_var")) and len(shape) == 1:
             value = 1 + 0.1 * value
-        elif not name.endswith(("embed_tokens.weight", "pos_embed.weight", "_pad_token")):
+        elif not name.endswith(("embed_tokens.weight", "pos_embed.weight", "_pad_token",
+                                "running_mean")):
             value /= math.sqrt(math.prod(shape[1:]))
         tensors[name] = np.ascontiguousarray(value, dtype)
     return tensors
 
 
-def _write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict) -> None:
+    """Writes a JSON object, indented."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(directory: Path, merges, **config) -> dict[str, int]:
+def write_tokenizer(directory: Path, merges, **config) -> dict[str, int]:
     """Writes tokenizer.json, vocab.json, merges.txt and the config; returns the special ids."""
     directory.mkdir(parents=True, exist_ok=True)
     made = tokenizer(merges)
     made.save(str(directory / "tokenizer.json"))
     made.model.save(str(directory))
     ids = {t: made.token_to_id(t) for t in (*SPECIAL_TOKENS, *THINK_TOKENS)}
-    _write_json(directory / "tokenizer_config.json", tokenizer_config(ids) | config)
+    write_json(directory / "tokenizer_config.json", tokenizer_config(ids) | config)
     return ids
 
 
@@ -213,7 +216,7 @@ def _halves(tensors: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     yield {n: t for n, t in tensors.items() if n not in first}
 
 
-def _write_tensors(directory: Path, stem: str, tensors: dict, *, sharded: bool = False) -> None:
+def write_tensors(directory: Path, stem: str, tensors: dict, *, sharded: bool = False) -> None:
     """One file, or two with an index as the large checkpoints have."""
     directory.mkdir(parents=True, exist_ok=True)
     if not sharded:
@@ -226,10 +229,11 @@ def _write_tensors(directory: Path, stem: str, tensors: dict, *, sharded: bool =
         weight_map |= dict.fromkeys(part, file)
     total = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(directory / f"{stem}.safetensors.index.json", index)
+    write_json(directory / f"{stem}.safetensors.index.json", index)
 
 
-def _numpy_dtype(dtype: str) -> np.dtype:
+def numpy_dtype(dtype: str) -> np.dtype:
+    """The dtype of that name, bfloat16 included."""
     if dtype == "bfloat16":
         import ml_dtypes  # NumPy knows bfloat16 only through it
 
@@ -240,37 +244,37 @@ def _numpy_dtype(dtype: str) -> np.dtype:
 
 
 def _write_pipeline(out: Path, sizes: Sizes, seed: int, dtype: str, prefix: str) -> None:
-    kind = _numpy_dtype(dtype)
-    _write_json(out / "model_index.json", MODEL_INDEX)
-    _write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
-    ids = _write_tokenizer(out / "tokenizer", sizes.merges, chat_template=TEXT_TEMPLATE)
+    kind = numpy_dtype(dtype)
+    write_json(out / "model_index.json", MODEL_INDEX)
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    ids = write_tokenizer(out / "tokenizer", sizes.merges, chat_template=TEXT_TEMPLATE)
     config = language_config(sizes, ids, dtype)
-    _write_json(out / "text_encoder" / "config.json", config)
-    _write_json(out / "transformer" / "config.json", sizes.transformer)
-    _write_json(out / "vae" / "config.json", sizes.vae)
+    write_json(out / "text_encoder" / "config.json", config)
+    write_json(out / "transformer" / "config.json", sizes.transformer)
+    write_json(out / "vae" / "config.json", sizes.vae)
     stem = "diffusion_pytorch_model"
     transformer = draw(transformer_shapes(sizes.transformer), kind, seed, 0)
-    _write_tensors(out / "transformer", stem, transformer, sharded=True)
-    _write_tensors(out / "vae", stem, draw(vae_shapes(sizes.vae), kind, seed, 1))
+    write_tensors(out / "transformer", stem, transformer, sharded=True)
+    write_tensors(out / "vae", stem, draw(vae_shapes(sizes.vae), kind, seed, 1))
     language = draw(language_shapes(config, prefix), kind, seed, 2)
-    _write_tensors(out / "text_encoder", "model", language)
+    write_tensors(out / "text_encoder", "model", language)
 
 
 def _write_vlm(out: Path, sizes: Sizes, seed: int, dtype: str) -> None:
-    kind = _numpy_dtype(dtype)
-    ids = _write_tokenizer(out, sizes.merges, processor_class="Qwen3VLProcessor")
+    kind = numpy_dtype(dtype)
+    ids = write_tokenizer(out, sizes.merges, processor_class="Qwen3VLProcessor")
     config = vlm_config(sizes, ids, dtype)
-    _write_json(out / "config.json", config)
-    _write_json(out / "preprocessor_config.json", sizes.preprocessor)
+    write_json(out / "config.json", config)
+    write_json(out / "preprocessor_config.json", sizes.preprocessor)
     video = sizes.preprocessor | {"video_processor_type": "Qwen3VLVideoProcessor"}
     del video["image_processor_type"]
-    _write_json(out / "video_preprocessor_config.json", video)
+    write_json(out / "video_preprocessor_config.json", video)
     (out / "chat_template.jinja").write_text(VL_TEMPLATE, encoding="utf-8")
     language = draw(
         language_shapes(config["text_config"], "model.language_model."), kind, seed, 3
     )
     vision = draw(vision_shapes(sizes.vision, "model.visual."), kind, seed, 4)
-    _write_tensors(out, "model", language | vision)
+    write_tensors(out, "model", language | vision)
 
 
 def write_random_pipeline(
@@ -304,22 +308,34 @@ def write_random_pipeline(
         FileExistsError: One of the two directories exists; nothing is written then.
     """
     out = Path(out)
-    _numpy_dtype(dtype)
+    numpy_dtype(dtype)
     targets = tuple(out / name for name in names)
+    with complete_or_nothing(out, targets) as partial:
+        _write_pipeline(partial / names[0], sizes, seed, dtype, text_encoder_prefix)
+        _write_vlm(partial / names[1], sizes, seed, dtype)
+    return targets
+
+
+@contextlib.contextmanager
+def complete_or_nothing(out: Path, targets: Sequence[Path]) -> Iterator[Path]:
+    """A folder in `out` to write in; at the end its contents become `targets`, if nothing failed.
+
+    An interrupted run leaves no half-written model under the final name.
+
+    Raises:
+        FileExistsError: A target exists; nothing is written then.
+    """
     present = [str(t) for t in targets if t.exists()]
     if present:
         raise FileExistsError(f"{', '.join(present)}: exists already; remove it or choose another")
     out.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: an interrupted run leaves no half-written model under the final name.
     partial = Path(tempfile.mkdtemp(prefix=".random_pipeline-", dir=out))
     try:
-        _write_pipeline(partial / names[0], sizes, seed, dtype, text_encoder_prefix)
-        _write_vlm(partial / names[1], sizes, seed, dtype)
+        yield partial
         for target in targets:
             (partial / target.name).rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return targets
 
 
 def main(argv: list[str] | None = None) -> None:

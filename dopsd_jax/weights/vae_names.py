@@ -1,7 +1,8 @@
-"""Tensor names of the image autoencoder in diffusers' layout."""
+"""Tensor names of the image autoencoders in diffusers' layout."""
 
 from __future__ import annotations
 
+from dopsd_jax.models.flux2_vae import Flux2VaeConfig
 from dopsd_jax.models.vae import VaeConfig
 from dopsd_jax.weights.names import CONV, LINEAR, SAME, Rule, Transform, rule
 
@@ -17,8 +18,20 @@ def decoder_table(config: VaeConfig) -> list[Rule]:
     ]
 
 
-def vae_table(config: VaeConfig, sides: str = SIDES) -> list[Rule]:
-    """The name table; the number of resolutions bounds the block indices."""
+def flux2_vae_table(config: Flux2VaeConfig) -> list[Rule]:
+    """The name table of an AutoencoderKLFlux2: the conv network, quant convs and statistics."""
+    convs = "quant_conv|post_quant_conv"
+    return [
+        *vae_table(config),
+        rule("{p}.weight", "{p}/kernel", CONV, p=convs),
+        rule("{p}.bias", "{p}/bias", p=convs),
+        rule("bn.running_{p}", "bn_{p}", p="mean|var"),
+        rule("bn.num_batches_tracked", None),
+    ]
+
+
+def vae_table(config: VaeConfig | Flux2VaeConfig, sides: str = SIDES) -> list[Rule]:
+    """The name table of the conv network; the number of resolutions bounds the block indices."""
     levels = len(config.block_out_channels)
     level = "|".join(str(i) for i in range(levels))
     resampled = "|".join(str(i) for i in range(levels - 1))  # all but the last

@@ -169,18 +169,25 @@ def test_tensors_survive_the_way_in_and_out(pair):
         np.testing.assert_array_equal(value, want[name])
 
 
+FULL = dict(
+    vocab_size=151936, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+    head_dim=128, rope_theta=1e6,
+)
+WIDTHS = {
+    "qwen3_4b": dict(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
+    "qwen3_8b": dict(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False),
+}
+
+
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("depth", [27, 35, 36])
-def test_full_size_names_and_shapes_resolve_completely(causal, depth):
-    full = dict(
-        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=1e6,
-    )
+@pytest.mark.parametrize("size,depth", [("qwen3_4b", 27), ("qwen3_4b", 35), ("qwen3_4b", 36),
+                                        ("qwen3_8b", 27)])
+def test_full_size_names_and_shapes_resolve_completely(size, causal, depth):
     with torch.device("meta"):
         cls = transformers.Qwen3ForCausalLM if causal else transformers.Qwen3Model
-        tensors = cls(transformers.Qwen3Config(**full)).state_dict()
+        tensors = cls(transformers.Qwen3Config(**FULL, **WIDTHS[size])).state_dict()
     assert len(tensors) == 398 + causal
-    config = Qwen3Config.qwen3_4b()
+    config = getattr(Qwen3Config, size)()
     slots, problems = resolve(qwen3_table(config, depth), tensors)
     assert problems == []
     shapes = trees.flatten(shapes_of(config, depth))
