@@ -116,21 +116,23 @@ def finished(config: ConfigDict, workdir: str | Path) -> bool:
     A task without preview must have sample_every = 0: its last picture would be waited for.
     """
     # Agreed: a process that goes on makes what another would still look for.
-    if distributed.any_process(not _is_finished(config, Path(workdir))):
+    step = _finished_step(config, Path(workdir))
+    if distributed.any_process(step is None):
         return False
-    log.info("already finished: step %d of %d", config.num_train_steps, config.num_train_steps)
+    log.info("already finished: step %d of %d", step, config.num_train_steps)
     return True
 
 
-def _is_finished(config: ConfigDict, workdir: Path) -> bool:
+def _finished_step(config: ConfigDict, workdir: Path) -> int | None:
+    """The last step, if nothing is left to do."""
     if not (workdir / "checkpoints").is_dir():
-        return False
+        return None
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     step = checkpoints.latest_step()
     checkpoints.close()
     if step is None or step < config.num_train_steps:
-        return False
-    return not _draws_at(config, step) or _last_drawn(workdir) >= step
+        return None
+    return None if _draws_at(config, step) and _last_drawn(workdir) < step else step
 
 
 def _restore(checkpoints: Checkpoints, task: Task, total: int) -> State:
