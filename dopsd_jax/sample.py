@@ -96,7 +96,8 @@ def check_request(
     with noted(problems):
         h, w, _ = pipe.denoiser.latent_shape(height, width)
         pipe.denoiser.network.check_sizes(h, w, longest)
-        flow.sigmas_shifted(num_steps, pipe.shift_at(num_steps, height, width))
+    with noted(problems):
+        flow.sigmas_shifted(num_steps, pipe.shift or 1.0)
     most = pipe.denoiser.max_references
     if num_references and len(num_references) != len(prompts):
         problems.append(
