@@ -115,7 +115,7 @@ def check_request(
         h, w, _ = pipe.denoiser.latent_shape(height, width)
         pipe.denoiser.network.check_sizes(h, w, longest)
     with noted(problems):
-        flow.sigmas_shifted(num_steps, 1.0)
+        flow.sigmas_shifted(num_steps, pipe.shift or 1.0)
     if not is_whole(seed) or not 0 <= seed <= MAX_SEED:
         problems.append(f"seed: expected a whole number in [0, 2^31], got {seed!r:.40}")
     most = pipe.denoiser.max_references

@@ -168,6 +168,7 @@ def test_shift_follows_the_size_and_the_number_of_steps(pipe):
 @pytest.mark.parametrize(
     "kwargs,message",
     [(dict(height=40), "multiples of 16, got 40x32"),
+     (dict(height=16 << 20, num_steps=0), "(?s)h = 1048576 must lie.*at least 1 denoiser call"),
      (dict(noise=np.zeros((1, 4, 4, 16), np.float32)), r"expected \[1 2 2 16\]"),
      (dict(references=[[], []]), "one list for each of 1 prompts, got 2 lists"),
      (dict(references=[[picture(63, 64)]]), "prompt 0, reference 0: .* at least 64 pixels"),

@@ -11,7 +11,8 @@ import pytest
 
 from dopsd_jax import flow, lora, rollout, train_step
 from dopsd_jax.core import trees
-from dopsd_jax.models.denoiser import Context, ZImageDenoiser
+from dopsd_jax.models.denoiser import Context, Flux2Denoiser, ZImageDenoiser, reference_tokens
+from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.layers import Dense
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 
@@ -214,24 +215,42 @@ def test_what_does_not_fit_is_named(setup):
         run(setup, noise=setup["noise"][0])
 
 
-def z_image_train_step():
-    """The train step of a tiny Z-Image with LoRA, jitted, and its arguments' shapes."""
+def tiny_z_image():
+    """A tiny Z-Image behind its adapter, a LoRA preset, and contexts of student and teacher."""
     config = ZImageConfig(
         in_channels=4, dim=64, n_layers=3, n_refiner_layers=1, n_heads=4, cap_feat_dim=32,
         axes_dims=(4, 6, 6), axes_lens=(256, 64, 64),
     )
-    denoiser = ZImageDenoiser(ZImageTransformer(config))
-    ctx = jax.eval_shape(lambda: Context(jnp.zeros((2, 64, 32)), jnp.ones((2, 64), bool)))
+    ctx = Context(jnp.zeros((2, 64, 32)), jnp.ones((2, 64), bool))
+    return ZImageDenoiser(ZImageTransformer(config)), "published", ctx, ctx
+
+
+def tiny_flux2():
+    """The same of a tiny FLUX.2, whose teacher sees references."""
+    config = Flux2Config(
+        num_layers=2, num_single_layers=3, num_attention_heads=4, joint_attention_dim=32,
+        in_channels=4, attention_head_dim=16, axes_dims_rope=(4, 4, 4, 4),
+    )
+    ctx = Context(jnp.zeros((2, 64, 32)), jnp.ones((2, 64), bool))
+    tokens, ids = reference_tokens([jnp.zeros((2, 8, 12, 4))])
+    teacher = ctx.replace(ref_tokens=tokens, ref_ids=ids)
+    return Flux2Denoiser(Flux2Transformer(config)), r".*/attn/.*/kernel", ctx, teacher
+
+
+def lora_train_step(family):
+    """The train step of a tiny network with LoRA, jitted, and its arguments' shapes."""
+    denoiser, targets, student_ctx, teacher_ctx = family()
+    student_ctx, teacher_ctx = jax.eval_shape(lambda: (student_ctx, teacher_ctx))
     noise = jax.ShapeDtypeStruct((2, 8, 12, 4), jnp.float32)
     base = jax.eval_shape(
-        denoiser.network.init, jax.random.key(0), noise, jnp.zeros(2), ctx.text, ctx.text_mask
+        denoiser.network.init, jax.random.key(0), *denoiser.network.smallest_inputs()
     )["params"]
     optimizer = train_step.make_optimizer(
         learning_rate=1e-4, warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01,
         max_grad_norm=1.0,
     )
     state = jax.eval_shape(lambda: train_step.init_state(
-        lora.init(jax.random.key(0), base, lora.TARGETS["published"], 4), optimizer,
+        lora.init(jax.random.key(0), base, lora.parse_targets(targets), 4), optimizer,
         jax.random.key(0),
     ))
     step = train_step.make_train_step(
@@ -240,13 +259,14 @@ def z_image_train_step():
 
     def batch(num_steps):
         sigmas = jax.ShapeDtypeStruct((num_steps + 1,), jnp.float32)
-        return train_step.Batch(noise, ctx, ctx, sigmas)
+        return train_step.Batch(noise, student_ctx, teacher_ctx, sigmas)
 
     return jax.jit(step, donate_argnums=0), state, base, batch
 
 
-def test_memory_does_not_grow_with_the_number_of_steps():
-    step, state, base, batch = z_image_train_step()
+@pytest.mark.parametrize("family", [tiny_z_image, tiny_flux2])
+def test_memory_does_not_grow_with_the_number_of_steps(family):
+    step, state, base, batch = lora_train_step(family)
     temporaries = {}
     for num_steps in (1, 2, 4, 8):
         # Level 0 spares half the compile time; buffers are planned before it matters.

@@ -206,7 +206,8 @@ def load_pipeline(
     _check_is_directory(directory, "model_index.json, transformer/, vae/, ..")
     if unknown := sorted(set(parts) - {*PARTS, DECODER}):
         raise ValueError(f"parts: expected some of {(*PARTS, DECODER)}, got {unknown}")
-    nets = _open(directory, jnp.dtype(dtype), jnp.dtype(vae_dtype), remat)
+    dtype, vae_dtype = jnp.dtype(dtype), jnp.dtype(vae_dtype)
+    nets = _open(directory, dtype, vae_dtype, remat)
     pipe = Pipeline(
         directory=directory,
         denoiser=nets.denoiser,
@@ -218,19 +219,26 @@ def load_pipeline(
         text_encoder=nets.text_encoder,
     )
 
-    def load(part, shapes, dtype, shardings=None):
-        if part not in parts:
-            return None
-        return _load(directory / part, nets.tables[part], shapes, jnp.dtype(dtype), shardings)
-
-    shapes = transformer_shapes(pipe.denoiser.network)
-    pipe.params = load("transformer", shapes, dtype, shard(shapes) if shard else None)
-    pipe.vae_params = load("vae", vae_shapes(pipe.vae), vae_dtype)
-    if DECODER in parts and "vae" not in parts:
-        decoder = {"decoder": vae_shapes(pipe.vae)["decoder"]}
-        table = decoder_table(nets.vae.config)
-        pipe.vae_params = _load(directory / "vae", table, decoder, jnp.dtype(vae_dtype))
-    pipe.text_params = load("text_encoder", text_shapes(pipe.text_encoder), dtype)
+    if "transformer" in parts:
+        shapes = transformer_shapes(pipe.denoiser.network)
+        pipe.params = _load(
+            directory / "transformer", nets.tables["transformer"], shapes, dtype,
+            shard(shapes) if shard else None,
+        )
+    if "vae" in parts:
+        pipe.vae_params = _load(
+            directory / "vae", nets.tables["vae"], vae_shapes(pipe.vae), vae_dtype
+        )
+    elif DECODER in parts:
+        pipe.vae_params = _load(
+            directory / "vae", decoder_table(nets.vae.config),
+            {"decoder": vae_shapes(pipe.vae)["decoder"]}, vae_dtype,
+        )
+    if "text_encoder" in parts:
+        pipe.text_params = _load(
+            directory / "text_encoder", nets.tables["text_encoder"],
+            text_shapes(pipe.text_encoder), dtype,
+        )
     return pipe
 
 
