@@ -122,7 +122,8 @@ def test_prompts_with_different_references_are_drawn_each_with_its_own(pipe):
 @pytest.mark.parametrize(
     "image,size",
     [(REFERENCES[0], (128, 96)), (LARGE, (1328, 768)), (picture(1024, 1024), (1024, 1024)),
-     (picture(131, 103), (128, 96)), (picture(511, 64), (496, 64)), (picture(3000, 376), (2880, 352))],
+     (picture(131, 103), (128, 96)), (picture(511, 64), (496, 64)),
+     (picture(3000, 376), (2880, 352))],
 )
 def test_references_are_resized_and_cropped_as_in_diffusers(torch_pipe, image, size):
     processor = torch_pipe.image_processor
