@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -23,58 +24,15 @@ from PIL import Image
 
 from dopsd_jax.core import cli
 from dopsd_jax.core.log import log
-from dopsd_jax.mini import world
+from dopsd_jax.mini import looks, world
 from dopsd_jax.mini.emoji import CONCEPTS, SETS, Sprites, load_sprites
 
 FLAGS = flags.FLAGS
 ALL_CONCEPTS = tuple(CONCEPTS)
 ALL_STYLES = tuple(world.STYLES)
-# Names that stand for "as in the picture": their look is drawn anew for every pair.
-SPARE_STYLES = (
-    "special", "secret", "mystery", "custom", "brand", "novel", "private", "fancy",
-)
 STREAMS = {"scenes": 1, "pairs": 2, "judge": 3, "judge_test": 4, "style": 5}
 CHUNK = 500
 _sprites: Sprites = {}
-
-
-def random_look(rng: np.random.Generator):
-    """A colour filter no style has: a function on uint8 [.., 3] pixels.
-
-    A duotone, an exchange of channels, an inversion or a tint; they teach the image context to
-    carry looks that have no word.
-    """
-    kind = rng.integers(4)
-    if kind == 0:
-        ends = rng.uniform(0, 1, (2, 3)).astype(np.float32)
-        while np.abs(ends[0] - ends[1]).sum() < 1.0:
-            ends = rng.uniform(0, 1, (2, 3)).astype(np.float32)
-
-        def look(x):
-            y = np.clip((world.luminance(x) - 0.1) / 0.8, 0, 1)[..., None]
-            return ends[0] * (1 - y) + ends[1] * y
-    elif kind == 1:
-        order = rng.permutation(3)
-
-        def look(x):
-            return x[..., order]
-    elif kind == 2:
-        order = rng.permutation(3)
-
-        def look(x):
-            return 1 - x[..., order]
-    else:
-        colour = rng.uniform(0.1, 1, 3).astype(np.float32)
-        share = rng.uniform(0.4, 0.8)
-
-        def look(x):
-            return (1 - share) * x + share * world.luminance(x)[..., None] * colour * 1.4
-
-    def apply(pixels: np.ndarray) -> np.ndarray:
-        x = look(pixels.astype(np.float32) / 255)
-        return np.clip(x * 255 + 0.5, 0, 255).astype(np.uint8)
-
-    return apply
 
 
 def one(kind: str, seed: int, index: int) -> dict:
@@ -86,23 +44,33 @@ def one(kind: str, seed: int, index: int) -> dict:
         concepts=ALL_CONCEPTS if everything else world.TRAINED_CONCEPTS,
     )
     sample = {
-        "pixels": world.render(_sprites, scene, rng), "caption": scene.caption,
-        "style": ALL_STYLES.index(scene.style),
+        "caption": scene.caption, "style": ALL_STYLES.index(scene.style),
         "concepts": np.isin(ALL_CONCEPTS, [t.concept for t in scene.things]),
     }
-    if kind != "pairs":
-        return sample
-    # The teacher's picture: the target itself, or another one of the same words.
+    if kind == "pairs":
+        return sample | pair(scene, rng)
+    return sample | {"pixels": world.render(_sprites, scene, rng)}
+
+
+def pair(scene: world.Scene, rng: np.random.Generator) -> dict:
+    """A scene's caption, picture and reference: the same picture or another of the same words.
+
+    Three in five are in a look without a name, which both pictures share; see `looks`.
+    """
+    kind = rng.choice(["named", "filtered", "invented"], p=[0.4, 0.3, 0.3])
+    style = looks.invented_style(rng) if kind == "invented" else world.STYLES[scene.style]
+    pixels = world.render(_sprites, scene, rng, style)
     if rng.uniform() < 0.5:
-        sample["reference"] = sample["pixels"]
+        reference = pixels
     else:
-        sample["reference"] = world.render(_sprites, world.rearranged(rng, scene), rng)
-    if rng.uniform() < 0.6:
-        look = random_look(rng)
-        sample["pixels"], sample["reference"] = look(sample["pixels"]), look(sample["reference"])
-        word = str(rng.choice(SPARE_STYLES))
-        sample["caption"] = sample["caption"].replace(scene.style, word)
-    return sample
+        reference = world.render(_sprites, world.rearranged(rng, scene), rng, style)
+    if kind == "filtered":
+        look = looks.colour_filter(rng)
+        pixels, reference = look(pixels), look(reference)
+    caption = scene.caption
+    if kind != "named":
+        caption = re.sub(rf"\b{scene.style}\b", looks.spare_word(rng), caption)
+    return {"caption": caption, "pixels": pixels, "reference": reference}
 
 
 def _chunk(args) -> list[dict]:

@@ -58,55 +58,55 @@ class Thing:
 
 # Backgrounds.
 
-_Y, _X = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) / CANVAS
+GRID_Y, GRID_X = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32) / CANVAS
 
 
-def _hsv(h: float, s: float, v: float) -> np.ndarray:
+def hsv(h: float, s: float, v: float) -> np.ndarray:
     return np.asarray(colorsys.hsv_to_rgb(h % 1.0, s, v), np.float32)
 
 
-def _mix(a, b, weight: np.ndarray) -> Canvas:
+def mix(a, b, weight: np.ndarray) -> Canvas:
     return a * (1 - weight[..., None]) + b * weight[..., None]
 
 
-def _gradient(rng: Rng, a, b) -> Canvas:
+def gradient(rng: Rng, a, b) -> Canvas:
     angle = rng.uniform(0, 2 * np.pi)
-    along = (_X - 0.5) * np.cos(angle) + (_Y - 0.5) * np.sin(angle) + 0.5
-    return _mix(a, b, np.clip(along, 0, 1)).astype(np.float32)
+    along = (GRID_X - 0.5) * np.cos(angle) + (GRID_Y - 0.5) * np.sin(angle) + 0.5
+    return mix(a, b, np.clip(along, 0, 1)).astype(np.float32)
 
 
 def _soft(rng: Rng) -> Canvas:
     """Two light hues run into each other."""
     h = rng.uniform()
-    return _gradient(rng, _hsv(h, rng.uniform(0.1, 0.35), 0.97),
-                     _hsv(h + rng.uniform(-0.3, 0.3), rng.uniform(0.2, 0.5), 0.92))
+    return gradient(rng, hsv(h, rng.uniform(0.1, 0.35), 0.97),
+                     hsv(h + rng.uniform(-0.3, 0.3), rng.uniform(0.2, 0.5), 0.92))
 
 
 def _stripes(rng: Rng) -> Canvas:
     """Vivid stripes of two shades of one hue."""
     h, angle, width = rng.uniform(), rng.uniform(0, np.pi), rng.uniform(0.12, 0.3)
-    along = (_X * np.cos(angle) + _Y * np.sin(angle)) / width + rng.uniform()
+    along = (GRID_X * np.cos(angle) + GRID_Y * np.sin(angle)) / width + rng.uniform()
     weight = (np.floor(along) % 2).astype(np.float32)
-    return _mix(_hsv(h, 0.75, 0.95), _hsv(h, 0.9, 0.75), weight)
+    return mix(hsv(h, 0.75, 0.95), hsv(h, 0.9, 0.75), weight)
 
 
 def _paper(rng: Rng) -> Canvas:
     """Off-white, slightly uneven."""
-    base = _hsv(rng.uniform(0.08, 0.16), rng.uniform(0.03, 0.1), rng.uniform(0.93, 0.99))
-    return _gradient(rng, base, base * rng.uniform(0.9, 0.98))
+    base = hsv(rng.uniform(0.08, 0.16), rng.uniform(0.03, 0.1), rng.uniform(0.93, 0.99))
+    return gradient(rng, base, base * rng.uniform(0.9, 0.98))
 
 
 def _dark(rng: Rng) -> Canvas:
     """Near black with a hint of a hue, lighter in one place."""
     h = rng.uniform()
-    d = np.hypot(_X - rng.uniform(0.2, 0.8), _Y - rng.uniform(0.2, 0.8))
-    return _mix(_hsv(h, 0.7, 0.22), _hsv(h, 0.8, 0.05), np.clip(1.6 * d, 0, 1))
+    d = np.hypot(GRID_X - rng.uniform(0.2, 0.8), GRID_Y - rng.uniform(0.2, 0.8))
+    return mix(hsv(h, 0.7, 0.22), hsv(h, 0.8, 0.05), np.clip(1.6 * d, 0, 1))
 
 
 def _night(rng: Rng) -> Canvas:
     """Dark blue above, violet below, with stars."""
-    canvas = _mix(_hsv(rng.uniform(0.6, 0.68), 0.85, 0.22), _hsv(rng.uniform(0.7, 0.8), 0.6, 0.4),
-                  _Y).astype(np.float32)
+    canvas = mix(hsv(rng.uniform(0.6, 0.68), 0.85, 0.22), hsv(rng.uniform(0.7, 0.8), 0.6, 0.4),
+                  GRID_Y).astype(np.float32)
     for _ in range(rng.integers(6, 16)):
         y, x = rng.integers(0, CANVAS - 3, 2)
         canvas[y : y + 2, x : x + 2] = 0.95
@@ -118,25 +118,25 @@ def _cream(rng: Rng) -> Canvas:
     canvas = np.ones((CANVAS, CANVAS, 3), np.float32) * 0.98
     for _ in range(rng.integers(2, 5)):
         r = rng.uniform(0.1, 0.3)
-        d = np.hypot(_X - rng.uniform(), _Y - rng.uniform())
-        canvas = _mix(canvas, _hsv(rng.uniform(), 0.25, 1.0), np.clip((r - d) * 20, 0, 1) * 0.8)
+        d = np.hypot(GRID_X - rng.uniform(), GRID_Y - rng.uniform())
+        canvas = mix(canvas, hsv(rng.uniform(), 0.25, 1.0), np.clip((r - d) * 20, 0, 1) * 0.8)
     return canvas
 
 
 def _grid(rng: Rng) -> Canvas:
     """Blueprint paper: blue with a fine lighter grid."""
-    base = _hsv(rng.uniform(0.58, 0.63), 0.85, rng.uniform(0.55, 0.75))
+    base = hsv(rng.uniform(0.58, 0.63), 0.85, rng.uniform(0.55, 0.75))
     step, oy, ox = int(rng.integers(14, 24)), *rng.integers(0, 14, 2)
     i = np.arange(CANVAS)
     lines = ((i + oy) % step < 2)[:, None] | ((i + ox) % step < 2)[None]
-    return _mix(base, np.ones(3, np.float32), lines * np.float32(0.25))
+    return mix(base, np.ones(3, np.float32), lines * np.float32(0.25))
 
 
 def _tan(rng: Rng) -> Canvas:
     """Old paper, darker towards the rim."""
-    base = _hsv(rng.uniform(0.09, 0.12), 0.35, rng.uniform(0.85, 0.93))
-    d = np.hypot(_X - 0.5, _Y - 0.5)
-    return _mix(base, base * 0.7, np.clip(d * 1.3, 0, 1) ** 2)
+    base = hsv(rng.uniform(0.09, 0.12), 0.35, rng.uniform(0.85, 0.93))
+    d = np.hypot(GRID_X - 0.5, GRID_Y - 0.5)
+    return mix(base, base * 0.7, np.clip(d * 1.3, 0, 1) ** 2)
 
 
 # Ways of drawing. `layer` is the placed sprite, straight alpha, already tinted where art has
@@ -160,7 +160,7 @@ def _filtered(alpha: np.ndarray, kernel) -> np.ndarray:
 
 
 def _plain(canvas, layer, tint, rng) -> Canvas:
-    return _mix(canvas, _tinted(layer[..., :3], tint), layer[..., 3])
+    return mix(canvas, _tinted(layer[..., :3], tint), layer[..., 3])
 
 
 def _sticker(canvas, layer, tint, rng) -> Canvas:
@@ -168,19 +168,19 @@ def _sticker(canvas, layer, tint, rng) -> Canvas:
                     ImageFilter.GaussianBlur(0.7))
     shadow = np.roll(_filtered(rim, ImageFilter.GaussianBlur(3)), (4, 4), (0, 1))
     canvas = canvas * (1 - 0.45 * shadow[..., None])
-    return _plain(_mix(canvas, np.ones(3, np.float32), rim), layer, tint, rng)
+    return _plain(mix(canvas, np.ones(3, np.float32), rim), layer, tint, rng)
 
 
 def _ink(canvas, layer, tint, rng) -> Canvas:
     colour = np.asarray(tint or (0.08, 0.08, 0.14), np.float32) * (0.75 if tint else 1.0)
-    return _mix(canvas, colour, layer[..., 3] * (1 - luminance(layer[..., :3])))
+    return mix(canvas, colour, layer[..., 3] * (1 - luminance(layer[..., :3])))
 
 
 def _neon(canvas, layer, tint, rng) -> Canvas:
-    colour = np.asarray(tint or _hsv(rng.uniform(), 0.75, 1.0), np.float32)
+    colour = np.asarray(tint or hsv(rng.uniform(), 0.75, 1.0), np.float32)
     line = layer[..., 3] * (1 - luminance(layer[..., :3]))
     glow = _filtered(line, ImageFilter.GaussianBlur(6))[..., None] * colour
-    return np.clip(_mix(canvas + 0.8 * glow, 0.35 + 0.65 * colour, line), 0, 1)
+    return np.clip(mix(canvas + 0.8 * glow, 0.35 + 0.65 * colour, line), 0, 1)
 
 
 def _moonlit(canvas, layer, tint, rng) -> Canvas:
@@ -188,23 +188,23 @@ def _moonlit(canvas, layer, tint, rng) -> Canvas:
     rgb = 0.75 * rgb * np.asarray([0.75, 0.85, 1.1], np.float32) + np.asarray(
         [0.02, 0.03, 0.15], np.float32
     )
-    return _mix(canvas, np.clip(rgb, 0, 1), layer[..., 3])
+    return mix(canvas, np.clip(rgb, 0, 1), layer[..., 3])
 
 
 def _pastel(canvas, layer, tint, rng) -> Canvas:
     rgb = 0.45 * _tinted(layer[..., :3], tint) + 0.55
-    return _mix(canvas, rgb, 0.92 * layer[..., 3])
+    return mix(canvas, rgb, 0.92 * layer[..., 3])
 
 
 def _white(canvas, layer, tint, rng) -> Canvas:
     colour = np.asarray(tint, np.float32) * 0.4 + 0.6 if tint else np.ones(3, np.float32)
-    return _mix(canvas, colour, 0.95 * layer[..., 3] * (1 - luminance(layer[..., :3])))
+    return mix(canvas, colour, 0.95 * layer[..., 3] * (1 - luminance(layer[..., :3])))
 
 
 def _sepia(canvas, layer, tint, rng) -> Canvas:
     dark, light = np.asarray([0.25, 0.13, 0.05]), np.asarray([0.9, 0.75, 0.5])
-    rgb = _mix(dark, light, luminance(layer[..., :3]) ** 1.2).astype(np.float32)
-    return _mix(canvas, rgb, layer[..., 3])
+    rgb = mix(dark, light, luminance(layer[..., :3]) ** 1.2).astype(np.float32)
+    return mix(canvas, rgb, layer[..., 3])
 
 
 STYLES: dict[str, Style] = {
@@ -307,9 +307,14 @@ def place(sprite: np.ndarray, thing: Thing) -> np.ndarray:
     return np.asarray(image.convert("RGBA"), np.float32) / 255
 
 
-def render(sprites: Sprites, scene: Scene, rng: Rng) -> np.ndarray:
-    """The picture of a scene, uint8 [SIZE, SIZE, 3]; `rng` draws the background."""
-    style = STYLES[scene.style]
+def render(
+    sprites: Sprites, scene: Scene, rng: Rng, style: Style | None = None
+) -> np.ndarray:
+    """The picture of a scene, uint8 [SIZE, SIZE, 3]; `rng` draws the background.
+
+    `style` takes the place of the one that the scene names.
+    """
+    style = style or STYLES[scene.style]
     canvas = style.background(rng)
     for thing in scene.things:
         layer = place(sprites[style.art, thing.concept], thing)

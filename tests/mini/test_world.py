@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from dopsd_jax.mini import build, world
+from dopsd_jax.mini import build, looks, world
 from dopsd_jax.mini.emoji import CONCEPTS, HELD_OUT_CONCEPTS, SETS, SPRITE, svg
 
 
@@ -79,18 +79,48 @@ def test_placing_puts_the_sprite_where_the_scene_says(sprites):
     assert abs(diameter - 20 * 112 / 128) < 0.5
 
 
-def test_spare_styles_are_no_styles():
-    assert not set(build.SPARE_STYLES) & set(world.STYLES)
+def words_of(caption):
+    return set(caption.replace(",", "").split())
 
 
-def test_a_pair_with_a_spare_word_has_both_pictures_recoloured(sprites):
+def test_spare_words_are_no_styles_and_often_made_up():
+    words = [looks.spare_word(np.random.default_rng(i)) for i in range(400)]
+    assert not set(words) & set(world.STYLES)
+    made_up = [w for w in words if w not in looks.SPARE_WORDS]
+    assert 100 < len(made_up) < 300 and len(set(made_up)) > 100
+
+
+def test_a_pair_is_in_its_style_or_in_a_look_without_a_name(sprites):
     build._start(sprites)
-    pairs = [build.one("pairs", 0, i) for i in range(60)]
-    spare = [p for p in pairs if set(p["caption"].replace(",", "").split())
-             & set(build.SPARE_STYLES)]
-    assert 20 < len(spare) < 50
-    assert any(np.array_equal(p["pixels"], p["reference"]) for p in pairs)
-    assert any(not np.array_equal(p["pixels"], p["reference"]) for p in pairs)
+    pairs = [build.one("pairs", 0, i) for i in range(120)]
+    named = [p for p in pairs if words_of(p["caption"]) & set(world.STYLES)]
+    assert 30 < len(named) < 66
+    same = [np.array_equal(p["pixels"], p["reference"]) for p in pairs]
+    assert 40 < sum(same) < 80
+
+
+def test_naming_a_look_leaves_colour_words_alone(sprites):
+    build._start(sprites)
+    thing = world.Thing("cat", 30.0, 32.0, 32.0, 0.0, False, "pink")
+    scene = world.Scene("ink", (thing,), "a pink cat, ink style")
+    captions = {build.pair(scene, np.random.default_rng(i))["caption"] for i in range(20)}
+    assert len(captions) > 5 and all(c.startswith("a pink cat, ") for c in captions)
+
+
+def test_an_invented_look_is_one_look_of_many(sprites):
+    def pictures(seed):
+        style = looks.invented_style(np.random.default_rng(seed))
+        assert style.art in {world.STYLES[s].art for s in world.TRAINED_STYLES}
+        scene = scene_of(0, style="noto", concept="car", two=0.0)
+        rng = np.random.default_rng(9)
+        return np.stack([
+            world.render(sprites, world.rearranged(rng, scene), rng, style) for _ in range(4)
+        ]).mean((1, 2))
+
+    means = [pictures(seed) for seed in range(12)]
+    within = np.mean([m.std(0) for m in means])
+    between = np.std([m.mean(0) for m in means], axis=0).mean()
+    assert between > 2 * within
 
 
 def test_an_alias_is_followed_and_a_missing_icon_named():
