@@ -1,19 +1,15 @@
 #!/usr/bin/env bash
-# From emoji packages to the mini model: data, blank weights, then three training stages. Every part
+# From shipped emoji to the mini model: data, blank weights, then three training stages. Every part
 # continues where it was stopped. Arguments: the directory for everything (default runs/mini).
 #
-# Needs npm, for the emoji packages. Takes hours on a CPU; on a GPU, DOPSD_EXTRA=cuda first.
+# Takes hours on a CPU; on a GPU, DOPSD_EXTRA=cuda first.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
-source "$(dirname "$0")/setup.sh" "mini${DOPSD_EXTRA:+,$DOPSD_EXTRA}"
+source "$(dirname "$0")/setup.sh" "${DOPSD_EXTRA:-}"
 OUT="${1:-runs/mini}"
-SETS=(noto noto-v1 twemoji fluent-emoji-flat fluent-emoji-high-contrast emojione emojione-monotone)
 
 if [ ! -e "$OUT/world/judge_test/captions.json" ]; then
-  mkdir -p "$OUT/packages"
-  npm install --silent --prefix "$OUT/packages" "${SETS[@]/#/@iconify-json/}"
-  "$VENV/bin/python" -m dopsd_jax.mini.build --packages "$OUT/packages/node_modules" \
-    --out "$OUT/world"
+  "$VENV/bin/python" -m dopsd_jax.mini.build --out "$OUT/world"
 fi
 [ -e "$OUT/blank" ] ||
   "$VENV/bin/python" -m dopsd_jax.mini.model --data "$OUT/world" --out "$OUT/blank"

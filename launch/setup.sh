@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment in .venv with the package and the extras
-# named in $1. Set DOPSD_VENV for another place, PYTHON for another interpreter (3.11 or newer).
+# named in $1 (none if empty). Set DOPSD_VENV for another place, PYTHON for another interpreter (3.11 or newer).
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV="${DOPSD_VENV:-.venv}"
 
@@ -44,7 +44,7 @@ if ! cat requirements.txt pyproject.toml | cmp -s - "$STAMP"; then
   # Extras with torch first: a CPU build, where one is to be had, must be there before the
   # packages that would bring the CUDA build.
   case ",$1," in *,test,*) "$VENV/bin/python" -m pip install --quiet "torch==2.13.0" ;; esac
-  "$VENV/bin/python" -m pip install --quiet -e ".[$1]"
+  "$VENV/bin/python" -m pip install --quiet -e ".${1:+[$1]}"
   cat requirements.txt pyproject.toml > "$STAMP"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,13 +1,13 @@
-"""Command: emoji packages -> the mini world's data, as plain arrays.
+"""Command: emoji -> the mini world's data, as plain arrays.
 
-    python -m dopsd_jax.mini.build --packages node_modules --out runs/mini/world
+    python -m dopsd_jax.mini.build --out runs/mini/world
 
 Writes <out>/{scenes,pairs,judge,judge_test}/ with pixels.npy (uint8 [N, 64, 64, 3]), captions.json,
 styles.npy (int32 [N], index into world.STYLES), concepts.npy (bool [N, 40]); pairs/ has also
 references.npy. The same seed writes the same bytes. With --style, writes a folder of captioned
 pictures instead:
 
-    python -m dopsd_jax.mini.build --packages node_modules --style blueprint --out DIR
+    python -m dopsd_jax.mini.build --style blueprint --out DIR
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def write_style(sprites: Sprites, out: Path, style: str, count: int, seed: int) 
 
 
 def main() -> None:
-    sprites = load_sprites(FLAGS.packages)
+    sprites = load_sprites()
     out = Path(FLAGS.out)
     if FLAGS.style:
         write_style(sprites, out, FLAGS.style, FLAGS.style_count, FLAGS.seed)
@@ -136,8 +136,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("packages", None, "node_modules with the @iconify-json sets.",
-                        required=True)
     flags.DEFINE_string("out", "runs/mini/world", "Directory of the data.")
     flags.DEFINE_integer("scenes", 40_000, "Captioned scenes.", lower_bound=1)
     flags.DEFINE_integer("pairs", 24_000, "Scenes with a reference picture.", lower_bound=1)

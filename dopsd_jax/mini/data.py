@@ -42,7 +42,7 @@ def read_part(world: str | Path, kind: str) -> Part:
     if not (directory / "captions.json").is_file():
         raise ValueError(
             f"{directory}: expected pixels.npy and captions.json, found no complete part; make it "
-            f"with python -m dopsd_jax.mini.build --packages node_modules --out {world}"
+            f"with python -m dopsd_jax.mini.build --out {world}"
         )
     captions = json.loads((directory / "captions.json").read_text())
     arrays = {

@@ -1,8 +1,12 @@
-"""Emoji sets as npm packs them (@iconify-json/*) -> RGBA sprites of every concept.
+"""The emoji that the mini world is made of: one sheet of sprites per set, shipped.
 
-    npm install --prefix DIR @iconify-json/noto @iconify-json/noto-v1 ...   (see launch/mini.sh)
+The sheets are drawn from the sets as npm packs them, which this command repeats:
 
-Only sets with permissive licences are read; ATTRIBUTION names their authors.
+    npm install --prefix DIR @iconify-json/noto @iconify-json/noto-v1 ..   (all of SETS)
+    pip install -e '.[emoji]'
+    python -m dopsd_jax.mini.emoji --packages DIR/node_modules --out dopsd_jax/assets/emoji
+
+Only sets with permissive licences are read; ATTRIBUTION beside the sheets names their authors.
 """
 
 from __future__ import annotations
@@ -12,8 +16,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 from PIL import Image
 
+from dopsd_jax.core import cli
+from dopsd_jax.weights.shipped import ASSETS
+
+FLAGS = flags.FLAGS
+SHEETS = ASSETS / "emoji"
+COLUMNS = 8  # sprites per row of a sheet
 SPRITE = 128  # pixels per side
 RENDER = 256  # resvg draws at this size, then box-filtered down
 
@@ -92,8 +103,8 @@ def rasterise(document: str) -> np.ndarray:
     return np.asarray(image)
 
 
-def load_sprites(packages: str | Path) -> Sprites:
-    """Every (set, concept) as uint8 [SPRITE, SPRITE, 4].
+def render_sprites(packages: str | Path) -> Sprites:
+    """Every (set, concept) as uint8 [SPRITE, SPRITE, 4], drawn from the sets' SVGs.
 
     Raises:
         FileNotFoundError, ValueError: A set or an icon is missing.
@@ -104,3 +115,49 @@ def load_sprites(packages: str | Path) -> Sprites:
         for concept, icon in CONCEPTS.items():
             sprites[name, concept] = rasterise(svg(icons, icon))
     return sprites
+
+
+def write_sheets(sprites: Sprites, out: Path) -> None:
+    """One PNG per set, its concepts in the order of CONCEPTS, row by row; and ATTRIBUTION."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in SETS:
+        tiles = np.stack([sprites[name, concept] for concept in CONCEPTS])
+        sheet = tiles.reshape(-1, COLUMNS, SPRITE, SPRITE, 4).transpose(0, 2, 1, 3, 4)
+        sheet = sheet.reshape(-1, COLUMNS * SPRITE, 4)
+        Image.fromarray(sheet).save(out / f"{name}.png", optimize=True)
+    lines = [f"{name}.png: {credit}" for name, credit in SETS.items()]
+    (out / "ATTRIBUTION").write_text("\n".join(lines) + "\n")
+
+
+def load_sprites(directory: str | Path = SHEETS) -> Sprites:
+    """Every (set, concept) as uint8 [SPRITE, SPRITE, 4], straight alpha, from the sheets.
+
+    Raises:
+        FileNotFoundError: No sheet of a set.
+        ValueError: A sheet of another size or without alpha.
+    """
+    sprites: Sprites = {}
+    size = (COLUMNS * SPRITE, len(CONCEPTS) // COLUMNS * SPRITE)
+    for name in SETS:
+        file = Path(directory) / f"{name}.png"
+        sheet = Image.open(file)
+        if sheet.size != size or sheet.mode != "RGBA":
+            raise ValueError(
+                f"{file}: expected RGBA, {size[0]}x{size[1]} (width x height), got {sheet.mode}, "
+                f"{sheet.width}x{sheet.height}"
+            )
+        tiles = np.asarray(sheet).reshape(-1, SPRITE, COLUMNS, SPRITE, 4).swapaxes(1, 2)
+        tiles = tiles.reshape(-1, SPRITE, SPRITE, 4)
+        sprites |= {(name, c): tile for c, tile in zip(CONCEPTS, tiles, strict=True)}
+    return sprites
+
+
+def main() -> None:
+    write_sheets(render_sprites(FLAGS.packages), Path(FLAGS.out))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("packages", None, "node_modules with the @iconify-json sets.",
+                        required=True)
+    flags.DEFINE_string("out", None, "Directory of the sheets.", required=True)
+    cli.run_command(main)

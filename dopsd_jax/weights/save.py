@@ -62,13 +62,20 @@ def replace_tensors(
                         f"{directory}: {name}: expected {old.shape}, got {value.shape}"
                     )
             tensors[name] = np.ascontiguousarray(value.reshape(old.shape), dtype or old.dtype)
+    write_tensors(directory, contents)
+    return len(slots)
+
+
+def write_tensors(
+    directory: str | Path, contents: dict[Path, dict[str, np.ndarray]]
+) -> None:
+    """Writes all safetensors files of a folder, each atomically, and the index beside them."""
     for file, tensors in contents.items():
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         save_file(tensors, temporary, metadata={"format": "pt"})
         temporary.chmod(0o644)
         os.replace(temporary, file)
     _update_index(Path(directory), contents)
-    return len(slots)
 
 
 def _update_index(directory: Path, contents: dict[Path, dict[str, np.ndarray]]) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 PIPELINES = {"mini": ASSETS / "mini"}
 VISION_LANGUAGE = {"mini": ASSETS / "mini_qwen3_vl"}
+# A LoRA on mini's transformer that undoes its distillation.
+UNDISTILLED = ASSETS / "mini_undistilled.safetensors"
 
 
 def pipeline_directory(name: str | Path) -> Path:

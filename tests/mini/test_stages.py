@@ -14,7 +14,7 @@ from configs.mini import turbo as turbo_config
 from configs.mini import vae as vae_config
 from dopsd_jax import lora, sample
 from dopsd_jax.core import trees
-from dopsd_jax.mini import build, judge, model, stages, turbo_stage
+from dopsd_jax.mini import build, judge, model, ship, stages, turbo_stage
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini.emoji import CONCEPTS, SETS, SPRITE
 from dopsd_jax.weights import random_pipeline
@@ -120,6 +120,40 @@ def test_the_result_draws(recipe):
     pipe, _ = load(recipe / "turbo")
     pixels = sample.generate(pipe, ["a cat, noto style"], num_steps=2)
     assert pixels.shape == (1, 64, 64, 3) and pixels.std() > 1
+
+
+def test_shipping_rounds_to_bfloat16_and_keeps_the_card(recipe, tmp_path):
+    ship.ship(recipe / "turbo", tmp_path)
+    (tmp_path / "mini" / "README.md").write_text("card")
+    pipeline, vlm, undo = ship.ship(recipe / "turbo", tmp_path)
+    assert (pipeline / "README.md").read_text() == "card"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "mini", "mini_qwen3_vl", "mini_undistilled.safetensors"
+    ]
+    (turbo, vl), (base, _) = load(recipe / "turbo"), load(recipe / "base")
+    pipe = load_pipeline(pipeline, dtype="float32", remat="none")
+    shipped_vl = load_vision_language(vlm, pipe, dtype="float32")
+    rounded = trees.cast_floats((turbo.params, turbo.text_params, vl.params), "bfloat16")
+    assert same(trees.cast_floats(rounded, "float32"),
+                (pipe.params, pipe.text_params, shipped_vl.params))
+    tree, scale = sample.read_lora(undo, pipe)
+    undone = trees.flatten(lora.merge(pipe.params, tree, scale))
+    for name, want in trees.flatten(base.params).items():
+        np.testing.assert_allclose(undone[name], want, atol=1e-2, rtol=1e-2, err_msg=name)
+
+
+def test_a_shipped_vlm_is_whole_by_itself(recipe, tmp_path):
+    pipeline, vlm, _ = ship.ship(recipe / "turbo", tmp_path)
+    tensors = ship.read_tensors(vlm / "model.safetensors")
+    text = ship.read_tensors(pipeline / "text_encoder" / "model.safetensors")
+    name = next(n for n in text if n.endswith("layers.0.mlp.up_proj.weight"))
+    language = tensors["model.language_model." + name.removeprefix("model.")]
+    np.testing.assert_array_equal(language.view(np.uint16), text[name].view(np.uint16))
+
+
+def test_shipping_an_unfinished_run_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="finished step_distillation run, .'pipeline'"):
+        ship.ship(tmp_path, tmp_path / "out")
 
 
 def test_the_judge_is_measured_and_written(recipe):

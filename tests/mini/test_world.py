@@ -5,7 +5,16 @@ import pytest
 from PIL import Image, ImageDraw
 
 from dopsd_jax.mini import build, looks, world
-from dopsd_jax.mini.emoji import CONCEPTS, HELD_OUT_CONCEPTS, SETS, SPRITE, svg
+from dopsd_jax.mini.emoji import (
+    CONCEPTS,
+    HELD_OUT_CONCEPTS,
+    SETS,
+    SHEETS,
+    SPRITE,
+    load_sprites,
+    svg,
+    write_sheets,
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +138,21 @@ def test_an_alias_is_followed_and_a_missing_icon_named():
     assert "<path/>" in svg(icons, "b") and 'viewBox="0 0 10 16"' in svg(icons, "b")
     with pytest.raises(ValueError, match="noto: expected an icon 'c'"):
         svg(icons, "c")
+
+
+def test_sheets_give_their_sprites_back(sprites, tmp_path):
+    write_sheets(sprites, tmp_path)
+    again = load_sprites(tmp_path)
+    assert again.keys() == sprites.keys()
+    assert all(np.array_equal(again[key], sprites[key]) for key in sprites)
+    Image.new("RGBA", (9, 9)).save(tmp_path / "noto.png")
+    with pytest.raises(ValueError, match="noto.png: expected RGBA, 1024x640 .*got RGBA, 9x9"):
+        load_sprites(tmp_path)
+
+
+def test_the_shipped_emoji_are_all_there_with_their_authors():
+    shipped = load_sprites()
+    coverage = [sprite[..., 3].mean() / 255 for sprite in shipped.values()]
+    assert len(coverage) == len(SETS) * len(CONCEPTS) and min(coverage) > 0.1
+    credits = (SHEETS / "ATTRIBUTION").read_text()
+    assert all(credit in credits for credit in SETS.values())
