@@ -100,12 +100,12 @@ def draw_sigma(rng: np.random.Generator, count: int) -> np.ndarray:
 class World:
     """The training rows of the world, tokenised and encoded once."""
 
-    def __init__(self, config: ConfigDict, pipe: Pipeline, vl: VisionLanguage):
-        self._config, self._vl = config, vl
-        self.scenes = data_lib.read_part(config.data, "scenes")
-        self.pairs = data_lib.read_part(config.data, "pairs")
-        self.scene_latents = encoding.latents(pipe, config.data, "scenes", self.scenes)
-        self.pair_latents = encoding.latents(pipe, config.data, "pairs", self.pairs)
+    def __init__(self, data: str | Path, pipe: Pipeline, vl: VisionLanguage):
+        self._vl = vl
+        self.scenes = data_lib.read_part(data, "scenes")
+        self.pairs = data_lib.read_part(data, "pairs")
+        self.scene_latents = encoding.latents(pipe, data, "scenes", self.scenes)
+        self.pair_latents = encoding.latents(pipe, data, "pairs", self.pairs)
         self.scene_ids = encoding.caption_ids(pipe.tokenizer, self.scenes.captions)
         self.pair_ids = encoding.pair_ids(vl.tokenizer, self.pairs.captions)
         self.empty_ids = encoding.caption_ids(pipe.tokenizer, [""])
@@ -190,7 +190,7 @@ class Gallery:
 def prepare(config: ConfigDict, workdir: Path):
     """The task, and what to do with its last state: write the pipeline with the new weights."""
     pipe, vl = load(config)
-    world = World(config, pipe, vl)
+    world = World(config.data, pipe, vl)
     shapes = {"transformer": transformer_shapes(pipe.denoiser.network),
               "text_encoder": text_shapes(pipe.text_encoder), "vision": vision_shapes(vl.vision)}
     if config.init == "fresh":

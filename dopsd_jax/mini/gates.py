@@ -1,7 +1,6 @@
 """Command: is the mini model a fair test of the method? Measures what the model card says.
 
-    python -m dopsd_jax.mini.gates --base DIR --turbo DIR --vlm DIR --judge FILE --data DIR \
-        --out gates.json [--samples 2000]
+    python -m dopsd_jax.mini.gates --judge FILE --data DIR --out gates.json [--samples 2000]
 
 Gates: a. few plain steps of the undistilled model are much worse than many; b. the distilled model
 at its few steps is nearly as good as the undistilled one at many; c. it draws what it is asked for;
@@ -21,8 +20,9 @@ import numpy as np
 import optax
 from absl import flags
 
+from dopsd_jax import lora, sample
 from dopsd_jax import workdir as workdir_lib
-from dopsd_jax.core import cli
+from dopsd_jax.core import cli, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini import drawing, encoding, judge, world
@@ -30,30 +30,34 @@ from dopsd_jax.mini.base_stage import World, flow_matching_loss
 from dopsd_jax.mini.build import ALL_STYLES
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.weights.pipeline import Pipeline, load_pipeline, load_vision_language
+from dopsd_jax.weights.shipped import UNDISTILLED
 
 FLAGS = flags.FLAGS
 GUIDANCES = (1.0, 1.5, 2.5, 4.0)
 MANY_STEPS = 48
+SCANNED = 400                 # pictures per guidance scale, to choose the best one
 FINE_TUNING = (50, 100, 200)  # updates of gate e
 
 
 class Meter:
     """Draws cases and has them judged."""
 
-    def __init__(self, cases: drawing.Cases, judge_file: str | Path):
-        self.cases = cases
+    def __init__(self, samples: int, judge_file: str | Path):
+        self.cases = drawing.draw_cases(samples)
+        self._scanned = drawing.draw_cases(min(samples, SCANNED), seed=1)
         self._judge, self._real, self.report = judge.read(str(judge_file))
 
-    def measure(self, pipe: Pipeline, params, *, num_steps: int, guidance: float = 1.0) -> dict:
-        """{frechet, style, concept, sharpness} of the pictures."""
-        ctx = drawing.text_contexts(pipe, self.cases.captions)
-        pixels = drawing.draw(pipe, {"params": params}, ctx, self.cases.seeds,
+    def measure(self, pipe: Pipeline, params: trees.Tree, *, num_steps: int,
+                guidance: float = 1.0, scan: bool = False) -> dict:
+        """{frechet, style, concept, sharpness} of the pictures; of fewer, others for a `scan`."""
+        cases = self._scanned if scan else self.cases
+        ctx = drawing.text_contexts(pipe, cases.captions)
+        pixels = drawing.draw(pipe, {"params": params}, ctx, cases.seeds,
                               num_steps=num_steps, guidance=guidance)
-        return self.judged(pixels, "trained")
+        return self.judged(pixels, "trained", cases)
 
-    def judged(self, pixels: np.ndarray, real: str, cases: drawing.Cases | None = None) -> dict:
+    def judged(self, pixels: np.ndarray, real: str, cases: drawing.Cases) -> dict:
         """The judge's figures of pictures of `cases`, against the real pictures called `real`."""
-        cases = cases or self.cases
         said = judge.opinion(self._judge, pixels)
         return {
             "frechet": judge.frechet_distance(judge.moments(said.features), self._real[real]),
@@ -71,13 +75,27 @@ def sharpness(pixels: np.ndarray) -> float:
     return float(np.abs(4 * middle - around).mean())
 
 
-def few_steps(meter: Meter, base: Pipeline, turbo: Pipeline, num_steps: int) -> dict:
+def best_guidance(meter: Meter, pipe: Pipeline, base: trees.Tree) -> tuple[float, dict]:
+    """The base's scale with the least Frechet distance at many steps, and the figures of each."""
+    scan = {}
+    for scale in GUIDANCES:
+        scan[scale] = meter.measure(
+            pipe, base, num_steps=MANY_STEPS, guidance=scale, scan=True
+        )
+        log.info("guidance %g: %s", scale, scan[scale])
+    best = min(scan, key=lambda g: scan[g]["frechet"])
+    return best, {f"x{scale:g}": figures for scale, figures in scan.items()}
+
+
+def few_steps(
+    meter: Meter, turbo: Pipeline, base: trees.Tree, num_steps: int, guidance: float
+) -> dict:
     """Gates a, b and c: figures by (model, steps, guidance)."""
     table = {}
-    for guidance in GUIDANCES:
+    for scale in dict.fromkeys((1.0, guidance)):
         for steps in (num_steps, 2 * num_steps, MANY_STEPS):
-            key = f"base {steps} steps x{guidance:g}"
-            table[key] = meter.measure(base, base.params, num_steps=steps, guidance=guidance)
+            key = f"base {steps} steps x{scale:g}"
+            table[key] = meter.measure(turbo, base, num_steps=steps, guidance=scale)
             log.info("%s: %s", key, table[key])
     for steps in (num_steps, 2 * num_steps, 24):
         key = f"turbo {steps} steps"
@@ -113,12 +131,7 @@ def teacher(meter: Meter, turbo: Pipeline, vl, test: data_lib.Part, num_steps: i
 
 def fine_tuned(meter: Meter, turbo: Pipeline, vl, data: str, num_steps: int) -> dict:
     """Gate e: plain flow matching on the training data, Adam 2e-4, 64 rows an update."""
-    class Paths:
-        pass
-
-    config = Paths()
-    config.data = data
-    rows_of = World(config, turbo, vl)
+    rows_of = World(data, turbo, vl)
     optimizer = optax.adam(2e-4)
     params = turbo.params
     opt_state = optimizer.init(params)
@@ -155,7 +168,7 @@ def verdicts(results: dict, num_steps: int) -> dict[str, bool]:
     def fd(key):
         return table[key]["frechet"]
 
-    best = min(GUIDANCES, key=lambda g: fd(f"base {MANY_STEPS} steps x{g:g}"))
+    best = results["best_guidance"]
     many = fd(f"base {MANY_STEPS} steps x{best:g}")
     few, turbo = f"base {num_steps} steps", table[f"turbo {num_steps} steps"]
     tuned = results["fine_tuned"]
@@ -178,14 +191,16 @@ def main() -> None:
     workdir_lib.enable_compilation_cache()
     out = Path(FLAGS.out)
     cli.check_directory(out.parent)
-    base = load_pipeline(FLAGS.base, dtype="float32", remat="none")
-    turbo = load_pipeline(FLAGS.turbo, dtype="float32", remat="none")
+    turbo = load_pipeline(FLAGS.model, dtype="float32", remat="none")
+    base = lora.merge(turbo.params, *sample.read_lora(FLAGS.undistilled, turbo))
     vl = load_vision_language(FLAGS.vlm, turbo, dtype="float32")
-    meter = Meter(drawing.draw_cases(FLAGS.samples), FLAGS.judge)
+    meter = Meter(FLAGS.samples, FLAGS.judge)
     test = data_lib.read_part(FLAGS.data, "judge_test")
     results = {"samples": FLAGS.samples, "judge": meter.report}
     results["teacher"] = teacher(meter, turbo, vl, test, FLAGS.num_steps, FLAGS.samples)
-    results["few_steps"] = few_steps(meter, base, turbo, FLAGS.num_steps)
+    best, results["guidance"] = best_guidance(meter, turbo, base)
+    results["best_guidance"] = best
+    results["few_steps"] = few_steps(meter, turbo, base, FLAGS.num_steps, best)
     results["fine_tuned"] = fine_tuned(meter, turbo, vl, FLAGS.data, FLAGS.num_steps)
     results["gates"] = verdicts(results, FLAGS.num_steps)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -194,9 +209,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("base", "runs/mini/base/pipeline", "The undistilled pipeline.")
-    flags.DEFINE_string("turbo", "runs/mini/turbo/pipeline", "The distilled pipeline.")
-    flags.DEFINE_string("vlm", "runs/mini/turbo/qwen3_vl", "The Qwen3-VL directory.")
+    flags.DEFINE_string("model", "mini", "The distilled pipeline.")
+    flags.DEFINE_string("undistilled", str(UNDISTILLED), "The LoRA that undoes its distillation.")
+    flags.DEFINE_string("vlm", "mini", "The Qwen3-VL directory.")
     flags.DEFINE_string("judge", f"runs/mini/judge/{judge.FILE}", "From the judge's stage.")
     flags.DEFINE_string("data", "runs/mini/world", "From dopsd_jax.mini.build.")
     flags.DEFINE_string("out", "runs/mini/gates.json", "Where the figures go.")

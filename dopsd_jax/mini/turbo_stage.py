@@ -31,7 +31,7 @@ def prepare(config: ConfigDict, workdir: Path):
     gives the undistilled model back, for whoever wants to compare.
     """
     pipe, vl = load(config)
-    world = World(config, pipe, vl)
+    world = World(config.data, pipe, vl)
     encoders = {"text_encoder": pipe.text_params, "vision": vl.params}  # stay as they are
     method = Method(
         trainable="lora", lora_scale=1.0, teacher="ema", ema_decay=config.ema_decay,

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 
 from dopsd_jax.mini import judge
-from dopsd_jax.mini.gates import sharpness
+from dopsd_jax.mini.gates import sharpness, verdicts
 
 
 def gaussian(seed, dim=6):
@@ -57,3 +57,39 @@ def test_a_judge_file_gives_back_what_was_written(tmp_path):
     np.testing.assert_array_equal(got["a"]["kernel"], params["a"]["kernel"])
     np.testing.assert_allclose(real["noto"][1], gaussian(0)[1], rtol=1e-6)
     assert report == {"style": 0.5}
+
+
+def fair():
+    """Results that pass every gate."""
+    def row(frechet):
+        return {"frechet": frechet, "style": 0.95, "concept": 0.85, "sharpness": 1.0}
+
+    few = {"base 2 steps x1": 4.0, "base 48 steps x1": 2.0, "base 2 steps x2.5": 1.5,
+           "base 48 steps x2.5": 1.0, "turbo 2 steps": 1.3}
+    tuned = {"0 updates, 2 steps": 1.3, "0 updates, 24 steps": 1.2, "50 updates, 2 steps": 2.6,
+             "50 updates, 24 steps": 1.5}
+    tuned |= {f"{n} updates, {s} steps": 9.0 for n in (100, 200) for s in (2, 24)}
+    return {
+        "best_guidance": 2.5, "few_steps": {k: row(v) for k, v in few.items()},
+        "teacher": {"blueprint": row(1.0)}, "fine_tuned": {k: row(v) for k, v in tuned.items()},
+    }
+
+
+def test_a_fair_model_passes_every_gate():
+    assert verdicts(fair(), 2) == dict.fromkeys("abcde", True)
+
+
+@pytest.mark.parametrize("gate,part,row,figure,value", [
+    ("a", "few_steps", "base 2 steps x1", "frechet", 3.9),
+    ("a", "few_steps", "base 2 steps x2.5", "frechet", 1.4),
+    ("b", "few_steps", "turbo 2 steps", "frechet", 1.4),
+    ("c", "few_steps", "turbo 2 steps", "concept", 0.79),
+    ("c", "few_steps", "turbo 2 steps", "style", 0.89),
+    ("d", "teacher", "blueprint", "concept", 0.79),
+    ("e", "fine_tuned", "50 updates, 2 steps", "frechet", 2.5),
+    ("e", "fine_tuned", "50 updates, 24 steps", "frechet", 1.7),
+])
+def test_each_figure_can_fail_its_gate_alone(gate, part, row, figure, value):
+    results = fair()
+    results[part][row][figure] = value
+    assert verdicts(results, 2) == dict.fromkeys("abcde", True) | {gate: False}
