@@ -1,6 +1,6 @@
 """What the three stages of the mini model share. Run them in order: vae, base, turbo.
 
-    bash launch/mini.sh        # all of it, from emoji packages to a pipeline directory
+    bash launch/mini.sh        # all of it, from the shipped emoji to a pipeline directory
 """
 
 from ml_collections import ConfigDict

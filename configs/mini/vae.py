@@ -1,4 +1,4 @@
-"""Stage 1: the VAE, 64 pixels to 8 x 8 x 16."""
+"""Stage 1: the VAE, 64 x 64 pixels to 16 x 16 x 4."""
 
 from configs.mini.common import base
 

@@ -67,7 +67,7 @@ def pair_features(
 
 
 def latents(pipe: Pipeline, world: str | Path, kind: str, part: Part) -> np.ndarray:
-    """Normalised latents of every picture of a part, float16 [N, 8, 8, C]; kept beside them."""
+    """Normalised latents of every picture of a part, float16 [N, h, w, C]; kept beside them."""
     file = Path(world) / kind / f"latents_{fingerprint(pipe.directory / 'vae')}.npy"
     if file.is_file():
         return np.load(file, mmap_mode="r", allow_pickle=False)

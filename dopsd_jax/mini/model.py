@@ -33,19 +33,26 @@ from dopsd_jax.weights.z_image_names import z_image_table
 FLAGS = flags.FLAGS
 PIPELINE, VLM = "pipeline", "qwen3_vl"
 VOCABULARY = 512  # with the special tokens
+LATENT_CHANNELS = 4
 
 
 def sizes(merges: Sequence[tuple[str, str]]) -> Sizes:
-    """About 10 M parameters in all, of which 5.7 M are the transformer's."""
+    """About 10 M parameters in all, of which 5.7 M are the transformer's.
+
+    Patches of 2, because diffusers' pipeline knows no other; so the VAE halves the sides only
+    twice, and a picture of 64 pixels has 64 tokens.
+    """
     return Sizes(
         transformer=random_pipeline.TRANSFORMER | {
-            "all_patch_size": [1], "axes_dims": [16, 24, 24], "axes_lens": [1536, 128, 128],
-            "cap_feat_dim": 128, "dim": 192, "in_channels": 16, "n_heads": 3, "n_kv_heads": 3,
-            "n_layers": 7, "n_refiner_layers": 1,
+            "all_patch_size": [2], "axes_dims": [16, 24, 24], "axes_lens": [1536, 128, 128],
+            "cap_feat_dim": 128, "dim": 192, "in_channels": LATENT_CHANNELS, "n_heads": 3,
+            "n_kv_heads": 3, "n_layers": 7, "n_refiner_layers": 1,
         },
         vae=random_pipeline.VAE | {
-            "block_out_channels": [16, 32, 64, 96], "latent_channels": 16, "layers_per_block": 1,
+            "block_out_channels": [16, 32, 96], "latent_channels": LATENT_CHANNELS,
+            "down_block_types": ["DownEncoderBlock2D"] * 3, "layers_per_block": 1,
             "norm_num_groups": 8, "sample_size": 64, "scaling_factor": 1.0, "shift_factor": 0.0,
+            "up_block_types": ["UpDecoderBlock2D"] * 3,
         },
         language=random_pipeline.LANGUAGE | {
             "head_dim": 32, "hidden_size": 128, "intermediate_size": 384,

@@ -1,79 +1,17 @@
 """The whole recipe on very small networks: every stage hands on what the next one opens."""
 
-import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
 
-from configs.mini import base as base_config
-from configs.mini import judge as judge_config
-from configs.mini import turbo as turbo_config
 from configs.mini import vae as vae_config
 from dopsd_jax import lora, sample
 from dopsd_jax.core import trees
 from dopsd_jax.mini import build, judge, model, ship, stages, turbo_stage
 from dopsd_jax.mini import data as data_lib
-from dopsd_jax.mini.emoji import CONCEPTS, SETS, SPRITE
-from dopsd_jax.weights import random_pipeline
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    sprites = {}
-    for i, name in enumerate(SETS):
-        for j, concept in enumerate(CONCEPTS):
-            image = Image.new("RGBA", (SPRITE, SPRITE))
-            fill = ((40 * i) % 256, (20 * j) % 256, (90 * j) % 256, 255)
-            ImageDraw.Draw(image).rectangle((10, 10, 118, 60 + j), fill=fill)
-            sprites[name, concept] = np.asarray(image)
-    out = tmp_path_factory.mktemp("mini") / "world"
-    for kind in ("scenes", "pairs", "judge", "judge_test"):
-        build.build(sprites, out, kind, 130, seed=0)
-    return out
-
-
-def small(sizes):
-    """The same kinds of networks, as small as they go."""
-    return dataclasses.replace(
-        sizes,
-        transformer=sizes.transformer | {"dim": 48, "axes_dims": [4, 6, 6], "n_layers": 1,
-                                         "cap_feat_dim": 32},
-        vae=sizes.vae | {"block_out_channels": [8, 8, 8, 8]},
-        language=sizes.language | {"hidden_size": 32, "head_dim": 16, "intermediate_size": 32,
-                                   "num_hidden_layers": 3},
-        vision=sizes.vision | {"hidden_size": 32, "intermediate_size": 32, "depth": 2,
-                               "out_hidden_size": 32, "num_heads": 2},
-        mrope_section=(4, 2, 2),
-    )
-
-
-@pytest.fixture(scope="module")
-def recipe(world, tmp_path_factory):
-    """All stages, two updates each; the directory that holds a folder for each."""
-    out = tmp_path_factory.mktemp("recipe")
-    captions = [c for k in ("scenes", "pairs") for c in data_lib.read_part(world, k).captions]
-    sizes = small(model.sizes(model.train_merges(captions)))
-    random_pipeline.write_random_pipeline(
-        out / "blank", sizes=sizes, names=(model.PIPELINE, model.VLM)
-    )
-    before = "blank"
-    for name, config in (("vae", vae_config), ("base", base_config), ("turbo", turbo_config),
-                         ("judge", judge_config)):
-        c = config.get_config()
-        start = out / ("blank" if name == "judge" else before)
-        c.model, c.vlm, c.data = str(start / model.PIPELINE), str(start / model.VLM), str(world)
-        c.num_train_steps, c.batch_size, c.sample_every, c.checkpoint_every = 2, 6, 2, 2
-        if name == "vae":
-            c.batch_size = 8
-        state = stages.train(c, out / name)
-        assert int(state.step) == 2
-        assert stages.train(c, out / name) is None  # finished
-        before = name
-    return out
 
 
 def load(directory):
