@@ -12,15 +12,17 @@ GAP = 4
 HEADER = 16
 
 
-def grid(columns: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+def grid(columns: Sequence[tuple[str, np.ndarray]], enlarged: int = 1) -> np.ndarray:
     """Labelled columns of pictures.
 
     Args:
         columns: (label, uint8 [B, H, W, 3]) each, all of the same B; sizes may differ.
+        enlarged: Every pixel becomes a square of so many.
 
     Returns:
         uint8 [height, width, 3].
     """
+    columns = [(name, p.repeat(enlarged, 1).repeat(enlarged, 2)) for name, p in columns]
     count = len(columns[0][1])
     height = max(p.shape[1] for _, p in columns)
     width = sum(p.shape[2] + GAP for _, p in columns) + GAP

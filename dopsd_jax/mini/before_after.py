@@ -86,11 +86,7 @@ def before_and_after(
            ("teacher", draw(tuned("teacher"), seen, FIRST_SEED))]
     text = contexts.text_context(pipe, OLD_PROMPTS, length=TOKENS)
     old = [("base", draw(base, text, 100)), ("tuned", draw(student, text, 100))]
-    return _grid(new), _grid(old)
-
-
-def _grid(columns: list[tuple[str, np.ndarray]]) -> np.ndarray:
-    return previews.grid([(n, p.repeat(ENLARGED, 1).repeat(ENLARGED, 2)) for n, p in columns])
+    return previews.grid(new, ENLARGED), previews.grid(old, ENLARGED)
 
 
 def main() -> None:

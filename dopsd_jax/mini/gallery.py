@@ -29,11 +29,10 @@ def gallery(model: str, num_steps: int, seed: int) -> np.ndarray:
     columns = []
     for i, style in enumerate(world.TRAINED_STYLES):
         prompts = [f"{thing}, {style} style" for thing in THINGS]
-        pixels = sample.generate(
-            pipe, prompts, num_steps=num_steps, seed=seed + i * len(THINGS)
-        )
-        columns.append((style, pixels.repeat(2, 1).repeat(2, 2)))
-    return previews.grid(columns)
+        first = seed + i * len(THINGS)
+        pixels = sample.generate(pipe, prompts, num_steps=num_steps, seed=first)
+        columns.append((style, pixels))
+    return previews.grid(columns, enlarged=2)
 
 
 def main() -> None:
