@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment in .venv with the package and the extras
-# named in $1 (none if empty). Set DOPSD_VENV for another place, PYTHON for another interpreter (3.11 or newer).
+# named in $1, which may be empty. Set DOPSD_VENV for another place, PYTHON for another interpreter
+# (3.11 or newer).
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV="${DOPSD_VENV:-.venv}"
 

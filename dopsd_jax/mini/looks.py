@@ -28,11 +28,11 @@ def spare_word(rng: np.random.Generator) -> str:
     return "".join(str(rng.choice(list(kind))) for kind in letters)
 
 
-def _two_colours(rng: np.random.Generator, apart: float = 1.0) -> np.ndarray:
-    """float32 [2, 3] that differ by at least `apart` in the sum of channels."""
+def _two_colours(rng: np.random.Generator) -> np.ndarray:
+    """float32 [2, 3] that differ by at least 1 in the sum of channels."""
     while True:
         ends = rng.uniform(0, 1, (2, 3)).astype(np.float32)
-        if np.abs(ends[0] - ends[1]).sum() >= apart:
+        if np.abs(ends[0] - ends[1]).sum() >= 1.0:
             return ends
 
 

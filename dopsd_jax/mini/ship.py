@@ -24,16 +24,10 @@ from dopsd_jax.mini.model import PIPELINE, VLM
 from dopsd_jax.mini.turbo_stage import UNDO
 from dopsd_jax.weights.load import weight_files
 from dopsd_jax.weights.qwen3_names import LANGUAGE
-from dopsd_jax.weights.save import write_tensors
+from dopsd_jax.weights.save import read_tensors, write_tensors
 from dopsd_jax.weights.shipped import ASSETS, PIPELINES, UNDISTILLED, VISION_LANGUAGE
 
 FLAGS = flags.FLAGS
-
-
-def read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file."""
-    with safe_open(file, framework="numpy") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
 
 
 def round_files(directory: Path, replaced: dict[str, np.ndarray] | None = None) -> None:

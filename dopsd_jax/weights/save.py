@@ -37,10 +37,7 @@ def replace_tensors(
     """
     files = weight_files(Path(directory))
     flat = trees.flatten(tree)
-    contents: dict[Path, dict[str, np.ndarray]] = {}
-    for file in files:
-        with safe_open(file, framework="numpy") as f:
-            contents[file] = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    contents = {file: read_tensors(file) for file in files}
     slots, problems = resolve(table, [n for tensors in contents.values() for n in tensors])
     unknown = sorted({s.name for s in slots.values()} - set(flat))
     problems += [f"{name}: the tree has no such parameter" for name in unknown]
@@ -64,6 +61,12 @@ def replace_tensors(
             tensors[name] = np.ascontiguousarray(value.reshape(old.shape), dtype or old.dtype)
     write_tensors(directory, contents)
     return len(slots)
+
+
+def read_tensors(file: str | Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file."""
+    with safe_open(file, framework="numpy") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
 
 
 def write_tensors(

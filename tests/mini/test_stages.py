@@ -12,6 +12,7 @@ from dopsd_jax.core import trees
 from dopsd_jax.mini import build, judge, model, ship, stages, turbo_stage
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
+from dopsd_jax.weights.save import read_tensors
 
 
 def load(directory):
@@ -82,8 +83,8 @@ def test_shipping_rounds_to_bfloat16_and_keeps_the_card(recipe, tmp_path):
 
 def test_a_shipped_vlm_is_whole_by_itself(recipe, tmp_path):
     pipeline, vlm, _ = ship.ship(recipe / "turbo", tmp_path)
-    tensors = ship.read_tensors(vlm / "model.safetensors")
-    text = ship.read_tensors(pipeline / "text_encoder" / "model.safetensors")
+    tensors = read_tensors(vlm / "model.safetensors")
+    text = read_tensors(pipeline / "text_encoder" / "model.safetensors")
     name = next(n for n in text if n.endswith("layers.0.mlp.up_proj.weight"))
     language = tensors["model.language_model." + name.removeprefix("model.")]
     np.testing.assert_array_equal(language.view(np.uint16), text[name].view(np.uint16))
