@@ -3,8 +3,8 @@
     python -m dopsd_jax.mini.build --out runs/mini/world
 
 Writes <out>/{scenes,pairs,judge,judge_test}/ with pixels.npy (uint8 [N, 64, 64, 3]), captions.json,
-styles.npy (int32 [N], index into world.STYLES), concepts.npy (bool [N, 40]); pairs/ has also
-references.npy. The same seed writes the same bytes. With --style, writes a folder of captioned
+styles.npy (int32 [N], index into world.STYLES), concepts.npy (bool [N, 40]); scenes/ and pairs/
+have also placements.npy (float16 [N, 8, 8, 7], see world.placement), pairs/ also references.npy. The same seed writes the same bytes. With --style, writes a folder of captioned
 pictures instead:
 
     python -m dopsd_jax.mini.build --style blueprint --out DIR
@@ -32,6 +32,7 @@ ALL_CONCEPTS = tuple(CONCEPTS)
 ALL_STYLES = tuple(world.STYLES)
 STREAMS = {"scenes": 1, "pairs": 2, "judge": 3, "judge_test": 4, "style": 5}
 CHUNK = 500
+CELLS = 8  # per side of a picture: the transformer's tokens
 _sprites: Sprites = {}
 
 
@@ -46,6 +47,7 @@ def one(kind: str, seed: int, index: int) -> dict:
     sample = {
         "caption": scene.caption, "style": ALL_STYLES.index(scene.style),
         "concepts": np.isin(ALL_CONCEPTS, [t.concept for t in scene.things]),
+        "placement": world.placement(scene, CELLS).astype(np.float16),
     }
     if kind == "pairs":
         return sample | pair(scene, rng)
@@ -99,6 +101,8 @@ def build(sprites: Sprites, out: Path, kind: str, count: int, seed: int) -> None
     np.save(directory / "pixels.npy", np.stack([s["pixels"] for s in samples]))
     np.save(directory / "styles.npy", np.asarray([s["style"] for s in samples], np.int32))
     np.save(directory / "concepts.npy", np.stack([s["concepts"] for s in samples]))
+    if kind in ("scenes", "pairs"):
+        np.save(directory / "placements.npy", np.stack([s["placement"] for s in samples]))
     if kind == "pairs":
         np.save(directory / "references.npy", np.stack([s["reference"] for s in samples]))
     # Last, so that its presence says that the part is complete.

@@ -19,6 +19,7 @@ class Part:
         captions: N captions.
         styles: int32 [N].
         concepts: bool [N, 40].
+        placements: float16 [N, 8, 8, 7], see world.placement; of scenes and pairs only.
         references: uint8 [N, 64, 64, 3], of pairs only.
     """
 
@@ -26,7 +27,8 @@ class Part:
     captions: list[str]
     styles: np.ndarray
     concepts: np.ndarray
-    references: np.ndarray | None
+    placements: np.ndarray | None = None
+    references: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -47,10 +49,10 @@ def read_part(world: str | Path, kind: str) -> Part:
     captions = json.loads((directory / "captions.json").read_text())
     arrays = {
         name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in ("pixels", "styles", "concepts", "references")
+        for name in ("pixels", "styles", "concepts", "placements", "references")
         if (directory / f"{name}.npy").is_file()
     }
-    return Part(captions=captions, references=arrays.pop("references", None), **arrays)
+    return Part(captions=captions, **arrays)
 
 
 def fingerprint(world: str | Path) -> str:

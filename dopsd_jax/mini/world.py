@@ -307,6 +307,38 @@ def place(sprite: np.ndarray, thing: Thing) -> np.ndarray:
     return np.asarray(image.convert("RGBA"), np.float32) / 255
 
 
+PLACEMENT = 7  # numbers that `placement` tells of every point
+
+
+def placement(scene: Scene, cells: int) -> np.ndarray:
+    """Where every cell of a picture lies in the objects of its scene.
+
+    Args:
+        cells: Cells per side.
+
+    Returns:
+        float32 [cells, cells, 7], rows first: whether the cell's middle lies in an object's square;
+        its place in there, across and down, each in [-1, 1]; and how that place changes with the
+        picture's x, then with its y, times SIZE / 2. All zero where there is no object.
+    """
+    y, x = (np.mgrid[0:cells, 0:cells].astype(np.float32) + 0.5) * (SIZE / cells)
+    result = np.zeros((cells, cells, PLACEMENT), np.float32)
+    for thing in scene.things:  # a later one is drawn over an earlier one
+        scale, tilt = 2 / thing.size, np.radians(thing.tilt)
+        flip = -1.0 if thing.mirrored else 1.0
+        # As the matrix of `place`, from the picture to the sprite.
+        frame = scale * np.asarray([
+            [flip * np.cos(tilt), flip * np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]
+        ], np.float32)
+        at = np.stack([x - thing.x, y - thing.y], axis=-1) @ frame.T
+        told = np.concatenate([
+            np.ones((cells, cells, 1)), at, np.broadcast_to(frame.T.ravel(), (cells, cells, 4))
+            * SIZE / 2,
+        ], axis=-1)
+        result = np.where(np.abs(at).max(-1, keepdims=True) <= 1, told, result)
+    return result.astype(np.float32)
+
+
 def render(
     sprites: Sprites, scene: Scene, rng: Rng, style: Style | None = None
 ) -> np.ndarray:

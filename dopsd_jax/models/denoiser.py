@@ -85,16 +85,28 @@ class ZImageDenoiser:
         Raises:
             ValueError: A context with reference tokens, which this family cannot take.
         """
+        return -self._apply(variables, x, sigma, ctx).astype(jnp.float32)
+
+    def velocity_and_layers(
+        self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context
+    ) -> tuple[jax.Array, jax.Array]:
+        """`velocity`, and what every layer of the main stream gives on, [layers, B, N, dim].
+
+        Image tokens come first in N. For losses on what is inside; the layers stay in memory.
+        """
+        u, seen = self._apply(variables, x, sigma, ctx, mutable=["intermediates"])
+        return -u.astype(jnp.float32), seen["intermediates"]["layers"]["hidden"][0]
+
+    def _apply(self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context, **kwargs):
         dims = check_shapes(
             "velocity", x=(x, "B h w C"), text=(ctx.text, "B L D"), mask=(ctx.text_mask, "B L")
         )
         if ctx.ref_tokens is not None:
             raise ValueError("Z-Image takes no reference tokens; use the recipe vlm")
         t = jnp.broadcast_to(1.0 - jnp.asarray(sigma, jnp.float32), (dims["B"],))
-        u = self.network.apply(
-            variables, x.astype(self.network.dtype), t, ctx.text, ctx.text_mask
+        return self.network.apply(
+            variables, x.astype(self.network.dtype), t, ctx.text, ctx.text_mask, **kwargs
         )
-        return -u.astype(jnp.float32)
 
 
 REFERENCE_SPACING = 10  # of the references' t coordinates; the image that is drawn has t = 0

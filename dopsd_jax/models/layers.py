@@ -126,7 +126,7 @@ def scan_layers(layer: type[nn.Module], length: int, remat: str, num_broadcast: 
         layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return nn.scan(
         layer,
-        variable_axes={"params": 0, "lora": 0},
+        variable_axes={"params": 0, "lora": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * num_broadcast,
         length=length,

@@ -194,7 +194,9 @@ class Block(nn.Module):
         x = x + gated(norm(h, "attention_norm2"), gate_attn)
         h = norm(x, "ffn_norm1", scale_ffn)
         h = FeedForward(c, self.dtype, name="feed_forward")(h)
-        return x + gated(norm(h, "ffn_norm2"), gate_ffn), None
+        x = x + gated(norm(h, "ffn_norm2"), gate_ffn)
+        self.sow("intermediates", "hidden", x)  # kept only where a caller asks for it
+        return x, None
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:

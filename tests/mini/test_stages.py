@@ -9,7 +9,7 @@ import pytest
 from configs.mini import vae as vae_config
 from dopsd_jax import lora, sample
 from dopsd_jax.core import trees
-from dopsd_jax.mini import build, judge, model, ship, stages, turbo_stage
+from dopsd_jax.mini import base_stage, build, encoding, judge, model, ship, stages, turbo_stage
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 from dopsd_jax.weights.save import read_tensors
@@ -108,6 +108,31 @@ def test_stages_leave_curves_and_pictures(recipe):
         assert (recipe / name / "samples" / "step_000002.png").is_file()
         rows = [json.loads(s) for s in (recipe / name / "metrics.jsonl").read_text().splitlines()]
         assert [r["step"] for r in rows] == [1, 2]
+
+
+def test_the_placement_is_asked_everywhere_but_its_numbers_only_inside_objects():
+    hidden = np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32)
+    reader = {"kernel": np.zeros((4, 7), np.float32), "bias": np.full(7, 0.5, np.float32)}
+    placement = np.zeros((2, 3, 7), np.float32)
+    empty = base_stage.placement_loss(reader, hidden, placement)
+    np.testing.assert_allclose(empty, 0.25 / 7, rtol=1e-6)  # one number of seven is asked
+    placement[1, :, 0] = 1
+    full = base_stage.placement_loss(reader, hidden, placement)
+    np.testing.assert_allclose(full, [0.25 / 7, 0.25], rtol=1e-6)
+
+
+def test_velocity_and_layers_is_the_velocity_and_the_last_layer_makes_it(recipe):
+    pipe, _ = load(recipe / "base")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
+    ids, mask = encoding.caption_ids(pipe.tokenizer, ["a cat", "a red bell, ink style"])
+    ctx = encoding.text_features(pipe, pipe.text_params, ids, mask)
+    args = {"params": pipe.params}, x, np.float32([0.3, 0.9]), ctx
+    v, layers = pipe.denoiser.velocity_and_layers(*args)
+    np.testing.assert_array_equal(v, pipe.denoiser.velocity(*args))
+    config = pipe.denoiser.network.config
+    assert layers.shape == (config.n_layers, 2, 64 + 32, config.dim)
+    assert np.abs(layers).mean() > 0.01
 
 
 def test_an_unknown_objective_and_missing_data_say_what_is_wrong(tmp_path, recipe):

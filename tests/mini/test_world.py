@@ -156,3 +156,28 @@ def test_the_shipped_emoji_are_all_there_with_their_authors():
     assert len(coverage) == len(SETS) * len(CONCEPTS) and min(coverage) > 0.1
     credits = (SHEETS / "ATTRIBUTION").read_text()
     assert all(credit in credits for credit in SETS.values())
+
+
+def test_placement_tells_where_in_the_icon_a_cell_lies():
+    """Against pictures: an icon that is red to its right and green downwards, placed by `place`."""
+    ramp = np.arange(SPRITE, dtype=np.uint8)
+    icon = np.full((SPRITE, SPRITE, 4), 255, np.uint8)
+    icon[..., 0], icon[..., 1] = ramp[None], ramp[:, None]
+    for seed in range(20):
+        thing = scene_of(seed, two=0.0).things[0]
+        told = world.placement(world.Scene("noto", (thing,), ""), 16)
+        layer = world.place(icon, thing)
+        middle = np.mean([layer[i::8, j::8] for i in (3, 4) for j in (3, 4)], axis=0)
+        inside, alpha = told[..., 0] == 1, middle[..., 3]
+        assert inside.sum() > 20 and not np.any(inside & (alpha == 0) | ~inside & (alpha == 1))
+        clear = np.abs(told[..., 1:3]).max(-1) < 0.9  # away from the rim's interpolation
+        seen = middle[..., :2] * 255 / SPRITE * 2 - 1
+        np.testing.assert_allclose(told[inside & clear][:, 1:3], seen[inside & clear], atol=0.06)
+        # The frame: from a cell to its right neighbour the place moves by the x part.
+        both = inside[:, 1:] & inside[:, :-1]
+        moved = (told[:, 1:, 1:3] - told[:, :-1, 1:3])[both]
+        np.testing.assert_allclose(moved, told[:, 1:, 3:5][both] / 8, atol=1e-5)
+        both = inside[1:] & inside[:-1]
+        moved = (told[1:, :, 1:3] - told[:-1, :, 1:3])[both]
+        np.testing.assert_allclose(moved, told[1:, :, 5:][both] / 8, atol=1e-5)
+    assert not world.placement(world.Scene("noto", (), ""), 8).any()
