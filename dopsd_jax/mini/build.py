@@ -4,8 +4,8 @@
 
 Writes <out>/{scenes,pairs,judge,judge_test}/ with pixels.npy (uint8 [N, 64, 64, 3]), captions.json,
 styles.npy (int32 [N], index into world.STYLES), concepts.npy (bool [N, 40]); scenes/ and pairs/
-have also placements.npy (float16 [N, 8, 8, 7], see world.placement), pairs/ also references.npy. The same seed writes the same bytes. With --style, writes a folder of captioned
-pictures instead:
+have also placements.npy (float16 [N, 8, 8, 7], see world.placement), pairs/ also references.npy.
+The same seed writes the same bytes. With --style, writes a folder of captioned pictures instead:
 
     python -m dopsd_jax.mini.build --style blueprint --out DIR
 """

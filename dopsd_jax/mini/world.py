@@ -307,35 +307,32 @@ def place(sprite: np.ndarray, thing: Thing) -> np.ndarray:
     return np.asarray(image.convert("RGBA"), np.float32) / 255
 
 
-PLACEMENT = 7  # numbers that `placement` tells of every point
+PLACEMENT = 7  # numbers that `placement` tells of every cell
 
 
 def placement(scene: Scene, cells: int) -> np.ndarray:
-    """Where every cell of a picture lies in the objects of its scene.
+    """How the object lies that covers a cell of the picture, for every cell.
 
     Args:
         cells: Cells per side.
 
     Returns:
-        float32 [cells, cells, 7], rows first: whether the cell's middle lies in an object's square;
-        its place in there, across and down, each in [-1, 1]; and how that place changes with the
-        picture's x, then with its y, times SIZE / 2. All zero where there is no object.
+        float32 [cells, cells, 7], rows first: 1 where the cell's middle lies in an object's tilted
+        square; where in there, across and down, each in [-1, 1]; cosine and sine of the tilt;
+        half a picture over the object's size; -1 if mirrored, else 1. All zero in no object.
     """
     y, x = (np.mgrid[0:cells, 0:cells].astype(np.float32) + 0.5) * (SIZE / cells)
     result = np.zeros((cells, cells, PLACEMENT), np.float32)
     for thing in scene.things:  # a later one is drawn over an earlier one
-        scale, tilt = 2 / thing.size, np.radians(thing.tilt)
-        flip = -1.0 if thing.mirrored else 1.0
-        # As the matrix of `place`, from the picture to the sprite.
-        frame = scale * np.asarray([
-            [flip * np.cos(tilt), flip * np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]
-        ], np.float32)
-        at = np.stack([x - thing.x, y - thing.y], axis=-1) @ frame.T
-        told = np.concatenate([
-            np.ones((cells, cells, 1)), at, np.broadcast_to(frame.T.ravel(), (cells, cells, 4))
-            * SIZE / 2,
-        ], axis=-1)
-        result = np.where(np.abs(at).max(-1, keepdims=True) <= 1, told, result)
+        c, s = np.cos(np.radians(thing.tilt)), np.sin(np.radians(thing.tilt))
+        dx, dy = (2 / thing.size) * (x - thing.x), (2 / thing.size) * (y - thing.y)
+        across, down = c * dx + s * dy, c * dy - s * dx
+        told = [np.ones_like(x), across, down, *(
+            np.full_like(x, v)
+            for v in (c, s, SIZE / 2 / thing.size, -1.0 if thing.mirrored else 1.0)
+        )]
+        inside = np.maximum(np.abs(across), np.abs(down)) <= 1
+        result = np.where(inside[..., None], np.stack(told, axis=-1), result)
     return result.astype(np.float32)
 
 

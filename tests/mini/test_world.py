@@ -159,7 +159,7 @@ def test_the_shipped_emoji_are_all_there_with_their_authors():
 
 
 def test_placement_tells_where_in_the_icon_a_cell_lies():
-    """Against pictures: an icon that is red to its right and green downwards, placed by `place`."""
+    """Against pictures of an icon that is redder to its right and greener downwards."""
     ramp = np.arange(SPRITE, dtype=np.uint8)
     icon = np.full((SPRITE, SPRITE, 4), 255, np.uint8)
     icon[..., 0], icon[..., 1] = ramp[None], ramp[:, None]
@@ -170,14 +170,14 @@ def test_placement_tells_where_in_the_icon_a_cell_lies():
         middle = np.mean([layer[i::8, j::8] for i in (3, 4) for j in (3, 4)], axis=0)
         inside, alpha = told[..., 0] == 1, middle[..., 3]
         assert inside.sum() > 20 and not np.any(inside & (alpha == 0) | ~inside & (alpha == 1))
-        clear = np.abs(told[..., 1:3]).max(-1) < 0.9  # away from the rim's interpolation
+        assert not told[~inside].any()
+        across, down, cos, sin, size, mirror = told[..., 1:].transpose(2, 0, 1)
+        clear = inside & (np.maximum(np.abs(across), np.abs(down)) < 0.9)
         seen = middle[..., :2] * 255 / SPRITE * 2 - 1
-        np.testing.assert_allclose(told[inside & clear][:, 1:3], seen[inside & clear], atol=0.06)
-        # The frame: from a cell to its right neighbour the place moves by the x part.
-        both = inside[:, 1:] & inside[:, :-1]
-        moved = (told[:, 1:, 1:3] - told[:, :-1, 1:3])[both]
-        np.testing.assert_allclose(moved, told[:, 1:, 3:5][both] / 8, atol=1e-5)
-        both = inside[1:] & inside[:-1]
-        moved = (told[1:, :, 1:3] - told[:-1, :, 1:3])[both]
-        np.testing.assert_allclose(moved, told[1:, :, 5:][both] / 8, atol=1e-5)
+        np.testing.assert_allclose((across * mirror)[clear], seen[clear][:, 0], atol=0.06)
+        np.testing.assert_allclose(down[clear], seen[clear][:, 1], atol=0.06)
+        both = inside[:, 1:] & inside[:, :-1]  # a cell and its right neighbour, 4 pixels on
+        moved = (told[:, 1:, 1:3] - told[:, :-1, 1:3])[both] * 8
+        want = np.stack([cos * size, -sin * size], axis=-1)[:, 1:][both] * 2
+        np.testing.assert_allclose(moved, want, atol=1e-4)
     assert not world.placement(world.Scene("noto", (), ""), 8).any()
