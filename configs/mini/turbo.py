@@ -10,7 +10,7 @@ def get_config():
     c.num_steps = 2           # denoiser calls of the finished model
     c.substeps = 4            # of the teacher within each of them
     c.guidance = 2.5          # of the teacher; becomes part of the student
-    c.rank = 32               # of the LoRA that is folded in when done
+    c.rank = 16               # of the LoRA that is folded in when done
     c.batch_size = 24
     c.num_train_steps = 2000
     c.optimizer.optimizer = "adamw"

@@ -32,6 +32,7 @@ from dopsd_jax.train_step import Method, init_state, make_optimizer, make_train_
 FEATURES = 64
 WIDTHS = (32, 64, 128, 160)
 FILE = "judge.safetensors"
+FILE_DTYPE = "float16"  # of its parameters
 
 
 class Judge(nn.Module):
@@ -177,7 +178,7 @@ def prepare(config: ConfigDict, workdir: Path):
         log.info("step %d: accuracy on held-back pictures %s", step, measure(state.teacher))
 
     def finish(state) -> None:
-        params = jax.tree.map(np.asarray, state.teacher)
+        params = trees.cast_floats(trees.cast_floats(state.teacher, FILE_DTYPE), "float32")
         said = opinion(params, scenes.pixels[:4000])
         halves = [moments(half) for half in np.array_split(said.features, 2)]
         report = measure(params) | {"frechet_of_two_real_sets": frechet_distance(*halves)}
@@ -192,7 +193,8 @@ def prepare(config: ConfigDict, workdir: Path):
 
 def write(path: Path, params: trees.Tree, references: dict, report: dict) -> None:
     """The judge, the moments of real pictures by name, and its report, in one file."""
-    tensors = {f"params/{n}": np.asarray(x) for n, x in trees.flatten(params).items()}
+    rounded = trees.flatten(trees.cast_floats(params, FILE_DTYPE))
+    tensors = {f"params/{n}": np.asarray(x) for n, x in rounded.items()}
     for name, (mean, cov) in references.items():
         tensors |= {f"real/{name}/mean": mean.astype(np.float32),
                     f"real/{name}/cov": cov.astype(np.float32)}
@@ -204,11 +206,17 @@ def write(path: Path, params: trees.Tree, references: dict, report: dict) -> Non
 
 @functools.cache
 def read(path: str | Path) -> tuple[trees.Tree, dict, dict]:
-    """Parameters, moments {name: (mean, cov)} and report of a judge's file."""
+    """Parameters, moments {name: (mean, cov)} and report of a judge's file.
+
+    Raises:
+        ValueError: No such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no judge there; configs/mini/judge.py trains one")
     with safe_open(path, framework="numpy") as f:
         flat = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
         report = json.loads(f.metadata()["report"])
     tree = trees.unflatten(flat)
     real = {name: (m["mean"].astype(np.float64), m["cov"].astype(np.float64))
             for name, m in tree["real"].items()}
-    return tree["params"], real, report
+    return trees.cast_floats(tree["params"], "float32"), real, report

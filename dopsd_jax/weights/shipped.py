@@ -9,6 +9,7 @@ PIPELINES = {"mini": ASSETS / "mini"}
 VISION_LANGUAGE = {"mini": ASSETS / "mini_qwen3_vl"}
 # A LoRA on mini's transformer that undoes its distillation.
 UNDISTILLED = ASSETS / "mini_undistilled.safetensors"
+JUDGE = ASSETS / "mini_judge.safetensors"  # see mini/judge.py
 
 
 def pipeline_directory(name: str | Path) -> Path:

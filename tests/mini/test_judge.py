@@ -65,7 +65,7 @@ def fair():
         return {"frechet": frechet, "style": 0.95, "concept": 0.85, "sharpness": 1.0}
 
     few = {"base 2 steps x1": 4.0, "base 48 steps x1": 2.0, "base 2 steps x2.5": 1.5,
-           "base 48 steps x2.5": 1.0, "turbo 2 steps": 1.3}
+           "base 48 steps x2.5": 1.0, "turbo 2 steps": 1.3, "turbo 4 steps": 1.3}
     tuned = {"0 updates, 2 steps": 1.3, "0 updates, 24 steps": 1.2, "50 updates, 2 steps": 2.6,
              "50 updates, 24 steps": 1.5}
     tuned |= {f"{n} updates, {s} steps": 9.0 for n in (100, 200) for s in (2, 24)}
@@ -83,6 +83,7 @@ def test_a_fair_model_passes_every_gate():
     ("a", "few_steps", "base 2 steps x1", "frechet", 3.9),
     ("a", "few_steps", "base 2 steps x2.5", "frechet", 1.4),
     ("b", "few_steps", "turbo 2 steps", "frechet", 1.4),
+    ("b", "few_steps", "turbo 4 steps", "frechet", 1.4),
     ("c", "few_steps", "turbo 2 steps", "concept", 0.79),
     ("c", "few_steps", "turbo 2 steps", "style", 0.89),
     ("d", "teacher", "blueprint", "concept", 0.79),

@@ -62,13 +62,14 @@ def test_the_result_draws(recipe):
 
 
 def test_shipping_rounds_to_bfloat16_and_keeps_the_card(recipe, tmp_path):
-    ship.ship(recipe / "turbo", tmp_path)
+    ship.ship(recipe / "turbo", recipe / "judge", tmp_path)
     (tmp_path / "mini" / "README.md").write_text("card")
-    pipeline, vlm, undo = ship.ship(recipe / "turbo", tmp_path)
+    pipeline, vlm, undo, judge_file = ship.ship(recipe / "turbo", recipe / "judge", tmp_path)
     assert (pipeline / "README.md").read_text() == "card"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "mini", "mini_qwen3_vl", "mini_undistilled.safetensors"
+        "mini", "mini_judge.safetensors", "mini_qwen3_vl", "mini_undistilled.safetensors"
     ]
+    assert judge.read(str(judge_file))[2] == judge.read(str(recipe / "judge" / judge.FILE))[2]
     (turbo, vl), (base, _) = load(recipe / "turbo"), load(recipe / "base")
     pipe = load_pipeline(pipeline, dtype="float32", remat="none")
     shipped_vl = load_vision_language(vlm, pipe, dtype="float32")
@@ -82,7 +83,7 @@ def test_shipping_rounds_to_bfloat16_and_keeps_the_card(recipe, tmp_path):
 
 
 def test_a_shipped_vlm_is_whole_by_itself(recipe, tmp_path):
-    pipeline, vlm, _ = ship.ship(recipe / "turbo", tmp_path)
+    pipeline, vlm, *_ = ship.ship(recipe / "turbo", recipe / "judge", tmp_path)
     tensors = read_tensors(vlm / "model.safetensors")
     text = read_tensors(pipeline / "text_encoder" / "model.safetensors")
     name = next(n for n in text if n.endswith("layers.0.mlp.up_proj.weight"))
@@ -90,9 +91,12 @@ def test_a_shipped_vlm_is_whole_by_itself(recipe, tmp_path):
     np.testing.assert_array_equal(language.view(np.uint16), text[name].view(np.uint16))
 
 
-def test_shipping_an_unfinished_run_says_what_is_missing(tmp_path):
+def test_shipping_an_unfinished_run_says_what_is_missing(tmp_path, recipe):
     with pytest.raises(ValueError, match="finished step_distillation run, .'pipeline'"):
-        ship.ship(tmp_path, tmp_path / "out")
+        ship.ship(tmp_path, recipe / "judge", tmp_path / "out")
+    with pytest.raises(ValueError, match="finished judge run, .'judge.safetensors'"):
+        ship.ship(recipe / "turbo", tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_judge_is_measured_and_written(recipe):
