@@ -20,19 +20,23 @@ def get_config():
     c.vlm_min_pixels = c.vlm_max_pixels = 64 * 64
     c.num_steps = c.sample_steps = 2
     c.lora.rank, c.lora.alpha = 16, 32.0
-    c.num_train_steps = 200
+    c.num_train_steps = 100
     c.batch_size = 8
-    c.learning_rate = 1e-3
+    c.learning_rate = 3e-4
     c.warmup_steps = 10
-    c.ema_decay = 0.99
+    c.ema_decay = 0.999
     c.dtype = "float32"
     c.remat = "none"
     c.sample_rows = 8
-    c.sample_every = 50
-    c.checkpoint_every = 50
+    c.sample_every = 25
+    c.checkpoint_every = 25
     c.sample_prompts = (
-        "a cat, blueprint style", "a rocket, blueprint style", "an owl, blueprint style",
-        "a guitar and a small dog, blueprint style", "a red umbrella, noto style",
-        "a big cake, pastel style", "a whale, neon style", "a tulip and a key, sticker style",
+        "a cat, blueprint style", "a rocket, blueprint style", "a big star, blueprint style",
+        "a mushroom and a small cactus, blueprint style", "a red umbrella, noto style",
+        "a big cake, pastel style", "a panda, neon style", "a frog and a key, sticker style",
+    )
+    c.gauge_prompts = (
+        "a banana, noto style", "a rocket, night style", "a hamburger, sticker style",
+        "a butterfly, neon style", "an umbrella, ink style", "a panda, pastel style",
     )
     return c

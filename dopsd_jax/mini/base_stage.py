@@ -6,11 +6,13 @@ target itself or another one of the same words, often in colours that no style h
 So small a model, trained for an hour, learns colours long before shapes: to draw a tilted thing it
 must first see in the noise how the thing lies. So the middle of the transformer is also asked for
 that, token by token (`placement_loss`), as larger models are aligned with the features of a vision
-encoder (REPA, arXiv 2410.06940). What reads the answer is dropped in the end.
+encoder (REPA, arXiv 2410.06940). The vision tower in turn is asked for the picture it was shown
+(`picture_loss`). What reads the answers is dropped in the end.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import flax.struct
@@ -20,6 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dopsd_jax import flow, loop, previews, sample
+from dopsd_jax.baselines import flow_matching_loss
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
 from dopsd_jax.guidance import GuidedContext, guided
@@ -27,6 +30,7 @@ from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini import encoding
 from dopsd_jax.mini import world as world_lib
 from dopsd_jax.mini.model import fresh, save_models
+from dopsd_jax.models.denoiser import Context
 from dopsd_jax.rollout import trajectory
 from dopsd_jax.train_step import Method, init_state, make_optimizer, make_train_step
 from dopsd_jax.weights.pipeline import (
@@ -39,7 +43,8 @@ from dopsd_jax.weights.pipeline import (
     vision_shapes,
 )
 
-PLACEMENT = "placement"  # the name of what reads the placement, among the trained parameters
+# The names of what reads the answers, among the trained parameters.
+PLACEMENT, PICTURE = "placement", "picture"
 
 
 @flax.struct.dataclass
@@ -52,6 +57,7 @@ class Rows:
         ids, mask: [B, L].
         placement: float32 [B, tokens, 7], see world.placement.
         patches: float32 [B, n, d] of the reference picture, or None.
+        picture: float32 [B, image tokens, numbers], its latents, or None.
     """
 
     latents: jax.Array
@@ -61,13 +67,12 @@ class Rows:
     mask: jax.Array
     placement: jax.Array
     patches: jax.Array | None = None
+    picture: jax.Array | None = None
 
 
-def flow_matching_loss(velocity, variables, x0, noise, sigma, ctx) -> jax.Array:
-    """Mean squared error of the velocity at (1 - sigma) x0 + sigma noise, float32 [B]."""
-    s = sigma[:, None, None, None]
-    v = velocity(variables, (1 - s) * x0 + s * noise, sigma, ctx)
-    return jnp.mean(jnp.square(v - (noise - x0)), (1, 2, 3))
+def read(reader: trees.Tree, x: jax.Array) -> jax.Array:
+    """A linear map {kernel [d, n], bias [n]} of the last axis."""
+    return x @ reader["kernel"] + reader["bias"]
 
 
 def placement_loss(reader: trees.Tree, hidden: jax.Array, placement: jax.Array) -> jax.Array:
@@ -78,9 +83,19 @@ def placement_loss(reader: trees.Tree, hidden: jax.Array, placement: jax.Array) 
         hidden: [B, N, d], image tokens first.
         placement: float32 [B, tokens, 7]; where a token is in no object only that is asked.
     """
-    read = hidden[:, : placement.shape[1]] @ reader["kernel"] + reader["bias"]
+    answer = read(reader, hidden[:, : placement.shape[1]])
     weight = jnp.where(jnp.arange(placement.shape[-1]) == 0, 1.0, placement[..., :1])
-    return jnp.mean(weight * jnp.square(read - placement), (1, 2))
+    return jnp.mean(weight * jnp.square(answer - placement), (1, 2))
+
+
+def picture_loss(reader: trees.Tree, ctx: Context, rows: Rows, image_token_id: int) -> jax.Array:
+    """Mean squared error of latents that a linear map reads in the image tokens, float32 [B]."""
+    count = rows.picture.shape[1]
+    first = jnp.argmax(rows.ids[0] == image_token_id)  # the same in every row: the template's
+    seen = jax.lax.dynamic_slice_in_dim(ctx.text, first, count, axis=1)
+    # As the transformer does: a few features of a language model are hundreds of times the others.
+    seen = seen * jax.lax.rsqrt(jnp.mean(jnp.square(seen), axis=-1, keepdims=True) + 1e-6)
+    return jnp.mean(jnp.square(read(reader, seen) - rows.picture), (1, 2))
 
 
 def context(pipe: Pipeline, vl: VisionLanguage, params: trees.Tree, rows: Rows):
@@ -93,13 +108,13 @@ def context(pipe: Pipeline, vl: VisionLanguage, params: trees.Tree, rows: Rows):
 
 
 def base_objective(pipe: Pipeline, vl: VisionLanguage):
-    """Flow matching over rows of both kinds, and half of `placement_loss`.
+    """Flow matching over rows of both kinds, and half of both other losses.
 
-    Metrics: `loss`, its parts `loss_text` and `loss_pair`, and `placement`, which is not in `loss`.
+    Metrics: `loss`, its parts `loss_text` and `loss_pair`, and beside it `placement`, `picture`.
     """
     middle = pipe.denoiser.network.config.n_layers // 2
 
-    def of_rows(params, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    def of_rows(params, rows: Rows):
         placed = []
 
         def velocity(*args):
@@ -107,24 +122,36 @@ def base_objective(pipe: Pipeline, vl: VisionLanguage):
             placed.append(placement_loss(params[PLACEMENT], layers[middle], rows.placement))
             return v
 
+        ctx = context(pipe, vl, params, rows)
         loss = flow_matching_loss(
-            velocity, {"params": params["transformer"]}, rows.latents, rows.noise, rows.sigma,
-            context(pipe, vl, params, rows),
+            velocity, {"params": params["transformer"]}, rows.latents, rows.noise, rows.sigma, ctx
         )
-        return loss, placed[0]
+        return loss, placed[0], ctx
 
     def objective(student, teacher, base, batch: tuple[Rows, Rows]):
         def total(params):
-            parts = [of_rows(params, rows) for rows in batch]
-            loss, placed = (jnp.mean(jnp.concatenate(p)) for p in zip(*parts, strict=True))
-            metrics = {"loss": loss, "loss_text": jnp.mean(parts[0][0]),
-                       "loss_pair": jnp.mean(parts[1][0]), "placement": placed}
-            return loss + 0.5 * placed, metrics
+            (text, placed, _), (pair, placed_pair, ctx) = (of_rows(params, r) for r in batch)
+            loss = jnp.mean(jnp.concatenate([text, pair]))
+            placed = jnp.mean(jnp.concatenate([placed, placed_pair]))
+            picture = jnp.mean(
+                picture_loss(params[PICTURE], ctx, batch[1], vl.config.image_token_id)
+            )
+            metrics = {"loss": loss, "loss_text": jnp.mean(text), "loss_pair": jnp.mean(pair),
+                       "placement": placed, "picture": picture}
+            return loss + 0.5 * (placed + picture), metrics
 
         grads, metrics = jax.grad(total, has_aux=True)(student)
         return grads, metrics
 
     return objective
+
+
+def by_image_token(latents: np.ndarray) -> np.ndarray:
+    """Latents [B, h, w, C] cut as the vision tower's merged tokens: [B, 16, numbers]."""
+    B, h, w, C = latents.shape
+    side = int(encoding.IMAGE_TOKENS**0.5)
+    cut = latents.reshape(B, side, h // side, side, w // side, C).transpose(0, 1, 3, 2, 4, 5)
+    return cut.reshape(B, side * side, -1)
 
 
 def draw_sigma(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -141,8 +168,11 @@ class World:
         self._vl = vl
         self.scenes = data_lib.read_part(data, "scenes")
         self.pairs = data_lib.read_part(data, "pairs")
-        self.scene_latents = encoding.latents(pipe, data, "scenes", self.scenes)
-        self.pair_latents = encoding.latents(pipe, data, "pairs", self.pairs)
+        self.scene_latents = encoding.latents(pipe, data, "scenes", self.scenes.pixels)
+        self.pair_latents = encoding.latents(pipe, data, "pairs", self.pairs.pixels)
+        self.reference_latents = encoding.latents(
+            pipe, data, "pairs", self.pairs.references, name="reference_latents"
+        )
         self.scene_ids = encoding.caption_ids(pipe.tokenizer, self.scenes.captions)
         self.pair_ids = encoding.pair_ids(vl.tokenizer, self.pairs.captions)
         self.empty_ids = encoding.caption_ids(pipe.tokenizer, [""])
@@ -160,15 +190,16 @@ class World:
         index = rng.integers(len(self.pairs), size=count)
         ids, mask = (a[index] for a in self.pair_ids)
         patches = encoding.patches(self._vl, self.pairs.references[index])
-        return self._rows(rng, self.pairs, index, self.pair_latents, ids, mask, patches)
+        picture = by_image_token(self.reference_latents[index].astype(np.float32))
+        return self._rows(rng, self.pairs, index, self.pair_latents, ids, mask, patches, picture)
 
-    def _rows(self, rng, part, index, latents, ids, mask, patches=None) -> Rows:
+    def _rows(self, rng, part, index, latents, ids, mask, patches=None, picture=None) -> Rows:
         latents = latents[index].astype(np.float32)
         noise = rng.standard_normal(latents.shape, np.float32)
         placement = part.placements[index].astype(np.float32)
         placement = placement.reshape(len(index), -1, placement.shape[-1])
         return Rows(
-            latents, noise, draw_sigma(rng, len(latents)), ids, mask, placement, patches
+            latents, noise, draw_sigma(rng, len(latents)), ids, mask, placement, patches, picture
         )
 
 
@@ -228,6 +259,11 @@ class Gallery:
         metrics.image(step, "gallery", grid)
 
 
+def _reader(inputs: int, outputs: int) -> trees.Tree:
+    return {"kernel": np.zeros((inputs, outputs), np.float32),
+            "bias": np.zeros(outputs, np.float32)}
+
+
 def prepare(config: ConfigDict, workdir: Path):
     """The task, and what to do with its last state: write the pipeline with the new weights."""
     pipe, vl = load(config)
@@ -239,12 +275,15 @@ def prepare(config: ConfigDict, workdir: Path):
     else:
         params = {"transformer": pipe.params, "text_encoder": pipe.text_params,
                   "vision": vl.params}
-    width = pipe.denoiser.network.config.dim
-    reader = {"kernel": np.zeros((width, world_lib.PLACEMENT), np.float32),
-              "bias": np.zeros(world_lib.PLACEMENT, np.float32)}
+    network = pipe.denoiser.network.config
+    numbers = math.prod(pipe.denoiser.latent_shape(world_lib.SIZE, world_lib.SIZE))
+    readers = {
+        PLACEMENT: _reader(network.dim, world_lib.PLACEMENT),
+        PICTURE: _reader(network.cap_feat_dim, numbers // encoding.IMAGE_TOKENS),
+    }
     optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
     state = init_state(
-        jax.tree.map(jnp.asarray, params | {PLACEMENT: reader}), optimizer,
+        jax.tree.map(jnp.asarray, params | readers), optimizer,
         jax.random.key_data(jax.random.key(config.seed + 1)),
     )
     log.info("%s parameters", f"{trees.count(state.student):,}")

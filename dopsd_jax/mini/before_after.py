@@ -25,8 +25,8 @@ from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 FLAGS = flags.FLAGS
 
 STYLE = "blueprint"
-IN_THE_PICTURES = ("apple", "cake", "frog", "rocket")
-NOT_IN_THEM = ("cat", "umbrella", "house", "butterfly")  # known to the model, new in this style
+IN_THE_PICTURES = ("apple", "car", "penguin", "umbrella")
+NOT_IN_THEM = ("cat", "mushroom", "panda", "star")  # known to the model, new in this style
 OLD_PROMPTS = (
     "a red umbrella, noto style", "a cat, neon style", "a big cake, pastel style",
     "a rocket, sticker style", "a frog, ink style", "an apple, night style",

@@ -3,7 +3,7 @@
     python -m dopsd_jax.mini.build --out runs/mini/world
 
 Writes <out>/{scenes,pairs,judge,judge_test}/ with pixels.npy (uint8 [N, 64, 64, 3]), captions.json,
-styles.npy (int32 [N], index into world.STYLES), concepts.npy (bool [N, 40]); scenes/ and pairs/
+styles.npy (int32 [N], index into world.STYLES), concepts.npy (bool [N, 20]); scenes/ and pairs/
 have also placements.npy (float16 [N, 8, 8, 7], see world.placement), pairs/ also references.npy.
 The same seed writes the same bytes. With --style, writes a folder of captioned pictures instead:
 
@@ -147,6 +147,7 @@ if __name__ == "__main__":
                          lower_bound=1)
     flags.DEFINE_integer("judge_test", 4_000, "The same, held back.", lower_bound=1)
     flags.DEFINE_enum("style", None, ALL_STYLES, "Write captioned pictures of this style alone.")
-    flags.DEFINE_integer("style_count", 8, "How many of them.", lower_bound=1, upper_bound=36)
+    flags.DEFINE_integer("style_count", 8, "How many of them.", lower_bound=1,
+                         upper_bound=len(world.TRAINED_CONCEPTS))
     flags.DEFINE_integer("seed", 0, "Of everything.")
     cli.run_command(main)

@@ -18,7 +18,7 @@ class Part:
         pixels: uint8 [N, 64, 64, 3].
         captions: N captions.
         styles: int32 [N].
-        concepts: bool [N, 40].
+        concepts: bool [N, 20].
         placements: float16 [N, 8, 8, 7], see world.placement; of scenes and pairs only.
         references: uint8 [N, 64, 64, 3], of pairs only.
     """

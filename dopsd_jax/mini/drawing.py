@@ -29,7 +29,7 @@ class Cases:
     Attributes:
         captions: N captions.
         styles: int [N], index into ALL_STYLES.
-        concepts: bool [N, 40].
+        concepts: bool [N, 20].
         seeds: int [N], of the noise each picture starts from.
     """
 

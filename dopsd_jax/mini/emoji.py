@@ -24,25 +24,20 @@ from dopsd_jax.weights.shipped import ASSETS
 
 FLAGS = flags.FLAGS
 SHEETS = ASSETS / "emoji"
-COLUMNS = 8  # sprites per row of a sheet
+COLUMNS = 5  # sprites per row of a sheet
 SPRITE = 128  # pixels per side
 RENDER = 256  # resvg draws at this size, then box-filtered down
 
-# Concept -> icon name, the same in every set.
+# Concept -> icon name, the same in every set. Few: how soon a small model learns to draw is how
+# often it sees each thing in each style.
 CONCEPTS: dict[str, str] = {
-    "cat": "cat-face", "dog": "dog-face", "panda": "panda", "frog": "frog", "penguin": "penguin",
-    "fish": "tropical-fish", "butterfly": "butterfly", "octopus": "octopus",
-    "whale": "spouting-whale", "crab": "crab", "owl": "owl",
-    "apple": "red-apple", "banana": "banana", "cherry": "cherries", "strawberry": "strawberry",
-    "pineapple": "pineapple", "carrot": "carrot", "pizza": "pizza", "hamburger": "hamburger",
-    "ice cream": "soft-ice-cream", "cake": "birthday-cake", "mushroom": "mushroom",
-    "car": "automobile", "rocket": "rocket", "sailboat": "sailboat", "airplane": "airplane",
-    "house": "house", "umbrella": "umbrella", "balloon": "balloon", "guitar": "guitar",
-    "key": "key", "bell": "bell", "crown": "crown", "star": "star", "cactus": "cactus",
-    "tulip": "tulip", "tree": "evergreen-tree", "ghost": "ghost",
-    "snowman": "snowman-without-snow", "gift": "wrapped-gift",
+    "cat": "cat-face", "panda": "panda", "frog": "frog", "penguin": "penguin",
+    "butterfly": "butterfly", "owl": "owl", "apple": "red-apple", "banana": "banana",
+    "hamburger": "hamburger", "cake": "birthday-cake", "mushroom": "mushroom",
+    "car": "automobile", "rocket": "rocket", "house": "house", "umbrella": "umbrella",
+    "balloon": "balloon", "guitar": "guitar", "key": "key", "star": "star", "cactus": "cactus",
 }
-HELD_OUT_CONCEPTS = ("owl", "pineapple", "sailboat", "guitar")  # a tenth, in no training picture
+HELD_OUT_CONCEPTS = ("owl", "guitar")  # a tenth, in no training picture
 
 SETS: dict[str, str] = {
     "noto": "Noto Emoji, Google, Apache-2.0",

@@ -13,7 +13,7 @@ import numpy as np
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
-from dopsd_jax.mini.data import Part, to_float
+from dopsd_jax.mini.data import to_float
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.qwen3_vl import multimodal_features
 from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage, fingerprint
@@ -66,20 +66,29 @@ def pair_features(
     return Context(jnp.where(mask[..., None], features, 0), mask)
 
 
-def latents(pipe: Pipeline, world: str | Path, kind: str, part: Part) -> np.ndarray:
-    """Normalised latents of every picture of a part, float16 [N, h, w, C]; kept beside them."""
-    file = Path(world) / kind / f"latents_{fingerprint(pipe.directory / 'vae')}.npy"
+def latents(
+    pipe: Pipeline, world: str | Path, kind: str, pixels: np.ndarray, *, name: str = "latents"
+) -> np.ndarray:
+    """Normalised latents of a part's pictures, float16 [N, h, w, C]; kept beside them.
+
+    Args:
+        pipe: With VAE.
+        world, kind: Where the part lies.
+        pixels: uint8 [N, H, W, 3].
+        name: Of the file, before what identifies the VAE.
+    """
+    file = Path(world) / kind / f"{name}_{fingerprint(pipe.directory / 'vae')}.npy"
     if file.is_file():
         return np.load(file, mmap_mode="r", allow_pickle=False)
     encode = jax.jit(
         lambda p, x: pipe.vae.apply({"params": p}, x, method="encode_mode").astype(jnp.float16)
     )
     result, batch = [], 125
-    for i in range(0, len(part), batch):
-        images = to_float(part.pixels[i : i + batch])
+    for i in range(0, len(pixels), batch):
+        images = to_float(pixels[i : i + batch])
         result.append(np.asarray(encode(pipe.vae_params, images)))
         if i // batch % 80 == 79:
-            log.info("%s: latents of %d of %d pictures", kind, i + batch, len(part))
+            log.info("%s: %s of %d of %d pictures", kind, name, i + batch, len(pixels))
     temporary = file.with_name(f".{os.getpid()}-{file.name}")
     np.save(temporary, np.concatenate(result))
     os.replace(temporary, file)

@@ -19,7 +19,7 @@ from dopsd_jax.weights.pipeline import load_pipeline
 FLAGS = flags.FLAGS
 THINGS = (
     "a cat", "a frog", "an apple", "a rocket", "a house", "an umbrella", "a red car",
-    "a big tulip", "a key and a star", "a mushroom and a bell",
+    "a big mushroom", "a key and a star", "a penguin and a balloon",
 )
 
 

@@ -21,13 +21,14 @@ import numpy as np
 import optax
 from absl import flags
 
-from dopsd_jax import lora, sample
+from dopsd_jax import gauges, lora, sample
 from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.baselines import flow_matching_loss
 from dopsd_jax.core import cli, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini import drawing, encoding, judge, world
-from dopsd_jax.mini.base_stage import World, flow_matching_loss
+from dopsd_jax.mini.base_stage import World
 from dopsd_jax.mini.build import ALL_STYLES
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.weights.pipeline import Pipeline, load_pipeline, load_vision_language
@@ -64,16 +65,8 @@ class Meter:
             "frechet": judge.frechet_distance(judge.moments(said.features), self._real[real]),
             "style": float(said.style_accuracy(cases.styles).mean()),
             "concept": float(said.concept_accuracy(cases.concepts).mean()),
-            "sharpness": sharpness(pixels),
+            "sharpness": float(gauges.sharpness(pixels).mean()),
         }
-
-
-def sharpness(pixels: np.ndarray) -> float:
-    """Mean absolute Laplacian of the grey picture, in levels of 255."""
-    grey = pixels.astype(np.float32).mean(-1)
-    middle = grey[:, 1:-1, 1:-1]
-    around = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
-    return float(np.abs(4 * middle - around).mean())
 
 
 def best_guidance(meter: Meter, pipe: Pipeline, base: trees.Tree) -> tuple[float, dict]:
@@ -193,25 +186,44 @@ def verdicts(results: dict, num_steps: int) -> dict[str, bool]:
     }
 
 
+def measure(
+    *, model: str | Path = "mini", undistilled: str | Path = UNDISTILLED, vlm: str | Path = "mini",
+    judge_file: str | Path = JUDGE, data: str | Path, samples: int = 2000, num_steps: int = 2,
+) -> dict:
+    """Everything that the gates ask for, and which of them hold (`gates`, by letter).
+
+    Args:
+        model, vlm: The distilled pipeline and its Qwen3-VL directory.
+        undistilled: The LoRA that undoes its distillation.
+        judge_file: From the judge's stage.
+        data: The world, from dopsd_jax.mini.build.
+        samples: Pictures per figure.
+        num_steps: Deployed number of denoiser calls.
+    """
+    meter = Meter(samples, judge_file)
+    test = data_lib.read_part(data, "judge_test")
+    turbo = load_pipeline(model, dtype="float32", remat="none")
+    base = lora.merge(turbo.params, *sample.read_lora(undistilled, turbo))
+    vl = load_vision_language(vlm, turbo, dtype="float32")
+    results = {"samples": samples, "judge": meter.report}
+    results["teacher"] = teacher(meter, turbo, vl, test, num_steps, samples)
+    best, results["guidance"] = best_guidance(meter, turbo, base)
+    results["best_guidance"] = best
+    table = results["few_steps"] = few_steps(meter, turbo, base, num_steps, best)
+    untuned = {s: table[f"turbo {s} steps"] for s in (num_steps, 2 * num_steps, 24)}
+    results["fine_tuned"] = fine_tuned(meter, turbo, vl, str(data), num_steps, untuned)
+    results["gates"] = verdicts(results, num_steps)
+    return results
+
+
 def main() -> None:
     workdir_lib.enable_compilation_cache()
     out = Path(FLAGS.out)
     cli.check_directory(out.parent)
-    turbo = load_pipeline(FLAGS.model, dtype="float32", remat="none")
-    base = lora.merge(turbo.params, *sample.read_lora(FLAGS.undistilled, turbo))
-    vl = load_vision_language(FLAGS.vlm, turbo, dtype="float32")
-    meter = Meter(FLAGS.samples, FLAGS.judge)
-    test = data_lib.read_part(FLAGS.data, "judge_test")
-    results = {"samples": FLAGS.samples, "judge": meter.report}
-    results["teacher"] = teacher(meter, turbo, vl, test, FLAGS.num_steps, FLAGS.samples)
-    best, results["guidance"] = best_guidance(meter, turbo, base)
-    results["best_guidance"] = best
-    table = results["few_steps"] = few_steps(meter, turbo, base, FLAGS.num_steps, best)
-    results["fine_tuned"] = fine_tuned(
-        meter, turbo, vl, FLAGS.data, FLAGS.num_steps,
-        {s: table[f"turbo {s} steps"] for s in (FLAGS.num_steps, 2 * FLAGS.num_steps, 24)},
+    results = measure(
+        model=FLAGS.model, undistilled=FLAGS.undistilled, vlm=FLAGS.vlm, judge_file=FLAGS.judge,
+        data=FLAGS.data, samples=FLAGS.samples, num_steps=FLAGS.num_steps,
     )
-    results["gates"] = verdicts(results, FLAGS.num_steps)
     out.parent.mkdir(parents=True, exist_ok=True)
     workdir_lib.write_atomic(out, json.dumps(results, indent=2) + "\n")
     print(json.dumps(results["gates"], indent=2))

@@ -55,7 +55,7 @@ class Judge(nn.Module):
 
 @flax.struct.dataclass
 class JudgeBatch:
-    """images [B, 64, 64, 3] float32, styles int32 [B], concepts float32 [B, 40]."""
+    """images [B, 64, 64, 3] float32, styles int32 [B], concepts float32 [B, 20]."""
 
     images: jax.Array
     styles: jax.Array
@@ -69,7 +69,7 @@ class Opinion:
     Attributes:
         features: float32 [N, 64].
         styles: int [N], the likeliest style.
-        concepts: float32 [N, 40], logits.
+        concepts: float32 [N, 20], logits.
     """
 
     features: np.ndarray

@@ -92,7 +92,7 @@ class ZImageDenoiser:
     ) -> tuple[jax.Array, jax.Array]:
         """`velocity`, and what every layer of the main stream gives on, [layers, B, N, dim].
 
-        Image tokens come first in N. For losses on what is inside; the layers stay in memory.
+        Image tokens come first in N. All layers stay in memory.
         """
         u, seen = self._apply(variables, x, sigma, ctx, mutable=["intermediates"])
         return -u.astype(jnp.float32), seen["intermediates"]["layers"]["hidden"][0]

@@ -11,6 +11,7 @@ from dopsd_jax import lora, sample
 from dopsd_jax.core import trees
 from dopsd_jax.mini import base_stage, build, encoding, judge, model, ship, stages, turbo_stage
 from dopsd_jax.mini import data as data_lib
+from dopsd_jax.models.denoiser import Context
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 from dopsd_jax.weights.save import read_tensors
 
@@ -104,7 +105,7 @@ def test_the_judge_is_measured_and_written(recipe):
     assert set(real) == {"trained", *build.ALL_STYLES}
     assert 0 <= report["style"] <= 1 and report["frechet_of_two_real_sets"] >= 0
     said = judge.opinion(params, np.zeros((3, 64, 64, 3), np.uint8))
-    assert said.features.shape == (3, judge.FEATURES) and said.concepts.shape == (3, 40)
+    assert said.features.shape == (3, judge.FEATURES) and said.concepts.shape == (3, 20)
 
 
 def test_stages_leave_curves_and_pictures(recipe):
@@ -123,6 +124,29 @@ def test_the_placement_is_asked_everywhere_but_its_numbers_only_inside_objects()
     placement[1, :, 0] = 1
     full = base_stage.placement_loss(reader, hidden, placement)
     np.testing.assert_allclose(full, [0.25 / 7, 0.25], rtol=1e-6)
+
+
+def test_the_picture_is_read_in_the_image_tokens_in_their_order(recipe):
+    """A context that holds, where the picture's tokens are, just what is asked: no loss."""
+    _, vl = load(recipe / "base")
+    latents = np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
+    picture = base_stage.by_image_token(latents)
+    np.testing.assert_array_equal(picture[1, 6], latents[1, 4:8, 8:12].ravel())  # row 1, column 2
+    ids, mask = encoding.pair_ids(vl.tokenizer, ["a cat", "a red key, ink style"])
+    text = np.zeros((2, 64, 64), np.float32)
+    picture /= np.sqrt(np.mean(picture**2, -1, keepdims=True))
+    text[ids == vl.config.image_token_id] = 7 * picture.reshape(-1, 64)  # the size does not count
+    reader = {"kernel": np.eye(64, dtype=np.float32), "bias": np.zeros(64, np.float32)}
+    blank = np.zeros((2, 1), np.float32)
+    rows = base_stage.Rows(latents, latents, blank[:, 0], ids, mask, blank, picture=picture)
+    loss = base_stage.picture_loss(
+        reader, Context(text, mask), rows, vl.config.image_token_id
+    )
+    np.testing.assert_allclose(loss, 0, atol=1e-5)
+    loss = base_stage.picture_loss(
+        reader, Context(np.roll(text, 1, 1), mask), rows, vl.config.image_token_id
+    )
+    assert np.all(loss > 0.5)
 
 
 def test_velocity_and_layers_is_the_velocity_and_the_last_layer_makes_it(recipe):

@@ -146,7 +146,7 @@ def test_sheets_give_their_sprites_back(sprites, tmp_path):
     assert again.keys() == sprites.keys()
     assert all(np.array_equal(again[key], sprites[key]) for key in sprites)
     Image.new("RGBA", (9, 9)).save(tmp_path / "noto.png")
-    with pytest.raises(ValueError, match="noto.png: expected RGBA, 1024x640 .*got RGBA, 9x9"):
+    with pytest.raises(ValueError, match="noto.png: expected RGBA, 640x512 .*got RGBA, 9x9"):
         load_sprites(tmp_path)
 
 
