@@ -78,6 +78,12 @@ def text_context(
     return Context(features, np.ones_like(mask) if text.attends_pads else mask)
 
 
+def image_latents(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
+    """Normalised latents of images, float32 [B, H, W, 3] in [-1, 1] -> float32 [B, h, w, C]."""
+    # One image at a time: the encoder's activations are far larger than its input.
+    return np.concatenate([_latents(pipe.vae, pipe.vae_params, row[None]) for row in images])
+
+
 def with_references(pipe: Pipeline, ctx: Context, images: Sequence[np.ndarray]) -> Context:
     """Adds reference images to what a context shows.
 
@@ -97,12 +103,7 @@ def with_references(pipe: Pipeline, ctx: Context, images: Sequence[np.ndarray]) 
     most = pipe.denoiser.max_references
     if len(images) > most:
         raise ValueError(f"references: this model takes at most {most}, got {len(images)}")
-    # One image at a time: the encoder's activations are far larger than its input.
-    latents = [
-        jnp.concatenate([_latents(pipe.vae, pipe.vae_params, row[None]) for row in image])
-        for image in images
-    ]
-    tokens, ids = reference_tokens(latents)
+    tokens, ids = reference_tokens([image_latents(pipe, image) for image in images])
     return ctx.replace(ref_tokens=tokens, ref_ids=ids)
 
 

@@ -1,4 +1,4 @@
-"""Command: image-text rows -> contexts on disk, so that training loads no encoder.
+"""Command: image-text rows -> contexts and latents on disk, so that training loads no encoder.
 
     python -m dopsd_jax.encode --config configs/z_image_turbo_lora.py --config.model=DIR \
         --config.vlm=DIR --config.data=DATA --config.cache=CACHE
@@ -45,72 +45,111 @@ TEACHER_KEYS = (
     "recipe", "teacher_tokens", "truncate_prompts", "dtype", "vlm_rope_theta", "vlm_min_pixels",
     "vlm_max_pixels", "double_template",
 )
+TARGET_KEYS = ("vae_dtype",)
 FORMAT = 1  # raised when the encoders' code changes what they compute
 LISTED = 10
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One context: its key, the caption, for the teacher the row of the image, and a name."""
+    """One array that the encoders make.
+
+    Attributes:
+        key: What it is kept under.
+        role: "student" or "teacher", a context, or "target", latents.
+        caption: Of a context.
+        row: Of the image, for teacher and target.
+        where: How a message names it.
+    """
 
     key: str
-    caption: str
-    row: int | None
+    role: str
     where: str
+    caption: str = ""
+    row: int = -1
+
+
+def needs_teacher(config: ConfigDict) -> bool:
+    """Whether a run has a teacher that sees more than the student."""
+    return config.objective == "dopsd"
+
+
+def needs_targets(config: ConfigDict) -> bool:
+    """Whether a run's objective reads the target images themselves."""
+    return config.objective == "sft" or config.states == "noised"
 
 
 class Entries:
-    """The contexts of a run, each named by all that it follows from."""
+    """What the encoders make for a run, each named by all that it follows from."""
 
     def __init__(self, config: ConfigDict, data: Data):
-        self._data, self._prompts = data, tuple(config.sample_prompts)
-        model, vlm = pipeline_directory(config.model), vlm_directory(config.vlm)
+        self._config, self._data, self._prompts = config, data, {
+            key: tuple(config[key]) for key in ("sample_prompts", "gauge_prompts")
+        }
+        model = pipeline_directory(config.model)
         text = fingerprint(model, ("text_encoder", "tokenizer"))
         self._student = {
             "role": "student", "format": FORMAT, "weights": text,
             "settings": {k: config[k] for k in STUDENT_KEYS},
         }
-        self._teacher = {
-            "role": "teacher", "format": FORMAT, "weights": [text, fingerprint(vlm)],
-            "settings": {k: config[k] for k in TEACHER_KEYS},
+        if needs_teacher(config):
+            self._teacher = {
+                "role": "teacher", "format": FORMAT,
+                "weights": [text, fingerprint(vlm_directory(config.vlm))],
+                "settings": {k: config[k] for k in TEACHER_KEYS},
+            }
+        self._target = {
+            "role": "target", "format": FORMAT, "weights": fingerprint(model, ("vae",)),
+            "settings": {k: config[k] for k in TARGET_KEYS},
         }
 
     def student(self, caption: str, where: str = "") -> Entry:
-        return Entry(entry_key(caption=caption, **self._student), caption, None, where)
+        key = entry_key(caption=caption, **self._student)
+        return Entry(key, "student", where, caption)
 
     def teacher(self, row: int, caption: str, where: str = "") -> Entry:
+        key = entry_key(caption=caption, **self._image(row), **self._teacher)
+        return Entry(key, "teacher", where, caption, row)
+
+    def target(self, row: int, where: str = "") -> Entry:
+        return Entry(entry_key(**self._image(row), **self._target), "target", where, row=row)
+
+    def _image(self, row: int) -> dict:
         bucket = self._data.bucket_of[row]
-        key = entry_key(
-            caption=caption, image=self._data.image_digests[row],
-            bucket=[bucket.width, bucket.height], **self._teacher,
-        )
-        return Entry(key, caption, row, where)
+        return {"image": self._data.image_digests[row], "bucket": [bucket.width, bucket.height]}
 
     def all(self) -> list[Entry]:
-        """Those of every distinct caption, (image, caption) and sample prompt."""
+        """Those of every distinct caption, (image, caption), image and sample prompt."""
         found: dict[str, Entry] = {}
         for i, row in enumerate(self._data.rows):
+            made = [self.target(i, row.where)] if needs_targets(self._config) else []
             for name, caption in row.captions.items():
                 where = f"{row.where}, caption {name!r}"
-                for entry in (self.student(caption, where), self.teacher(i, caption, where)):
-                    found.setdefault(entry.key, entry)
-        for prompt in self._prompts:
-            entry = self.student(prompt, f"sample_prompts: {prompt!r}")
-            found.setdefault(entry.key, entry)
+                made.append(self.student(caption, where))
+                if needs_teacher(self._config):
+                    made.append(self.teacher(i, caption, where))
+            for entry in made:
+                found.setdefault(entry.key, entry)
+        for key, prompts in self._prompts.items():
+            for prompt in prompts:
+                entry = self.student(prompt, f"{key}: {prompt!r}")
+                found.setdefault(entry.key, entry)
         return list(found.values())
 
 
 class Encoders:
-    """The frozen networks: an Entry -> its context without padding, [tokens, D]."""
+    """The frozen networks: an Entry -> its context without padding, [tokens, D], or latents."""
 
-    def __init__(self, config: ConfigDict, pipe: Pipeline, vl: VisionLanguage, data: Data):
+    def __init__(self, config: ConfigDict, pipe: Pipeline, vl: VisionLanguage | None, data: Data):
         self._config, self._pipe, self._vl, self._data = config, pipe, vl, data
 
     def __call__(self, entry: Entry) -> np.ndarray:
         """Raises ValueError for a caption or image that does not fit, with its name."""
         c = self._config
         try:
-            if entry.row is None:
+            if entry.role == "target":
+                return contexts.image_latents(self._pipe, self._data.pixels(entry.row)[None])[0]
+            if entry.role == "student":
                 ctx = contexts.text_context(
                     self._pipe, [entry.caption], length=c.text_tokens,
                     truncate=c.truncate_prompts,
@@ -127,6 +166,15 @@ class Encoders:
         return contexts.without_padding(ctx)
 
 
+def load_encoders(config: ConfigDict, pipe: Pipeline, data: Data) -> Encoders:
+    """The encoders of a run, around a pipeline that has its text encoder (and VAE) loaded."""
+    vl = None
+    if needs_teacher(config):
+        vl = load_vision_language(config.vlm, pipe, dtype=config.dtype)
+        log.info("vision tower loaded; %d of %d language tensors replaced", vl.matched, vl.matched)
+    return Encoders(config, pipe, vl, data)
+
+
 def encode_all(
     entries: Sequence[Entry], encoders: Encoders, put: Callable[[str, np.ndarray], None]
 ) -> None:
@@ -136,7 +184,7 @@ def encode_all(
         put(entry.key, encoders(entry))
         if done == len(entries) or time.time() - shown > 10:
             shown = time.time()
-            log.info("contexts: %d of %d, %.0f s", done, len(entries), shown - began)
+            log.info("encoded: %d of %d, %.0f s", done, len(entries), shown - began)
 
 
 class Contexts:
@@ -146,18 +194,23 @@ class Contexts:
                  features: Mapping[str, np.ndarray]):
         self._config, self._data, self._entries, self._features = config, data, entries, features
 
-    def batch(self, batch: BatchRows) -> tuple[Context, Context]:
-        """Contexts of student and teacher for the rows of a batch, as NumPy."""
+    def batch(self, batch: BatchRows) -> tuple[Context, Context | None, np.ndarray | None]:
+        """Of a batch's rows, as NumPy: contexts of student and teacher, and target latents.
+
+        None for what the objective does not need.
+        """
         captions = [
             self._data.rows[r].captions[k]
             for r, k in zip(batch.rows, batch.caption_keys, strict=True)
         ]
-        pairs = zip(batch.rows, captions, strict=True)
-        return (
-            self.prompts(captions),
-            self._padded((self._entries.teacher(r, c) for r, c in pairs),
-                         self._config.teacher_tokens),
-        )
+        teacher = targets = None
+        if needs_teacher(self._config):
+            pairs = zip(batch.rows, captions, strict=True)
+            teacher = self._padded((self._entries.teacher(r, c) for r, c in pairs),
+                                   self._config.teacher_tokens)
+        if needs_targets(self._config):
+            targets = np.stack([self._features[self._entries.target(r).key] for r in batch.rows])
+        return self.prompts(captions), teacher, targets
 
     def prompts(self, prompts: Sequence[str]) -> Context:
         """What the student sees of prompts that are captions or sample prompts, as NumPy."""
@@ -168,22 +221,22 @@ class Contexts:
 
 
 def open_cache(directory: str, entries: Entries) -> Cache:
-    """A cache that holds every context of a run.
+    """A cache that holds all that a run reads.
 
     Raises:
-        CacheError: No cache, a damaged one, or one without some of the contexts.
+        CacheError: No cache, a damaged one, or one without some of it.
     """
     cache, wanted = Cache(directory), entries.all()
     missing = [e for e in wanted if e.key not in cache]
     if missing:
-        lines = [f"{e.where}, {'student' if e.row is None else 'teacher'}" for e in missing]
+        lines = [f"{e.where}, {e.role}" for e in missing]
         more = [f".. and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
         raise CacheError(
-            f"{directory}: {len(missing)} of {len(wanted)} contexts are not in this cache; run "
+            f"{directory}: {len(missing)} of {len(wanted)} entries are not in this cache; run "
             "python -m dopsd_jax.encode with the same config:\n  "
             + "\n  ".join(lines[:LISTED] + more)
         )
-    log.info("%s: all %d contexts are there; no encoder is loaded", directory, len(wanted))
+    log.info("%s: all %d entries are there; no encoder is loaded", directory, len(wanted))
     return cache
 
 
@@ -193,7 +246,7 @@ def encode(config: ConfigDict) -> tuple[int, int]:
     Several processes share the work.
 
     Returns:
-        How many contexts this process made, and how many were its share.
+        How many entries this process made, and how many were its share.
 
     Raises:
         ValueError: Bad config, data or weights; a caption that does not fit.
@@ -208,14 +261,14 @@ def encode(config: ConfigDict) -> tuple[int, int]:
     wanted = wanted[jax.process_index() :: jax.process_count()]
     cache = Cache(config.cache, repair=True)
     missing = [e for e in wanted if e.key not in cache]
-    log.info("%s: %d of %d contexts are there", config.cache, len(wanted) - len(missing),
+    log.info("%s: %d of %d entries are there", config.cache, len(wanted) - len(missing),
              len(wanted))
     if missing:
         writer = CacheWriter(config.cache)
-        pipe = load_pipeline(config.model, dtype=config.dtype, parts=("text_encoder",))
-        vl = load_vision_language(config.vlm, pipe, dtype=config.dtype)
+        pipe = load_pipeline(config.model, dtype=config.dtype, vae_dtype=config.vae_dtype,
+                             parts=("text_encoder", *(["vae"] if needs_targets(config) else [])))
         try:
-            encode_all(missing, Encoders(config, pipe, vl, data), writer.add)
+            encode_all(missing, load_encoders(config, pipe, data), writer.add)
         finally:
             writer.flush()  # what is done is done
     distributed.barrier("encoded")
@@ -234,7 +287,7 @@ def main() -> None:
     distributed.initialize()
     workdir_lib.enable_compilation_cache()
     made, total = encode(FLAGS.config)
-    print(f"{made} contexts made, {total - made} were there: {FLAGS.config.cache}")
+    print(f"{made} entries made, {total - made} were there: {FLAGS.config.cache}")
 
 
 if __name__ == "__main__":

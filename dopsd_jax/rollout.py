@@ -17,6 +17,7 @@ from dopsd_jax.core.trees import Tree
 from dopsd_jax.models.denoiser import Context
 
 LOSSES = ("x0", "velocity")
+STATES = ("student", "teacher", "noised")
 Velocity = Callable[[Tree, jax.Array, jax.Array, Context], jax.Array]
 
 
@@ -42,6 +43,8 @@ def dopsd_loss_and_grad(
     velocity: Velocity,
     assemble: Callable[[Tree, Tree], Tree],
     loss: str = "x0",
+    states: str = "student",
+    latents: jax.Array | None = None,
 ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
     """One on-policy rollout with its loss and the gradient in the student.
 
@@ -56,29 +59,42 @@ def dopsd_loss_and_grad(
         velocity: (variables, x, sigma, ctx) -> v.
         assemble: (base, trained) -> variables of the network.
         loss: "x0" or "velocity", see `step_loss`.
+        states: Where both predict. "student": on its own walk, which is the method; the others
+            are off-policy and stand for comparison: "teacher", on the teacher's walk; "noised",
+            at the noised target, with this noise at every step.
+        latents: float32 [B, h, w, C], the targets, for "noised".
 
     Returns:
         loss: float32 scalar, the mean over the S steps.
         grads: Tree like `student`, float32.
-        metrics: `step_loss` [S], and `x0` [B, h, w, C], the student's picture at the walk's end.
+        metrics: `step_loss` [S], and `x0` [B, h, w, C], the picture at the walk's end.
 
     Raises:
-        ValueError: Unknown loss, or shapes that do not fit.
+        ValueError: Unknown loss or states, or shapes that do not fit.
     """
     check_shapes("dopsd_loss_and_grad", noise=(noise, "B h w C"), sigmas=(sigmas, "E"))
     if loss not in LOSSES:
         raise ValueError(f"loss: expected one of {LOSSES}, got {loss!r}")
+    if states not in STATES:
+        raise ValueError(f"states: expected one of {STATES}, got {states!r}")
+    if states == "noised":
+        if latents is None:
+            raise ValueError("states noised: expected the targets' latents, got None")
+        check_shapes("states noised", noise=(noise, "B h w C"), latents=(latents, "B h w C"))
     num_steps = sigmas.shape[0] - 1
 
     def loss_at(student, x, sigma):
         v_teacher = velocity(assemble(base, jax.lax.stop_gradient(teacher)), x, sigma, teacher_ctx)
         v_student = velocity(assemble(base, student), x, sigma, student_ctx)
         v_teacher = jax.lax.stop_gradient(v_teacher)
-        return step_loss(v_student, v_teacher, sigma, loss) / num_steps, v_student
+        walked = v_teacher if states == "teacher" else v_student
+        return step_loss(v_student, v_teacher, sigma, loss) / num_steps, walked
 
     def step(carry, sigma_pair):
         x, grads = carry
         sigma, sigma_next = sigma_pair
+        if states == "noised":
+            x = (1 - sigma) * latents + sigma * noise
         (value, v), g = jax.value_and_grad(loss_at, has_aux=True)(student, x, sigma)
         grads = jax.tree.map(lambda total, new: total + new.astype(total.dtype), grads, g)
         x = jax.lax.stop_gradient(flow.euler_step(x, v, sigma, sigma_next))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from dopsd_jax import lora, rollout
+from dopsd_jax import baselines, lora, rollout
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.models.denoiser import Context
 
@@ -43,12 +43,22 @@ class TrainState:
 
 @flax.struct.dataclass
 class Batch:
-    """One update's data: `noise` [B, h, w, C] float32, contexts of B rows, `sigmas` [S + 1]."""
+    """One update's data.
+
+    Attributes:
+        noise: float32 [B, h, w, C].
+        student_ctx, teacher_ctx: Contexts of B rows; of the teacher None without one.
+        sigmas: float32 [S + 1], the rollout's schedule.
+        latents: float32 [B, h, w, C], the targets; None where nothing asks for them.
+        sigma: float32 [B], a noise level per row, of flow matching only.
+    """
 
     noise: jax.Array
     student_ctx: Context
-    teacher_ctx: Context
+    teacher_ctx: Context | None
     sigmas: jax.Array
+    latents: jax.Array | None = None
+    sigma: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Method:
         ema_warmup: Average over fewer updates at first, decay (1 + n) / (10 + n) if that is less:
             for averages of weights that start at random, not for teachers.
         loss: "x0" or "velocity".
+        states: "student" (on-policy), "teacher" or "noised", see rollout.
         accumulation: Micro-batches per update; divides the batch.
     """
 
@@ -72,11 +83,13 @@ class Method:
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     loss: str = "x0"
+    states: str = "student"
     accumulation: int = 1
 
     def __post_init__(self):
         for name, allowed in (
-            ("trainable", TRAINABLE), ("teacher", TEACHERS), ("loss", rollout.LOSSES)
+            ("trainable", TRAINABLE), ("teacher", TEACHERS), ("loss", rollout.LOSSES),
+            ("states", rollout.STATES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
@@ -163,15 +176,38 @@ Objective = Callable[[Tree, Tree, Tree, Any], tuple[Tree, dict[str, jax.Array]]]
 
 def dopsd(method: Method, velocity: rollout.Velocity) -> Objective:
     """The method itself: (student, teacher, base, Batch) -> gradient, {loss, step_loss [S]}."""
-    def one(student, teacher, base, batch: Batch):
+    def objective(student, teacher, base, batch: Batch):
         loss, grads, metrics = rollout.dopsd_loss_and_grad(
             student, teacher, base, batch.noise, batch.student_ctx, batch.teacher_ctx,
             batch.sigmas, velocity=velocity, assemble=method.assemble, loss=method.loss,
+            states=method.states, latents=batch.latents,
         )
         return grads, {"loss": loss, "step_loss": metrics["step_loss"]}
 
-    def accumulated(student, teacher, base, batch: Batch):
-        parts = method.accumulation
+    return accumulated(objective, method.accumulation)
+
+
+def sft(method: Method, velocity: rollout.Velocity) -> Objective:
+    """Plain fine-tuning: (student, teacher, base, Batch) -> gradient, {loss}.
+
+    Of the batch it reads noise, latents, sigma and student_ctx.
+    """
+    def objective(student, teacher, base, batch: Batch):
+        loss, grads = baselines.sft_loss_and_grad(
+            student, base, batch.noise, batch.latents, batch.sigma, batch.student_ctx,
+            velocity=velocity, assemble=method.assemble,
+        )
+        return grads, {"loss": loss}
+
+    return accumulated(objective, method.accumulation)
+
+
+def accumulated(objective: Objective, parts: int) -> Objective:
+    """The mean of an objective over `parts` equal parts of a Batch, one after the other."""
+    if parts == 1:
+        return objective
+
+    def in_parts(student, teacher, base, batch: Batch):
         if batch.noise.shape[0] % parts:
             raise ValueError(
                 f"batch_size: expected a multiple of accumulation = {parts}, got "
@@ -180,20 +216,17 @@ def dopsd(method: Method, velocity: rollout.Velocity) -> Objective:
         rows = batch.replace(sigmas=None)
         rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
 
-        def add(total, part):
-            new = one(student, teacher, base, part.replace(sigmas=batch.sigmas))
-            return jax.tree.map(lambda t, n: t + n / parts, total, new), None
+        def one(part):
+            return objective(student, teacher, base, part.replace(sigmas=batch.sigmas))
 
-        shapes = jax.eval_shape(
-            lambda: one(
-                student, teacher, base,
-                jax.tree.map(lambda x: x[0], rows).replace(sigmas=batch.sigmas),
-            )
-        )
+        def add(total, part):
+            return jax.tree.map(lambda t, n: t + n / parts, total, one(part)), None
+
+        shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], rows)))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, rows)[0]
 
-    return one if method.accumulation == 1 else accumulated
+    return in_parts
 
 
 def make_train_step(

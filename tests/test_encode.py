@@ -30,8 +30,9 @@ OTHER_KEYS = {
     "trainable", "num_steps", "schedule", "shift", "loss", "teacher", "ema_decay", "lora.rank",
     "lora.alpha", "lora.targets", "num_train_steps", "batch_size", "accumulation",
     "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm", "seed",
-    "vae_dtype", "remat", "mesh.data", "mesh.fsdp", "mesh.tensor", "log_every", "sample_every",
-    "sample_steps", "sample_rows", "sample_prompts", "checkpoint_every", "keep_checkpoints",
+    "objective", "states", "base_lora", "remat", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "log_every", "sample_every", "sample_steps", "preflight",
+    "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every", "keep_checkpoints",
 }
 
 
@@ -152,7 +153,7 @@ def made_anew(config, cache):
     """Roles and captions of what a config needs and the cache does not have."""
     have = Cache(cache)
     wanted = encode_lib.Entries(config, read_data(config)).all()
-    return sorted((("student" if e.row is None else "teacher"), e.caption)
+    return sorted((e.role, e.caption)
                   for e in wanted if e.key not in have)
 
 
@@ -218,8 +219,8 @@ def test_another_tokenizer_or_chat_template_invalidates_all(config, cache, tiny,
 
 
 def test_every_config_key_is_known_to_matter_or_not():
-    """A new key must be put in STUDENT_KEYS, TEACHER_KEYS or OTHER_KEYS: else caches go stale."""
-    matter = {*encode_lib.STUDENT_KEYS, *encode_lib.TEACHER_KEYS}
+    """A new key must be put in a list of encode.py or in OTHER_KEYS: else caches go stale."""
+    matter = {*encode_lib.STUDENT_KEYS, *encode_lib.TEACHER_KEYS, *encode_lib.TARGET_KEYS}
     assert not matter & OTHER_KEYS
     assert matter | OTHER_KEYS == set(workdir_lib.flat_config(common.base().to_dict()))
 
@@ -227,7 +228,7 @@ def test_every_config_key_is_known_to_matter_or_not():
 def test_what_is_missing_is_named_and_encode_adds_only_that(config, cache, own_photos, tmp_path):
     write_image(own_photos / "c.png", 9)
     with pytest.raises(CacheError, match=(
-        r"1 of 7 contexts are not in this cache; run python -m dopsd_jax.encode with the same "
+        r"1 of 7 entries are not in this cache; run python -m dopsd_jax.encode with the same "
         r"config:\n  c.png, caption 'caption', teacher$"
     )):
         train_lib.train(config, tmp_path / "run")
@@ -283,7 +284,7 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tiny, photos, cache, tmp
         )
 
     done = run(f"--config.cache={cache}")
-    assert done.stdout == f"0 contexts made, 6 were there: {cache}\n", done.stderr
+    assert done.stdout == f"0 entries made, 6 were there: {cache}\n", done.stderr
     done = run()
     assert done.returncode == 1
     assert done.stderr.endswith("error: cache: expected a folder or gs://.., got nothing "

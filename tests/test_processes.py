@@ -188,7 +188,7 @@ def test_processes_share_the_encoding(settings, tmp_path):
     from dopsd_jax.data.cache import Cache
 
     outputs = Run(settings, None, 2, "encode", cache=tmp_path / "cache").end()
-    assert all("\n9 contexts made, 0 were there" in f"\n{output}" for output in outputs)
+    assert all("\n9 entries made, 0 were there" in f"\n{output}" for output in outputs)
     old, new = Cache(str(settings["cache"])), Cache(tmp_path / "cache")
     assert set(new) == set(old) and len(list((tmp_path / "cache").iterdir())) == 4
     for key in old:

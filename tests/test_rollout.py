@@ -71,13 +71,15 @@ def setup():
     }
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "assemble"))
-def _run(s, loss, assemble):
-    return rollout.dopsd_loss_and_grad(**s, velocity=velocity, assemble=assemble, loss=loss)
+@functools.partial(jax.jit, static_argnames=("loss", "assemble", "states"))
+def _run(s, loss, assemble, states):
+    return rollout.dopsd_loss_and_grad(
+        **s, velocity=velocity, assemble=assemble, loss=loss, states=states
+    )
 
 
-def run(s, loss="x0", assemble=with_lora, **changes):
-    return _run(s | changes, loss, assemble)
+def run(s, loss="x0", assemble=with_lora, states="student", **changes):
+    return _run(s | changes, loss, assemble, states)
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "assemble"))
@@ -276,3 +278,39 @@ def test_memory_does_not_grow_with_the_number_of_steps(family):
         temporaries[num_steps] = compiled.memory_analysis().temp_size_in_bytes
     print(f"temporary bytes by number of steps: {temporaries}")
     assert max(temporaries.values()) <= 1.05 * min(temporaries.values()), temporaries
+
+
+@pytest.mark.parametrize("states", ["teacher", "noised"])
+def test_off_policy_states_are_those_of_the_teacher_or_of_the_target(setup, states):
+    """Against a loop that first lists the states, and then compares both at each of them."""
+    latents = 0.7 * jnp.asarray(np.random.default_rng(8).standard_normal((2, 4, 3, 2)), jnp.float32)
+    s, x, visited = setup, setup["noise"], []
+    teacher = with_lora(s["base"], s["teacher"])
+    for sigma, sigma_next in itertools.pairwise(SIGMAS):
+        if states == "noised":
+            x = (1 - sigma) * latents + sigma * s["noise"]
+        visited.append((x, sigma))
+        v = velocity(teacher, x, sigma, s["teacher_ctx"])
+        x = x + (sigma_next - sigma) * v
+
+    def want(student):
+        losses = []
+        for x, sigma in visited:
+            ours = velocity(with_lora(s["base"], student), x, sigma, s["student_ctx"])
+            theirs = velocity(teacher, x, sigma, s["teacher_ctx"])
+            losses.append(sigma**2 * jnp.mean((ours - theirs) ** 2))
+        return jnp.mean(jnp.stack(losses))
+
+    value, grads = jax.value_and_grad(want)(s["student"])
+    loss, got, _ = run(s, states=states, latents=latents)
+    np.testing.assert_allclose(loss, value, rtol=1e-5)
+    assert_trees_close(got, grads)
+    on_policy, _, _ = run(s)
+    assert abs(float(on_policy) - float(loss)) > 1e-3 * float(loss)
+
+
+def test_unknown_states_and_missing_targets_are_refused(setup):
+    with pytest.raises(ValueError, match="states: expected one of .*got 'old'"):
+        run(setup, states="old")
+    with pytest.raises(ValueError, match="states noised.*latents"):
+        run(setup, states="noised")

@@ -1,0 +1,37 @@
+"""The claim, measured on the mini model: what D-OPSD and others do to a few-step model.
+
+    python -m dopsd_jax.evaluate --config configs/mini_claim.py --workdir runs/claim
+
+Every method learns the new style of configs/mini_style.py from the same eight pictures, at four
+learning rates, from the same noise; then the best rate of each is repeated with more seeds.
+Two CPU cores, no accelerator.
+"""
+
+from ml_collections import ConfigDict
+
+from dopsd_jax.weights.shipped import UNDISTILLED
+
+
+def get_config():
+    c = ConfigDict()
+    c.run_config = "configs/mini_style.py"
+    c.style = "blueprint"
+    # Name -> what differs from run_config. The first is what the others are compared with.
+    c.methods = ConfigDict({
+        "dopsd": {},
+        "dopsd, frozen teacher": {"teacher": "frozen"},
+        "dopsd, live teacher": {"teacher": "live"},
+        "off-policy, noised targets": {"states": "noised"},
+        "off-policy, teacher's walk": {"states": "teacher"},
+        "sft": {"objective": "sft"},
+        "sft on the undistilled": {"objective": "sft", "base_lora": str(UNDISTILLED)},
+    })
+    c.learning_rates = (1e-4, 3e-4, 1e-3, 3e-3)
+    c.num_train_steps = 100
+    c.measure_every = 25     # updates
+    c.training_seeds = 3     # of the chosen rates; the sweep has one
+    c.generation_seeds = 8   # noises per prompt
+    c.old_prompts = 36
+    c.num_steps = 2          # deployed number of denoiser calls
+    c.checkpoints = ""       # or own runs, "runs/a,runs/b", instead of all of the above
+    return c

@@ -1,0 +1,1 @@
+"""Runs compared: what they draw, measured on the same noise, with intervals."""

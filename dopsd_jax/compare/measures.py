@@ -1,0 +1,158 @@
+"""What a tuned mini model draws, judged picture by picture, on noise that all runs share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dopsd_jax import gauges
+from dopsd_jax.core import trees
+from dopsd_jax.data.images import read_image
+from dopsd_jax.mini import drawing, judge, world
+from dopsd_jax.mini.build import ALL_CONCEPTS, ALL_STYLES
+from dopsd_jax.weights.pipeline import Pipeline
+
+NEW_SEEN, NEW_UNSEEN, OLD = "new style, tuned things", "new style, other things", "old prompts"
+FIRST_SEED = 9_000_000  # of the noise; training and the gates start elsewhere
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseSet:
+    """Prompts of one kind, each drawn from several noises: row = case * seeds + seed.
+
+    Attributes:
+        name: NEW_SEEN, NEW_UNSEEN or OLD.
+        seeds: Noises per prompt.
+        rows: Captions, what each must show and its noise, of every picture.
+    """
+
+    name: str
+    seeds: int
+    rows: drawing.Cases
+
+    @property
+    def cases(self) -> int:
+        return len(self.rows) // self.seeds
+
+    def by_case(self, values: np.ndarray) -> np.ndarray:
+        """[pictures] -> [cases, seeds]."""
+        return np.asarray(values).reshape(self.cases, self.seeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The judge's word on the pictures of one CaseSet.
+
+    Attributes:
+        style, concept: bool [N], as asked for.
+        sharpness: float32 [N].
+        copying: float32 [N], cosine similarity to the nearest training picture's features.
+        features: float32 [N, 64].
+    """
+
+    style: np.ndarray
+    concept: np.ndarray
+    sharpness: np.ndarray
+    copying: np.ndarray
+    features: np.ndarray
+
+
+def _repeated(cases: drawing.Cases, seeds: int, first: int) -> drawing.Cases:
+    count = len(cases) * seeds
+    return drawing.Cases(
+        [c for c in cases.captions for _ in range(seeds)], np.repeat(cases.styles, seeds),
+        np.repeat(cases.concepts, seeds, axis=0), first + np.arange(count),
+    )
+
+
+def _of_style(style: str, concepts: Sequence[str]) -> drawing.Cases:
+    captions = [f"{'an' if c[0] in 'aeiou' else 'a'} {c}, {style} style" for c in concepts]
+    return drawing.Cases(
+        captions, np.full(len(concepts), ALL_STYLES.index(style)),
+        np.stack([np.isin(ALL_CONCEPTS, [c]) for c in concepts]), np.arange(len(concepts)),
+    )
+
+
+def case_sets(
+    style: str, tuned: Sequence[str], *, old: int, seeds: int
+) -> dict[str, CaseSet]:
+    """The three sets, by name.
+
+    Args:
+        style: The new one.
+        tuned: Concepts of the training pictures.
+        old: Prompts of trained styles and concepts.
+        seeds: Noises per prompt.
+
+    Raises:
+        ValueError: A style or concept that the world does not know.
+    """
+    unknown = sorted({style} - set(ALL_STYLES)) + sorted(set(tuned) - set(ALL_CONCEPTS))
+    if unknown:
+        raise ValueError(f"expected a style and things of the mini world, got {unknown}")
+    others = [c for c in world.TRAINED_CONCEPTS if c not in tuned]
+    sets, first = {}, FIRST_SEED
+    for name, cases in (
+        (NEW_SEEN, _of_style(style, tuned)), (NEW_UNSEEN, _of_style(style, others)),
+        (OLD, drawing.draw_cases(old, seed=7)),
+    ):
+        rows = _repeated(cases, seeds, first)
+        sets[name] = CaseSet(name, seeds, rows)
+        first += len(rows)
+    return sets
+
+
+def training_pictures(folder: Path) -> tuple[np.ndarray, list[str]]:
+    """Pictures uint8 [N, 64, 64, 3] and concepts of a folder as `mini.build --style` writes it."""
+    files = sorted(folder.glob("*.png"))
+    if not files:
+        raise ValueError(f"{folder}: expected pictures as mini.build --style writes, found none")
+    pixels = np.stack([np.asarray(read_image(f)) for f in files])
+    return pixels, [f.stem.replace("-", " ") for f in files]
+
+
+class Bench:
+    """Draws the sets with a model and has the pictures judged."""
+
+    def __init__(self, pipe: Pipeline, sets: dict[str, CaseSet], judge_file: Path, folder: Path):
+        self._pipe, self._sets = pipe, sets
+        self._judge, self.real, self.report = judge.read(str(judge_file))
+        pictures, _ = training_pictures(folder)
+        self._training = _unit(judge.opinion(self._judge, pictures).features)
+        self._contexts = {
+            name: drawing.text_contexts(pipe, s.rows.captions) for name, s in sets.items()
+        }
+
+    def draw(self, name: str, variables: trees.Tree, *, num_steps: int, guidance: float = 1.0
+             ) -> np.ndarray:
+        """Pictures of one set, uint8 [N, 64, 64, 3]."""
+        return drawing.draw(
+            self._pipe, variables, self._contexts[name], self._sets[name].rows.seeds,
+            num_steps=num_steps, guidance=guidance,
+        )
+
+    def judged(self, name: str, pixels: np.ndarray) -> Measured:
+        """What the judge says of pictures of one set."""
+        rows = self._sets[name].rows
+        said = judge.opinion(self._judge, pixels)
+        near = (_unit(said.features) @ self._training.T).max(1)
+        return Measured(
+            said.style_accuracy(rows.styles), said.concept_accuracy(rows.concepts),
+            gauges.sharpness(pixels), near, said.features,
+        )
+
+    def measure(self, variables: trees.Tree, *, num_steps: int, guidance: float = 1.0
+                ) -> dict[str, Measured]:
+        """All sets."""
+        return {
+            name: self.judged(
+                name, self.draw(name, variables, num_steps=num_steps, guidance=guidance)
+            ) for name in self._sets
+        }
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-8)

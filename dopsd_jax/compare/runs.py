@@ -1,0 +1,75 @@
+"""The runs of a comparison: which there are, how each is trained, where its figures are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.core import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: a method at a learning rate and a seed, or an own run's directory."""
+
+    method: str
+    rate: float
+    seed: int
+    workdir: Path
+
+    @property
+    def name(self) -> str:
+        return self.workdir.name
+
+
+def planned(config: ConfigDict, workdir: Path, *, rates: dict[str, tuple[float, ...]],
+            seeds: tuple[int, ...]) -> list[Run]:
+    """Runs of every method at its rates, for every seed."""
+    return [
+        Run(method, rate, seed, workdir / "runs" / _name(method, rate, seed))
+        for method in rates for rate in rates[method] for seed in seeds
+    ]
+
+
+def _name(method: str, rate: float, seed: int) -> str:
+    return f"{re.sub(r'[^a-z0-9]+', '_', method)}-{rate:g}-{seed}"
+
+
+def own_runs(directories: str) -> list[Run]:
+    """The runs of "runs/a,runs/b", each a method of its own.
+
+    Raises:
+        ValueError: A directory that is no run's, or two of one name.
+    """
+    found = []
+    for text in directories.split(","):
+        workdir = Path(text.strip())
+        settings = workdir_lib.read_config(workdir)
+        found.append(Run(workdir.name, settings["learning_rate"], settings["seed"], workdir))
+    if len({r.method for r in found}) < len(found):
+        raise ValueError(f"checkpoints: expected runs of different names, got {directories!r}")
+    return found
+
+
+def train(config: ConfigDict, run: Run) -> None:
+    """Trains a run by the train command; a finished one is left as it is.
+
+    Raises:
+        SystemExit: The training ended with an error.
+    """
+    done = run.workdir / "checkpoints" / str(config.num_train_steps)
+    if done.is_dir():
+        return
+    changes = {
+        "learning_rate": run.rate, "seed": run.seed + 30, "num_train_steps": config.num_train_steps,
+        "checkpoint_every": config.measure_every, "sample_every": 0, "keep_checkpoints": 1000,
+        "log_every": config.measure_every, **config.methods[run.method].to_dict(),
+    }
+    cli.run_module(
+        "dopsd_jax.train", "--config", config.run_config, "--workdir", str(run.workdir),
+        *(f"--config.{key}={value}" for key, value in changes.items()),
+    )

@@ -1,0 +1,140 @@
+"""Figures of runs -> what is compared: retention at matched accuracy in the new style."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dopsd_jax.compare.measures import NEW_SEEN, NEW_UNSEEN, OLD, CaseSet, Measured
+from dopsd_jax.compare.stats import Interval, interval, mean_interval
+from dopsd_jax.core.files import write_atomic
+from dopsd_jax.mini.judge import frechet_distance, moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A run at a step, drawn in some number of denoiser calls.
+
+    Attributes:
+        method, rate, seed, step: Of the run; step 0 is the untuned model.
+        num_steps, guidance: How it was drawn.
+        sets: By name.
+    """
+
+    method: str
+    rate: float
+    seed: int
+    step: int
+    num_steps: int
+    guidance: float
+    sets: dict[str, Measured]
+
+    def new_style(self) -> float:
+        """Style accuracy on the prompts of the new style, of both kinds together."""
+        return float(np.concatenate([self.sets[n].style for n in (NEW_SEEN, NEW_UNSEEN)]).mean())
+
+    def retention(self) -> float:
+        """Share of old prompts whose picture shows both the style and the things asked for."""
+        return float((self.sets[OLD].style & self.sets[OLD].concept).mean())
+
+
+def best_at(points: Sequence[Point], level: float) -> Point | None:
+    """Of the points that reach a new-style accuracy, the one that retains most; None: none does."""
+    reached = [p for p in points if p.new_style() >= level]
+    return max(reached, key=Point.retention, default=None)
+
+
+def matched_level(by_method: dict[str, Sequence[Point]]) -> float:
+    """The highest new-style accuracy that every method reaches somewhere."""
+    return min(max(p.new_style() for p in points) for points in by_method.values())
+
+
+def frechet(
+    features: np.ndarray, real: tuple[np.ndarray, np.ndarray], draws: int = 200
+) -> Interval:
+    """Frechet distance of features [cases, pictures, 64] to (mean, covariance)."""
+    return interval(
+        lambda i: frechet_distance(moments(features[i].reshape(-1, features.shape[-1])), real),
+        len(features), draws=draws,
+    )
+
+
+def row_of(points: Sequence[Point], sets: dict[str, CaseSet], base: Point,
+           real: tuple[np.ndarray, np.ndarray]) -> dict[str, Interval]:
+    """The figures of one method: of its training seeds together.
+
+    Args:
+        points: One per training seed, drawn alike.
+        sets: The cases.
+        base: The untuned model, drawn alike.
+        real: Moments of real pictures of the new style.
+    """
+    def of(name: str, values) -> Interval:
+        return mean_interval(np.concatenate(
+            [sets[name].by_case(values(p.sets[name])) for p in points], axis=1
+        ))
+
+    def features(name: str) -> np.ndarray:
+        shape = (sets[name].cases, sets[name].seeds, -1)
+        return np.concatenate([p.sets[name].features.reshape(shape) for p in points], axis=1)
+
+    old, before = sets[OLD], moments(base.sets[OLD].features)
+    return {
+        "new style, tuned things: style": of(NEW_SEEN, lambda m: m.style),
+        "new style, other things: style": of(NEW_UNSEEN, lambda m: m.style),
+        "new style, other things: thing": of(NEW_UNSEEN, lambda m: m.concept),
+        "new style: Frechet to real": frechet(features(NEW_UNSEEN), real),
+        "copying": of(NEW_UNSEEN, lambda m: m.copying),
+        "old: style": of(OLD, lambda m: m.style),
+        "old: things": of(OLD, lambda m: m.concept),
+        "old: both": of(OLD, lambda m: m.style & m.concept),
+        "old: Frechet to untuned": frechet(features(OLD), before),
+        "sharpness / untuned": mean_interval(np.concatenate([
+            old.by_case(p.sets[OLD].sharpness) / old.by_case(base.sets[OLD].sharpness).mean()
+            for p in points
+        ], axis=1)),
+    }
+
+
+def paired(points: Sequence[Point], others: Sequence[Point], sets: dict[str, CaseSet]) -> Interval:
+    """Retention of `points` less that of `others`, case by case."""
+    def values(of: Sequence[Point]) -> np.ndarray:
+        return np.mean([
+            sets[OLD].by_case(p.sets[OLD].style & p.sets[OLD].concept) for p in of
+        ], axis=0)
+
+    return mean_interval(values(points) - values(others))
+
+
+def as_markdown(rows: dict[str, dict[str, Interval | str]]) -> str:
+    """Rows by name -> a Markdown table."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(path: Path, points: Sequence[Point], sets: dict[str, CaseSet]) -> None:
+    """One line per picture."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow([
+        "method", "learning_rate", "training_seed", "step", "num_steps", "guidance", "set",
+        "prompt", "noise_seed", "style", "concept", "sharpness", "copying",
+    ])
+    for p in points:
+        for name, m in p.sets.items():
+            rows = sets[name].rows
+            for i, caption in enumerate(rows.captions):
+                writer.writerow([
+                    p.method, p.rate, p.seed, p.step, p.num_steps, p.guidance, name, caption,
+                    int(rows.seeds[i]), int(m.style[i]), int(m.concept[i]),
+                    f"{m.sharpness[i]:.3f}", f"{m.copying[i]:.4f}",
+                ])
+    write_atomic(path, out.getvalue())

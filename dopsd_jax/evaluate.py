@@ -1,0 +1,259 @@
+"""Command: methods compared on the same pictures, noise and budget, or own runs, with intervals.
+
+    python -m dopsd_jax.evaluate --config configs/mini_claim.py --workdir runs/claim
+    python -m dopsd_jax.evaluate --config configs/mini_claim.py --workdir runs/mine \
+        --config.checkpoints=runs/a,runs/b
+
+Every method is trained at every learning rate and measured on its way. What is compared is
+retention, the share of old prompts still drawn right, at **matched accuracy in the new style**: of
+each method the point that retains most among those that reach the accuracy which all reach. That
+rate and step is repeated with more training seeds. Whatever is done already is not done again.
+
+Writes <workdir>/table.md, pictures.csv (a line per picture), curves.png and grid.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict, config_flags
+
+from dopsd_jax import previews
+from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.compare import runs as runs_lib
+from dopsd_jax.compare import table as table_lib
+from dopsd_jax.compare.measures import (
+    NEW_UNSEEN,
+    OLD,
+    Bench,
+    Measured,
+    case_sets,
+    training_pictures,
+)
+from dopsd_jax.compare.runs import Run
+from dopsd_jax.compare.table import Point
+from dopsd_jax.core import cli, trees
+from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.core.files import write_atomic
+from dopsd_jax.core.log import log
+from dopsd_jax.lora import scaled
+from dopsd_jax.weights.pipeline import load_pipeline
+from dopsd_jax.weights.shipped import ASSETS, JUDGE
+
+FLAGS = flags.FLAGS
+PICTURES = ASSETS / "mini_style"
+CONTROL_GUIDANCE, CONTROL_STEPS = 2.5, 24
+GRID_ROWS = 6
+
+
+class Evaluation:
+    """The pictures of every run, measured once and kept in <workdir>/measured."""
+
+    def __init__(self, config: ConfigDict, workdir: Path):
+        self.config, self.workdir = config, workdir
+        self._pipe = load_pipeline("mini", dtype="float32", remat="none")
+        _, tuned = training_pictures(PICTURES)
+        self.sets = case_sets(
+            config.style, tuned, old=config.old_prompts, seeds=config.generation_seeds
+        )
+        self.bench = Bench(self._pipe, self.sets, JUDGE, PICTURES)
+
+    def variables(self, run: Run | None, step: int) -> trees.Tree:
+        """The student's weights; of no run the untuned model's."""
+        if run is None:
+            return {"params": self._pipe.params}
+        tree, spec = workdir_lib.read_lora(run.workdir, step=step)
+        return {"params": self._pipe.params, "lora": scaled(tree, spec.scale)}
+
+    def point(self, run: Run | None, step: int, *, num_steps: int, guidance: float = 1.0) -> Point:
+        """One run at one step, drawn and judged, or read from where that was kept."""
+        name = "untuned" if run is None else f"{run.name}-{step}"
+        c = self.config
+        file = self.workdir / "measured" / (
+            f"{name}-{num_steps}steps-x{guidance:g}-{c.old_prompts}x{c.generation_seeds}.npz"
+        )
+        if file.is_file():
+            sets = _read(file)
+        else:
+            sets = self.bench.measure(
+                self.variables(run, step), num_steps=num_steps, guidance=guidance
+            )
+            _write(file, sets)
+        method, rate, seed = ("untuned", 0.0, 0) if run is None else (
+            run.method, run.rate, run.seed
+        )
+        found = Point(method, rate, seed, step, num_steps, guidance, sets)
+        log.info("%s, step %d, %d steps: new style %.3f, old prompts %.3f", name, step, num_steps,
+                 found.new_style(), found.retention())
+        return found
+
+
+def _write(file: Path, sets: dict[str, Measured]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}")
+    with temporary.open("wb") as f:
+        np.savez_compressed(f, **{
+            f"{name}/{field}": value for name, m in sets.items()
+            for field, value in dataclasses.asdict(m).items()
+        })
+    temporary.replace(file)
+
+
+def _read(file: Path) -> dict[str, Measured]:
+    with np.load(file, allow_pickle=False) as arrays:
+        tree = trees.unflatten({name: arrays[name] for name in arrays.files})
+    return {name: Measured(**fields) for name, fields in tree.items()}
+
+
+def sweep(evaluation: Evaluation) -> dict[str, list[Point]]:
+    """Every method at every rate, measured along the way; all start at the untuned model."""
+    c, workdir = evaluation.config, evaluation.workdir
+    rates = dict.fromkeys(c.methods, tuple(c.learning_rates))
+    untuned = evaluation.point(None, 0, num_steps=c.num_steps)
+    found: dict[str, list[Point]] = {method: [untuned] for method in c.methods}
+    for run in runs_lib.planned(c, workdir, rates=rates, seeds=(0,)):
+        runs_lib.train(c, run)
+        for step in range(c.measure_every, c.num_train_steps + 1, c.measure_every):
+            found[run.method].append(evaluation.point(run, step, num_steps=c.num_steps))
+    return found
+
+
+def repeated(evaluation: Evaluation, chosen: dict[str, Point]) -> dict[str, list[tuple[Run, int]]]:
+    """The chosen rate and step of every method, trained with all seeds."""
+    c, found = evaluation.config, {}
+    for method, point in chosen.items():
+        if point.step == 0:
+            found[method] = [(None, 0)]
+            continue
+        found[method] = []
+        seeds = tuple(range(c.training_seeds))
+        for run in runs_lib.planned(c, evaluation.workdir, rates={method: (point.rate,)},
+                                    seeds=seeds):
+            runs_lib.train(c, run)
+            found[method].append((run, point.step))
+    return found
+
+
+def own(config: ConfigDict) -> dict[str, list[tuple[Run, int]]]:
+    """The latest checkpoint of every own run."""
+    found = {}
+    for run in runs_lib.own_runs(config.checkpoints):
+        checkpoints = Checkpoints(run.workdir / "checkpoints", read_only=True)
+        step = checkpoints.latest_step()
+        checkpoints.close()
+        if step is None:
+            raise ValueError(f"no checkpoint yet in {run.workdir}/checkpoints")
+        found[run.method] = [(run, step)]
+    return found
+
+
+def tables(
+    evaluation: Evaluation, compared: dict[str, list[tuple[Run, int]]]
+) -> tuple[str, list[Point]]:
+    """A table per way of drawing, and all points in them."""
+    c, text, every = evaluation.config, [], []
+    real = evaluation.bench.real[c.style]
+    ways = [(c.num_steps, 1.0), (2 * c.num_steps, 1.0), (CONTROL_STEPS, 1.0),
+            (c.num_steps, CONTROL_GUIDANCE)]
+    for num_steps, guidance in ways:
+        base = evaluation.point(None, 0, num_steps=num_steps, guidance=guidance)
+        every.append(base)
+        rows = {"untuned": table_lib.row_of([base], evaluation.sets, base, real)}
+        first = None
+        for method, members in compared.items():
+            points = [
+                evaluation.point(run, step, num_steps=num_steps, guidance=guidance)
+                for run, step in members
+            ]
+            every += points
+            run, step = members[0]
+            label = f"{method} ({f'{run.rate:g}, {step} updates' if run else 'no update'})"
+            rows[label] = table_lib.row_of(points, evaluation.sets, base, real)
+            first = first or points
+            if points is not first:
+                rows[label]["old: both, less the first's"] = table_lib.paired(
+                    points, first, evaluation.sets
+                )
+        extra = f", guidance {guidance:g}" if guidance != 1 else ""
+        text.append(f"### {num_steps} steps{extra}\n\n{table_lib.as_markdown(rows)}")
+    return "\n".join(text), every
+
+
+def draw_curves(path: Path, found: dict[str, list[Point]], level: float) -> None:
+    """Retention against accuracy in the new style: a line per method and rate."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    ax = figure.subplots()
+    for i, (method, points) in enumerate(found.items()):
+        label = method
+        for rate in dict.fromkeys(p.rate for p in points[1:]):
+            line = [points[0], *(p for p in points if p.rate == rate)]
+            ax.plot([p.new_style() for p in line], [p.retention() for p in line], ".-",
+                    color=f"C{i}", alpha=0.7, label=label)
+            label = None
+    ax.axvline(level, color="black", lw=0.7, ls=":", label="compared at")
+    ax.set_xlabel("style accuracy on prompts of the new style")
+    ax.set_ylabel("old prompts drawn right (style and things)")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    figure.savefig(path, dpi=110)
+
+
+def draw_grid(evaluation: Evaluation, compared: dict[str, list[tuple[Run, int]]]) -> np.ndarray:
+    """Prompts of the new style, then old ones, by every method, each row from one noise."""
+    c = evaluation.config
+    columns = []
+    for method, members in {"untuned": [(None, 0)], **compared}.items():
+        variables = evaluation.variables(*members[0])
+        shown = [
+            evaluation.bench.draw(name, variables, num_steps=c.num_steps)[
+                :: c.generation_seeds][:GRID_ROWS]
+            for name in (NEW_UNSEEN, OLD)
+        ]
+        columns.append((method, np.concatenate(shown)))
+    return previews.grid(columns, enlarged=2)
+
+
+def evaluate(config: ConfigDict, workdir: Path) -> str:
+    """Everything; returns the table's text."""
+    evaluation = Evaluation(config, workdir)
+    head = [f"Judge on real pictures: {evaluation.bench.report}."]
+    if config.checkpoints:
+        compared, points = own(config), []
+    else:
+        found = sweep(evaluation)
+        level = table_lib.matched_level(found)
+        chosen = {m: table_lib.best_at(points, level) for m, points in found.items()}
+        compared = repeated(evaluation, chosen)
+        points = [p for of_method in found.values() for p in of_method[1:]]
+        draw_curves(workdir / "curves.png", found, level)
+        head.append(
+            f"Compared where all reach a new-style accuracy of {level:.3f} (in the sweep, seed 0): "
+            "of each method the learning rate and step that retain most."
+        )
+    text, drawn = tables(evaluation, compared)
+    table_lib.write_csv(workdir / "pictures.csv", [*points, *drawn], evaluation.sets)
+    previews.save(workdir / "grid.png", draw_grid(evaluation, compared))
+    text = "\n\n".join([*head, text])
+    write_atomic(workdir / "table.md", text)
+    return text
+
+
+def main() -> None:
+    if FLAGS.config is None:
+        raise ValueError("--config is needed, such as --config configs/mini_claim.py")
+    workdir = Path(FLAGS.workdir)
+    cli.check_directory(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    workdir_lib.enable_compilation_cache()
+    print(evaluate(FLAGS.config, workdir))
+    print(f"\n{workdir}/table.md, pictures.csv, curves.png, grid.png")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Directory of everything.", required=True)
+    cli.run_command(main)

@@ -1,0 +1,61 @@
+"""The whole comparison on the shipped model, as small as it goes; and own runs."""
+
+import csv
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import mini_claim
+from dopsd_jax import evaluate as evaluate_lib
+from dopsd_jax.compare import runs as runs_lib
+
+
+@pytest.fixture(scope="module")
+def config():
+    c = mini_claim.get_config()
+    c.methods = ConfigDict({"dopsd": {}, "sft": {"objective": "sft"}})
+    c.learning_rates = (1e-3,)
+    c.num_train_steps, c.measure_every = 2, 1
+    c.training_seeds, c.generation_seeds, c.old_prompts = 2, 2, 4
+    return c
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("claim")
+    evaluate_lib.evaluate(config, workdir)
+    return workdir
+
+
+def test_it_leaves_tables_for_every_way_of_drawing_and_pictures(workdir):
+    text = (workdir / "table.md").read_text()
+    for title in ("### 2 steps\n", "### 4 steps", "### 24 steps", "### 2 steps, guidance 2.5"):
+        assert title in text
+    rows = [line for line in text.splitlines() if line.startswith("| sft")]
+    assert len(rows) == 4 and all("[" in line for line in rows)
+    assert (workdir / "grid.png").is_file() and (workdir / "curves.png").is_file()
+    with (workdir / "pictures.csv").open() as f:
+        seen = {(r["method"], r["step"]) for r in csv.DictReader(f)}
+    assert {("untuned", "0"), ("dopsd", "1"), ("dopsd", "2"), ("sft", "2")} <= seen
+
+
+def test_what_is_done_is_not_done_again(config, workdir, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained or drew again")
+
+    monkeypatch.setattr(runs_lib.cli, "run_module", refuse)
+    monkeypatch.setattr(evaluate_lib.Bench, "measure", refuse)
+    before = (workdir / "table.md").read_text()
+    assert evaluate_lib.evaluate(config, workdir) == before
+
+
+def test_own_runs_are_compared_as_they_are(config, workdir, tmp_path):
+    own = mini_claim.get_config().copy_and_resolve_references()
+    own.update(config)
+    runs = sorted((workdir / "runs").iterdir())
+    own.checkpoints = ",".join(map(str, runs[:2]))
+    text = evaluate_lib.evaluate(own, tmp_path)
+    assert all(f"| {run.name} (" in text for run in runs[:2])
+    own.checkpoints = str(tmp_path / "none")
+    with pytest.raises(ValueError, match="none: expected a run's directory"):
+        evaluate_lib.evaluate(own, tmp_path)

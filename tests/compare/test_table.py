@@ -1,0 +1,93 @@
+"""Comparisons on points whose answer is known."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from dopsd_jax.compare import table
+from dopsd_jax.compare.measures import NEW_SEEN, NEW_UNSEEN, OLD, Measured, case_sets
+from dopsd_jax.mini import build, world
+from dopsd_jax.mini.judge import moments
+
+TUNED = ("apple", "banana", "car")
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return case_sets("blueprint", TUNED, old=10, seeds=4)
+
+
+def point(sets, method="dopsd", *, new, old, rate=1e-3, step=25, seed=0):
+    """A share `new` of the new style's pictures and `old` of the old ones are right."""
+    rng = np.random.default_rng(seed)
+
+    def measured(name, share):
+        n = len(sets[name].rows)
+        right = np.arange(n) < round(share * n)
+        return Measured(right, right, np.full(n, 2.0), np.full(n, 0.5),
+                        rng.standard_normal((n, 64)))
+
+    return table.Point(method, rate, 0, step, 2, 1.0, {
+        NEW_SEEN: measured(NEW_SEEN, new), NEW_UNSEEN: measured(NEW_UNSEEN, new),
+        OLD: measured(OLD, old),
+    })
+
+
+def test_sets_ask_for_tuned_things_other_things_and_old_styles(sets):
+    seen, unseen, old = (sets[n].rows for n in (NEW_SEEN, NEW_UNSEEN, OLD))
+    assert seen.captions[:4] == ["an apple, blueprint style"] * 4
+    assert len(unseen) == 4 * (len(world.TRAINED_CONCEPTS) - 3) and len(old) == 40
+    assert not any(t in c for c in unseen.captions for t in TUNED)
+    new = build.ALL_STYLES.index("blueprint")
+    assert np.all(seen.styles == new) and not np.any(old.styles == new)
+    noises = np.concatenate([s.rows.seeds for s in sets.values()])
+    assert len(set(noises.tolist())) == len(noises)
+    with pytest.raises(ValueError, match="mini world, got .'teapot'"):
+        case_sets("blueprint", ["teapot"], old=1, seeds=1)
+
+
+def test_methods_are_compared_where_all_have_learned_as_much(sets):
+    ours = [point(sets, new=n, old=o) for n, o in ((0, 1), (0.5, 0.9), (1, 0.5))]
+    theirs = [point(sets, "sft", new=n, old=o) for n, o in ((0, 1), (0.25, 0.8), (0.75, 0.2))]
+    level = table.matched_level({"dopsd": ours, "sft": theirs})
+    assert level == pytest.approx(0.75, abs=0.05)
+    assert table.best_at(ours, level) is ours[2] and table.best_at(theirs, level) is theirs[2]
+    assert table.best_at(ours, 0.5) is ours[1]  # among those that reach it, what retains most
+    assert table.best_at(theirs, 0.9) is None
+
+
+def test_a_row_has_the_shares_and_a_distance_of_zero_to_itself(sets):
+    base, tuned = point(sets, new=0, old=1), point(sets, new=0.5, old=0.6)
+    real = moments(base.sets[NEW_UNSEEN].features)
+    row = table.row_of([tuned], sets, base, real)
+    assert row["new style, other things: style"].value == pytest.approx(0.5)
+    assert row["old: both"].value == pytest.approx(0.6)
+    assert row["old: both"].low < 0.6 < row["old: both"].high
+    assert row["copying"].value == pytest.approx(0.5)
+    assert row["sharpness / untuned"].value == 1
+    itself = table.row_of([base], sets, base, real)
+    assert itself["old: Frechet to untuned"].value == pytest.approx(0, abs=1e-6)
+    three = table.row_of([tuned] * 3, sets, base, real)
+    assert three["old: both"].value == row["old: both"].value
+
+
+def test_a_paired_difference_has_the_sign_of_the_first(sets):
+    good, bad = point(sets, new=0.5, old=0.9), point(sets, new=0.5, old=0.4)
+    found = table.paired([bad], [good], sets)
+    assert found.value == pytest.approx(-0.5) and found.high < 0
+    assert table.paired([good], [good], sets).value == 0
+
+
+def test_the_table_and_the_list_of_pictures_hold_everything(sets, tmp_path):
+    base, tuned = point(sets, new=0, old=1), point(sets, new=0.5, old=0.6)
+    row = table.row_of([tuned], sets, base, moments(base.sets[NEW_UNSEEN].features))
+    text = table.as_markdown({"a": row, "b": {"old: both": row["old: both"]}})
+    lines = text.splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert "0.600 [" in lines[2]
+    table.write_csv(tmp_path / "p.csv", [base, tuned], sets)
+    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    assert len(rows) == 2 * sum(len(s.rows) for s in sets.values())
+    share = np.mean([int(r["style"]) for r in rows[len(rows) // 2 :] if r["set"] == OLD])
+    assert share == pytest.approx(0.6)
