@@ -20,6 +20,10 @@ def base() -> ConfigDict:
     c.truncate_prompts = False  # published: True; here a prompt that is too long is an error
 
     # The method.
+    c.objective = "dopsd"     # dopsd | sft (plain flow matching on the images, to compare with)
+    c.states = "student"      # student (on its own walk) | off-policy: teacher, noised
+    c.base_lora = ""          # LoRA file put into the frozen weights while training, such as one
+                              # that undoes a distillation
     c.recipe = "vlm"          # what the teacher sees: prompt and target image
     c.trainable = "lora"      # lora | full
     c.num_steps = 4           # S, denoiser calls of the training rollout
@@ -57,11 +61,19 @@ def base() -> ConfigDict:
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 1, 1
 
     # What to see and keep.
+    c.preflight = "on"        # on | off: before the run, does the teacher know more at all?
     c.log_every = 10          # updates
     c.sample_every = 100      # updates; 0: never
     c.sample_steps = 4        # denoiser calls of preview pictures
     c.sample_rows = 4         # training rows shown in previews
     c.sample_prompts = ()     # further prompts, drawn by base and student
+    # Unrelated prompts, the same in every run: what became of them is the run's gauges, drawn with
+    # sample_every. Empty: no gauges of retention.
+    c.gauge_prompts = (
+        "a lighthouse on a rocky coast at dawn", "a bowl of ramen on a wooden table, from above",
+        "portrait of an old man with a white beard, studio light",
+        "a narrow street in a rainy city at night, neon signs",
+    )
     c.checkpoint_every = 500  # updates
     c.keep_checkpoints = 5    # latest checkpoints kept
     return c

@@ -22,4 +22,6 @@ def get_config():
     c.log_every = 5
     c.sample_every = 30
     c.checkpoint_every = 20
+    c.gauge_prompts = ()  # there is nothing to retain,
+    c.preflight = "off"   # and nothing to teach
     return c

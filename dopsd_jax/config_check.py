@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -46,6 +47,7 @@ def at_least(low: int) -> Rule:
     return Rule(f"at least {low}", lambda x: low <= x < math.inf)
 
 
+OBJECTIVES = ("dopsd", "sft")
 NUM_STEPS = Rule(f"1 to {flow.MAX_STEPS} denoiser calls", lambda x: 1 <= x <= flow.MAX_STEPS)
 ANY = Rule("anything", lambda x: True)
 PATH = Rule("a path", bool)
@@ -61,6 +63,7 @@ RULES: dict[str, Rule] = {
     "model": PATH, "vlm": PATH, "data": PATH, "data_root": ANY, "cache": TEXT,
     "resolution": at_least(16), "buckets": ANY, "small_buckets": one_of("error", "repeat"),
     "text_tokens": TOKENS, "teacher_tokens": TOKENS, "truncate_prompts": ANY,
+    "objective": one_of(*OBJECTIVES), "states": one_of(*rollout.STATES), "base_lora": TEXT,
     "recipe": one_of(*contexts.RECIPES), "trainable": one_of(*TRAINABLE),
     "num_steps": NUM_STEPS, "schedule": one_of(*flow.SCHEDULES), "shift": NOT_NEGATIVE,
     "loss": one_of(*rollout.LOSSES), "teacher": one_of(*TEACHERS),
@@ -75,7 +78,8 @@ RULES: dict[str, Rule] = {
     "dtype": one_of(*DTYPES), "vae_dtype": one_of(*DTYPES), "remat": one_of(*REMAT_POLICIES),
     "mesh.data": PARTS, "mesh.fsdp": PARTS, "mesh.tensor": PARTS,
     "log_every": at_least(1), "sample_every": at_least(0), "sample_steps": NUM_STEPS,
-    "sample_rows": at_least(1), "sample_prompts": TEXTS, "checkpoint_every": at_least(1),
+    "sample_rows": at_least(1), "sample_prompts": TEXTS, "gauge_prompts": TEXTS,
+    "preflight": one_of("on", "off"), "checkpoint_every": at_least(1),
     "keep_checkpoints": at_least(1),
 }
 
@@ -90,6 +94,8 @@ def check_config(config: ConfigDict) -> Method:
     """
     values = workdir_lib.flat_config(config.to_dict())
     wrong = _break_rules(values)
+    if config.get("objective") == "sft":
+        wrong.pop("vlm", None)  # there is no teacher
     problems = list(wrong.values())
 
     def good(*keys: str) -> bool:
@@ -100,13 +106,18 @@ def check_config(config: ConfigDict) -> Method:
             f"batch_size: expected a multiple of accumulation = {config.accumulation}, got "
             f"{config.batch_size}"
         )
+    if good("base_lora", "trainable") and config.base_lora:
+        if config.trainable != "lora":
+            problems.append("base_lora: expected nothing with trainable = full, which has no base")
+        elif not Path(config.base_lora).is_file():
+            problems.append(f"base_lora: expected a LoRA file, found none at {config.base_lora}")
     if good("schedule", "num_steps", "shift"):
         with noted(problems):
             flow.make_sigmas(config.schedule, config.num_steps, config.shift or 1.0)
     if good("batch_size", "mesh.data", "mesh.fsdp", "mesh.tensor"):
         with noted(problems):
             _check_mesh(config)
-    if good("vlm"):
+    if good("vlm") and config.get("objective") != "sft":
         with noted(problems, "vlm"):
             read_vl_config(config.vlm)
     if good("model"):
@@ -118,7 +129,7 @@ def check_config(config: ConfigDict) -> Method:
     return Method(
         trainable=config.trainable, lora_scale=config.lora.alpha / config.lora.rank,
         teacher=config.teacher, ema_decay=config.ema_decay, loss=config.loss,
-        accumulation=config.accumulation,
+        states=config.states, accumulation=config.accumulation,
     )
 
 
@@ -164,12 +175,13 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
                 max(h for h, _, _ in sizes), max(w for _, w, _ in sizes),
                 max(config.text_tokens, config.teacher_tokens),
             )
-    if good("sample_prompts", "text_tokens"):
-        problems += [
-            f"sample_prompts: {problem} (text_tokens = {config.text_tokens})"
-            for problem in prompts.prompt_problems(
-                pipe.tokenizer, config.sample_prompts, config.text_tokens,
-                enable_thinking=pipe.text.enable_thinking,
-            )
-        ]
+    for key in ("sample_prompts", "gauge_prompts"):
+        if good(key, "text_tokens"):
+            problems += [
+                f"{key}: {problem} (text_tokens = {config.text_tokens})"
+                for problem in prompts.prompt_problems(
+                    pipe.tokenizer, config[key], config.text_tokens,
+                    enable_thinking=pipe.text.enable_thinking,
+                )
+            ]
     return problems

@@ -8,44 +8,47 @@ Run the same command again and it continues from the latest checkpoint.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax import flow, loop, lora, previews, sample
+from dopsd_jax import flow, gauges, loop, lora, preflight, sample
 from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.baselines import draw_sigma
 from dopsd_jax.caption_check import check_captions
 from dopsd_jax.config_check import check_config
 from dopsd_jax.core import cli, distributed, sharding, trees
+from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.log import log
-from dopsd_jax.core.metrics import Metrics
-from dopsd_jax.data.batches import BatchRows
-from dopsd_jax.data.datasets import Data, read_data
-from dopsd_jax.data.images import to_uint8
-from dopsd_jax.encode import Contexts, Encoders, Entries, encode_all, open_cache
+from dopsd_jax.core.metrics import GAUGES, read_metrics
+from dopsd_jax.data.datasets import read_data
+from dopsd_jax.encode import (
+    Contexts,
+    Entries,
+    encode_all,
+    load_encoders,
+    needs_targets,
+    needs_teacher,
+    open_cache,
+)
 from dopsd_jax.mini import stages
+from dopsd_jax.pictures import Previews, run_preflight
 from dopsd_jax.train_step import (
     Batch,
-    Method,
     TrainState,
     dopsd,
     draw_noise,
     init_state,
     make_optimizer,
     make_train_step,
+    sft,
 )
-from dopsd_jax.weights.pipeline import (
-    DECODER,
-    Pipeline,
-    fingerprint,
-    load_pipeline,
-    load_vision_language,
-)
+from dopsd_jax.weights.pipeline import DECODER, fingerprint, load_pipeline
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
 FLAGS = flags.FLAGS
@@ -53,72 +56,8 @@ FLAGS = flags.FLAGS
 
 # Act 1, the config checked before anything else, is config_check.py.
 # Act 2, the rows, all read and validated before anything is put on a device, is
-# data/datasets.py. Act 3, what student and teacher see, is encode.py.
-# Act 4: pictures of the run, always from the same noise.
-
-
-class Previews:
-    """Grids of base, student and teacher, and both walks, for some rows of one bucket."""
-
-    def __init__(self, config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Contexts,
-                 method: Method, base: trees.Tree, student: trees.Tree, mesh: Mesh):
-        """`student`: the untrained one, which equals the base; drawn now, and not kept."""
-        self._workdir, self._pipe, self._method, self._base = workdir, pipe, method, base
-        self._everywhere = sharding.replicated(mesh)
-        # One shape for all: the bucket with the most rows.
-        of_bucket = list(data.bucket_of.values())
-        first = max(dict.fromkeys(of_bucket), key=of_bucket.count)
-        rows = [i for i, b in data.bucket_of.items() if b == first][: config.sample_rows]
-        keys = tuple(next(iter(data.rows[i].captions)) for i in rows)
-        self._targets = to_uint8(np.stack([data.pixels(i) for i in rows]))
-        self._student_ctx, self._teacher_ctx = ctxs.batch(BatchRows(first, tuple(rows), keys))
-        shape = pipe.denoiser.latent_shape(first.height, first.width)
-        self._noise = sample.draw_noise([config.seed + i for i in range(len(rows))], shape)
-        self._sigmas = flow.sigmas_shifted(config.sample_steps, config.shift or pipe.shift)
-        self._prompt_ctx = None
-        if config.sample_prompts:
-            self._prompt_ctx = ctxs.prompts(config.sample_prompts)
-            seeds = [config.seed + 1000 + i for i in range(len(config.sample_prompts))]
-            self._prompt_noise = sample.draw_noise(seeds, shape)
-        # Now, because full fine-tuning keeps no base and a resumed run's student has moved.
-        untrained = method.assemble(base, student)
-        self._base_rows, _ = self._draw(untrained, self._noise, self._student_ctx)
-        if self._prompt_ctx is not None:
-            self._base_prompts, _ = self._draw(untrained, self._prompt_noise, self._prompt_ctx)
-
-    def _draw(self, variables, noise, ctx) -> tuple[np.ndarray, np.ndarray]:
-        noise, ctx, sigmas = sharding.place((noise, ctx, self._sigmas), self._everywhere)
-        x, x0 = sharding.fetch(sample.walk(self._pipe.denoiser, variables, noise, ctx, sigmas))
-        return sample.decode(self._pipe, jnp.asarray(x)), x0[:, 0]
-
-    def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
-        """Writes samples/step_N.png and step_N_walk.png, and prompts_N.png if there are any."""
-        student = self._method.assemble(self._base, state.student)
-        teacher = self._method.assemble(
-            self._base, state.student if self._method.teacher == "live" else state.teacher
-        )
-        ours, walk_s = self._draw(student, self._noise, self._student_ctx)
-        theirs, walk_t = self._draw(teacher, self._noise, self._teacher_ctx)
-        self._write(metrics, step, "step", previews.grid(
-            [("target", self._targets), ("base", self._base_rows), ("student", ours),
-             ("teacher", theirs)]
-        ))
-        walks = [sample.decode(self._pipe, jnp.asarray(w)) for w in (walk_s, walk_t)]
-        columns = [
-            (f"x0, s = {s}", np.stack(pair)) for s, pair in enumerate(zip(*walks, strict=True))
-        ]
-        self._write(metrics, step, "walk", previews.grid(columns))
-        if self._prompt_ctx is not None:
-            ours, _ = self._draw(student, self._prompt_noise, self._prompt_ctx)
-            columns = [("base", self._base_prompts), ("student", ours)]
-            self._write(metrics, step, "prompts", previews.grid(columns))
-
-    def _write(self, metrics: Metrics, step: int, name: str, pixels: np.ndarray) -> None:
-        if distributed.is_main():
-            previews.save(self._workdir / "samples" / f"{name}_{step:06d}.png", pixels)
-            metrics.image(step, name, pixels)
-
-
+# data/datasets.py. Act 3, what student and teacher see, is encode.py. Act 4, pictures of the run,
+# always from the same noise, is pictures.py.
 # Act 5: all together.
 
 
@@ -129,7 +68,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         ValueError: Bad config, data, weights, or a workdir of another run.
         loop.TrainingError: The loss or gradient is not finite; the last good checkpoint stays.
     """
-    if config.get("objective", "dopsd") != "dopsd":
+    if config.get("objective") in stages.STAGES:
         return stages.train(config, workdir)
     workdir = Path(workdir)
     method = check_config(config)
@@ -137,8 +76,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     check_captions(config, data.rows, data.bucket_of)
     # Weights are identified without loading them: a wrong workdir fails now.
     identity = {"model": fingerprint(pipeline_directory(config.model)),
-                "vlm": fingerprint(vlm_directory(config.vlm)),
                 "data": data.fingerprint()}
+    if needs_teacher(config):
+        identity["vlm"] = fingerprint(vlm_directory(config.vlm))
+    if config.base_lora:
+        identity["base_lora"] = hashlib.sha256(Path(config.base_lora).read_bytes()).hexdigest()
     for what, fingerprinted in identity.items():
         distributed.check_same(what, fingerprinted)
     distributed.on_main(lambda: workdir_lib.claim(workdir, config.to_dict(), identity))
@@ -151,8 +93,14 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     entries = Entries(config, data)
     features = open_cache(config.cache, entries) if config.cache else {}
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    parts = ("transformer", *([DECODER] if config.sample_every else []),
-             *([] if config.cache else ["text_encoder"]))
+    encodes_images = needs_targets(config) and not config.cache
+    looks_ahead = (
+        config.preflight == "on" and needs_teacher(config)
+        and not (workdir / preflight.FILE).is_file()
+    )
+    draws_pictures = config.sample_every or looks_ahead
+    parts = ("transformer", *([] if config.cache else ["text_encoder"]),
+             *(["vae"] if encodes_images else [DECODER] if draws_pictures else []))
     pipe = load_pipeline(
         config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=config.remat,
         parts=parts, shard=lambda shapes: sharding.shard_params(mesh, shapes),
@@ -161,16 +109,17 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     if method.trainable == "lora":
         lora.match_targets(pipe.params, targets)  # before the encoders run
     if not config.cache:
-        vl = load_vision_language(config.vlm, pipe, dtype=config.dtype)
-        log.info("vision tower loaded; %d of %d language tensors replaced", vl.matched, vl.matched)
-        encode_all(entries.all(), Encoders(config, pipe, vl, data), features.__setitem__)
-        pipe.text_params = vl.params = None
+        encode_all(entries.all(), load_encoders(config, pipe, data), features.__setitem__)
+        pipe.text_params = None
     ctxs = Contexts(config, data, entries, features)
 
     # What trains.
     rng = jax.random.key(config.seed)
     if method.trainable == "lora":
         base = pipe.params
+        if config.base_lora:
+            base = lora.merge(base, *sample.read_lora(config.base_lora, pipe))
+            pipe.params = None
         student = lora.init(jax.random.fold_in(rng, 1), base, targets, config.lora.rank)
         log.info("LoRA: %d linears, %s parameters, scale %g", lora.num_linears(student),
                      f"{trees.count(student):,}", method.lora_scale)
@@ -188,6 +137,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     )
     del student  # placing may have copied it
 
+    if looks_ahead:
+        run_preflight(
+            config, workdir, pipe, data, ctxs, method.assemble(base, state.student), mesh
+        )
     preview = None
     if config.sample_every:
         preview = Previews(
@@ -195,32 +148,52 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         ).save
 
     # Compile lazily, once per bucket; the persistent cache makes a second start cheap.
-    objective = dopsd(method, pipe.denoiser.velocity)
+    objective = {"dopsd": dopsd, "sft": sft}[config.objective](method, pipe.denoiser.velocity)
     jitted = jax.jit(make_train_step(method, optimizer, objective), donate_argnums=0)
-    noise_fn = jax.jit(
-        lambda rng, step, shape: draw_noise(jax.random.wrap_key_data(rng), step, shape),
-        static_argnums=2, out_shardings=sharding.batch_sharding(mesh),
-    )
-    sigmas = sharding.place(
-        flow.make_sigmas(config.schedule, config.num_steps, config.shift or pipe.shift),
-        sharding.replicated(mesh),
-    )
     spread, size = sharding.batch_sharding(mesh), config.batch_size
     mine = sharding.local_rows(spread, size)
+    shift = config.shift or pipe.shift
+
+    @functools.partial(jax.jit, static_argnums=2, out_shardings=(spread, spread))
+    def draws(rng, step, shape):
+        rng = jax.random.wrap_key_data(rng)
+        return draw_noise(rng, step, shape), draw_sigma(rng, step, size, shift)
+
+    sigmas = sharding.place(
+        flow.make_sigmas(config.schedule, config.num_steps, shift),
+        sharding.replicated(mesh),
+    )
 
     def make_batch(step: int, rng) -> Batch:
         rows = data.plan.at(step)
-        student_ctx, teacher_ctx = sharding.place_rows(
+        student_ctx, teacher_ctx, latents = sharding.place_rows(
             spread, size, mine, ctxs.batch(rows.take(mine))
         )
         shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
-        noise = noise_fn(rng, step, (config.batch_size, *shape))
-        return Batch(noise, student_ctx, teacher_ctx, sigmas)
+        noise, sigma = draws(rng, step, (size, *shape))
+        return Batch(
+            noise, student_ctx, teacher_ctx, sigmas, latents,
+            sigma if config.objective == "sft" else None,
+        )
 
-    return loop.run(config, workdir, loop.Task(
+    state = loop.run(config, workdir, loop.Task(
         state, lambda state, batch: jitted(state, base, batch), make_batch,
         preview=preview, epochs=data.plan.epochs,
     ))
+    if config.sample_every:
+        distributed.on_main(lambda: choose_best(workdir))
+    return state
+
+
+def choose_best(workdir: Path) -> None:
+    """Writes best.json and says which checkpoint it is."""
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    saved = checkpoints.all_steps()
+    checkpoints.close()
+    best = gauges.best_checkpoint(read_metrics(workdir, GAUGES), saved)
+    gauges.write_best(workdir, best)
+    log.info("best checkpoint: %s", "none is sharp enough, see gauges.jsonl" if best is None
+             else f"step {best['step']}, by the rule in {workdir / gauges.BEST}")
 
 
 def define_flags() -> None:

@@ -22,7 +22,8 @@ from dopsd_jax.weights.lora_files import LoraSpec
 # name of a group stands for all keys in it.
 FREE_KEYS = (
     "num_train_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints",
-    "sample_steps", "sample_rows", "sample_prompts",
+    "sample_steps", "sample_rows", "sample_prompts", "gauge_prompts",
+    "preflight",
     # The VAE only draws previews; sums over other meshes differ by rounding alone.
     "vae_dtype", "mesh",
     # Paths may move; what they hold is compared by fingerprint.

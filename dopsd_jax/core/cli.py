@@ -6,6 +6,8 @@ import difflib
 import os
 import re
 import runpy
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +38,14 @@ def run_command(
             raise SystemExit(f"error: {e}") from e
 
     app.run(guarded, flags_parser=parse_flags)
+
+
+def run_module(*command: str) -> None:
+    """Runs one of the project's own commands, shown first, as a user would type it."""
+    print("\n$ python -m " + " ".join(command), flush=True)
+    done = subprocess.run([sys.executable, "-m", *command], check=False)
+    if done.returncode:
+        raise SystemExit(f"error: {command[0]} ended with status {done.returncode}")
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -18,28 +18,40 @@ from dopsd_jax.core.checks import is_whole
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 
+METRICS, GAUGES = "metrics.jsonl", "gauges.jsonl"
+
 
 class Metrics:
     """Writes scalars of a run and keeps its files true across a restart.
 
-    metrics.jsonl has one JSON object per line, {"step": .., "loss": .., ..}. Lines beyond the
-    step a run resumes from are dropped: those steps will be done again.
+    metrics.jsonl has one JSON object per line, {"step": .., "loss": .., ..}, and gauges.jsonl those
+    of the steps at which pictures were drawn. Lines beyond the step a run resumes from are dropped:
+    those steps will be done again.
     """
 
     def __init__(self, workdir: str | Path, resume_step: int):
-        self.file = Path(workdir) / "metrics.jsonl"
-        kept = [r for r in read_metrics(workdir) if r["step"] <= resume_step]
-        write_atomic(self.file, "".join(json.dumps(r) + "\n" for r in kept))
-        self._stream = self.file.open("a", buffering=1)
+        self._streams = {}
+        for name in (METRICS, GAUGES):
+            kept = [r for r in read_metrics(workdir, name) if r["step"] <= resume_step]
+            file = Path(workdir) / name
+            write_atomic(file, "".join(json.dumps(r) + "\n" for r in kept))
+            self._streams[name] = file.open("a", buffering=1)
         self._board = Board(Path(workdir) / "tensorboard", resume_step=resume_step)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl; arrays become lists there and name/0, name/1.. elsewhere."""
+        self._write(METRICS, "train", step, values)
+
+    def gauges(self, step: int, values: dict[str, Any]) -> None:
+        """The same of gauges.jsonl."""
+        self._write(GAUGES, "gauges", step, values)
+
+    def _write(self, file: str, group: str, step: int, values: dict[str, Any]) -> None:
         row = {k: np.asarray(v).tolist() for k, v in values.items()}
-        self._stream.write(json.dumps({"step": step, **row}) + "\n")
+        self._streams[file].write(json.dumps({"step": step, **row}) + "\n")
         for name, value in row.items():
             for i, x in enumerate(value if isinstance(value, list) else [value]):
-                tag = f"train/{name}/{i}" if isinstance(value, list) else f"train/{name}"
+                tag = f"{group}/{name}/{i}" if isinstance(value, list) else f"{group}/{name}"
                 self._board.scalar(step, tag, x)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
@@ -47,12 +59,14 @@ class Metrics:
         self._board.image(step, name, pixels)
 
     def flush(self) -> None:
-        self._stream.flush()
+        for stream in self._streams.values():
+            stream.flush()
         self._board.flush()
 
     def close(self) -> None:
         self.flush()
-        self._stream.close()
+        for stream in self._streams.values():
+            stream.close()
         self._board.close()
 
 
@@ -61,18 +75,20 @@ class NoMetrics:
 
     def scalars(self, step: int, values: dict[str, Any]) -> None: ...
 
+    def gauges(self, step: int, values: dict[str, Any]) -> None: ...
+
     def image(self, step: int, name: str, pixels: np.ndarray) -> None: ...
 
     def close(self) -> None: ...
 
 
-def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line cut off by a crash is left out.
+def read_metrics(workdir: str | Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl or gauges.jsonl; a last line cut off by a crash is left out.
 
     Raises:
         ValueError: A line of something else.
     """
-    file = Path(workdir) / "metrics.jsonl"
+    file = Path(workdir) / name
     rows = []
     text = file.read_text(errors="replace") if file.is_file() else ""
     for number, line in enumerate(text.splitlines(), 1):
@@ -96,7 +112,7 @@ def save_curves(workdir: str | Path) -> Path | None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    rows = read_metrics(workdir)
+    rows = read_metrics(workdir) + read_metrics(workdir, GAUGES)
     names = list(dict.fromkeys(k for r in rows for k in r))
     names = [k for k in names if k not in ("step", "epochs", "images_per_second")]
     names.sort(key=lambda k: k != "loss")

@@ -1,0 +1,141 @@
+"""Pictures of a run: the preflight's before it, previews and their gauges along the way."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dopsd_jax import flow, gauges, preflight, previews, sample
+from dopsd_jax.core import distributed, sharding, trees
+from dopsd_jax.core.log import log
+from dopsd_jax.core.metrics import Metrics
+from dopsd_jax.data.batches import BatchRows
+from dopsd_jax.data.datasets import Data
+from dopsd_jax.data.images import to_uint8
+from dopsd_jax.encode import Contexts
+from dopsd_jax.train_step import Method, TrainState
+from dopsd_jax.weights.pipeline import Pipeline
+
+PREFLIGHT_PICTURES = 8
+
+
+def first_rows(data: Data, count: int, *, repeat: bool = False) -> BatchRows:
+    """Rows of the bucket that has the most, so that one shape does for all.
+
+    Args:
+        data: Of the run.
+        count: At most so many.
+        repeat: Take rows again where there are fewer.
+    """
+    of_bucket = list(data.bucket_of.values())
+    first = max(dict.fromkeys(of_bucket), key=of_bucket.count)
+    rows = [i for i, b in data.bucket_of.items() if b == first]
+    rows = list(itertools.islice(itertools.cycle(rows) if repeat else rows, count))
+    return BatchRows(
+        first, tuple(rows), tuple(next(iter(data.rows[i].captions)) for i in rows)
+    )
+
+
+class Artist:
+    """Draws in the run's preview steps: (variables, noise, ctx) -> pictures, and x0 of row 0."""
+
+    def __init__(self, config, pipe: Pipeline, mesh: Mesh):
+        self._pipe, self._everywhere = pipe, sharding.replicated(mesh)
+        self._sigmas = flow.sigmas_shifted(config.sample_steps, config.shift or pipe.shift)
+
+    def __call__(self, variables, noise, ctx) -> tuple[np.ndarray, np.ndarray]:
+        noise, ctx, sigmas = sharding.place((noise, ctx, self._sigmas), self._everywhere)
+        x, x0 = sharding.fetch(sample.walk(self._pipe.denoiser, variables, noise, ctx, sigmas))
+        return sample.decode(self._pipe, jnp.asarray(x)), x0[:, 0]
+
+
+def run_preflight(config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Contexts,
+                  variables: trees.Tree, mesh: Mesh) -> None:
+    """Says what the untrained teacher is ahead in; writes preflight.json and its pictures."""
+    rows = first_rows(data, PREFLIGHT_PICTURES, repeat=True)
+    targets = to_uint8(np.stack([data.pixels(i) for i in rows.rows]))
+    student_ctx, teacher_ctx, _ = ctxs.batch(rows)
+    shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
+    noise = sample.draw_noise([config.seed + 3000 + i for i in range(len(rows.rows))], shape)
+    draw = Artist(config, pipe, mesh)
+    student, teacher = (draw(variables, noise, ctx)[0] for ctx in (student_ctx, teacher_ctx))
+    found = preflight.compare(student, teacher, targets)
+    for words in found.words():
+        (log.info if found.teaches else log.warning)("preflight: %s", words)
+    if distributed.is_main():
+        previews.save(workdir / "samples" / "preflight.png", previews.grid(
+            [("target", targets), ("student", student), ("teacher", teacher)]
+        ))
+        preflight.write(workdir, found)
+
+
+class Previews:
+    """Grids of base, student and teacher, if there is one, and the walks, of one bucket's rows."""
+
+    def __init__(self, config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Contexts,
+                 method: Method, base: trees.Tree, student: trees.Tree, mesh: Mesh):
+        """`student`: the untrained one, which equals the base; drawn now, and not kept."""
+        self._workdir, self._pipe, self._method, self._base = workdir, pipe, method, base
+        self._draw = Artist(config, pipe, mesh)
+        rows = first_rows(data, config.sample_rows)
+        self._targets = to_uint8(np.stack([data.pixels(i) for i in rows.rows]))
+        self._student_ctx, self._teacher_ctx, _ = ctxs.batch(rows)
+        shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
+        self._noise = sample.draw_noise([config.seed + i for i in range(len(rows.rows))], shape)
+        self._prompt_ctx = self._gauge_ctx = None
+        if config.sample_prompts:
+            self._prompt_ctx = ctxs.prompts(config.sample_prompts)
+            seeds = [config.seed + 1000 + i for i in range(len(config.sample_prompts))]
+            self._prompt_noise = sample.draw_noise(seeds, shape)
+        if config.gauge_prompts:
+            self._gauge_ctx = ctxs.prompts(config.gauge_prompts)
+            seeds = [config.seed + 2000 + i for i in range(len(config.gauge_prompts))]
+            self._gauge_noise = sample.draw_noise(seeds, shape)
+        # Now, because full fine-tuning keeps no base and a resumed run's student has moved.
+        untrained = method.assemble(base, student)
+        self._base_rows, _ = self._draw(untrained, self._noise, self._student_ctx)
+        if self._prompt_ctx is not None:
+            self._base_prompts, _ = self._draw(untrained, self._prompt_noise, self._prompt_ctx)
+        if self._gauge_ctx is not None:
+            self._base_gauge, _ = self._draw(untrained, self._gauge_noise, self._gauge_ctx)
+
+    def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Writes samples/step_N.png, walk_N.png, prompts_N.png and gauge_N.png, and the gauges."""
+        student = self._method.assemble(self._base, state.student)
+        ours, walk = self._draw(student, self._noise, self._student_ctx)
+        shown, walks = [("student", ours)], [walk]
+        told = {"look": gauges.look_distance(ours, self._targets).mean()}
+        if self._teacher_ctx is not None:
+            teacher = self._method.assemble(
+                self._base, state.student if self._method.teacher == "live" else state.teacher
+            )
+            theirs, walk = self._draw(teacher, self._noise, self._teacher_ctx)
+            shown.append(("teacher", theirs))
+            told["teacher_look"] = gauges.look_distance(theirs, self._targets).mean()
+            walks.append(walk)
+        self._write(metrics, step, "step", previews.grid(
+            [("target", self._targets), ("base", self._base_rows), *shown]
+        ))
+        drawn = [sample.decode(self._pipe, jnp.asarray(w)) for w in walks]
+        columns = [(f"x0, s = {s}", np.stack(at)) for s, at in enumerate(zip(*drawn, strict=True))]
+        self._write(metrics, step, "walk", previews.grid(columns))
+        if self._prompt_ctx is not None:
+            ours, _ = self._draw(student, self._prompt_noise, self._prompt_ctx)
+            columns = [("base", self._base_prompts), ("student", ours)]
+            self._write(metrics, step, "prompts", previews.grid(columns))
+        if self._gauge_ctx is not None:
+            ours, _ = self._draw(student, self._gauge_noise, self._gauge_ctx)
+            told |= gauges.retention(ours, self._base_gauge)
+            columns = [("base", self._base_gauge), ("student", ours)]
+            self._write(metrics, step, "gauge", previews.grid(columns))
+        metrics.gauges(step, told)
+        log.info("gauges: %s", ", ".join(f"{k} {v:.3g}" for k, v in told.items()))
+
+    def _write(self, metrics: Metrics, step: int, name: str, pixels: np.ndarray) -> None:
+        if distributed.is_main():
+            previews.save(self._workdir / "samples" / f"{name}_{step:06d}.png", pixels)
+            metrics.image(step, name, pixels)

@@ -1,0 +1,221 @@
+"""Command: a run's directory -> one page that holds everything, to keep or to send.
+
+    python -m dopsd_jax.report --workdir runs/a
+
+Writes <workdir>/report.html, or --out: pictures and curves are inside it, nothing is loaded from
+elsewhere and no script runs. May be called while the run goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dopsd_jax import gauges, preflight
+from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.core import cli
+from dopsd_jax.core.files import write_atomic
+from dopsd_jax.core.metrics import GAUGES, read_metrics
+
+FLAGS = flags.FLAGS
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
+       color: #1a1a1a; background: #fff; }
+h1 { font-size: 1.6rem; }
+h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
+img { max-width: 100%; height: auto; image-rendering: auto; }
+.pixels img { image-rendering: pixelated; }
+table { border-collapse: collapse; } th, td { padding: .2rem .8rem .2rem 0; text-align: left;
+       vertical-align: top; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.side { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
+figcaption { color: #555; font-size: .9rem; } .warn { color: #a02000; } .best { font-weight: 600; }
+"""
+
+
+def as_image(png: bytes, alt: str) -> str:
+    """An <img> that holds its picture."""
+    code = base64.b64encode(png).decode()
+    width, height = Image.open(io.BytesIO(png)).size
+    return (f'<img src="data:image/png;base64,{code}" width="{width}" height="{height}" '
+            f'alt="{html.escape(alt)}">')
+
+
+def as_table(head: Sequence[str], rows: Sequence[Sequence[Any]], marked: int | None = None) -> str:
+    """An HTML table; numbers stand to the right; the row `marked` is bold."""
+    lines = ["<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"]
+    for i, row in enumerate(rows):
+        cells = []
+        for value in row:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            cells.append(f"<td{' class=number' if number else ''}>{html.escape(text)}</td>")
+        lines.append(f"<tr{' class=best' if i == marked else ''}>{''.join(cells)}</tr>")
+    return "\n".join(lines) + "</table>"
+
+
+def steps_of(samples: Path, name: str) -> dict[int, Path]:
+    """Pictures samples/<name>_N.png by step, in order."""
+    found = {
+        int(match[1]): file for file in samples.glob(f"{name}_*.png")
+        if (match := re.fullmatch(rf"{name}_(\d+)\.png", file.name))
+    }
+    return dict(sorted(found.items()))
+
+
+def draw_rows(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> bytes:
+    """A PNG of curves over the steps, one panel per name; vectors have a line per part."""
+    columns = min(len(names), 3)
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, names, strict=False):
+        steps = [r["step"] for r in rows if name in r]
+        values = np.array([r[name] for r in rows if name in r], np.float64)
+        if values.ndim == 2:
+            for i, part in enumerate(values.T):
+                ax.plot(steps, part, lw=1, label=f"{i}")
+            ax.set_yscale("log")
+            ax.legend(fontsize="small")
+        else:
+            few = len(values) <= 50
+            ax.plot(steps, values, "." if few else "", ls="-", lw=1)
+        ax.set_title(name.replace("_", " "), fontsize="medium")
+        ax.grid(alpha=0.3)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=100)
+    return out.getvalue()
+
+
+def _curves(rows: list[dict[str, Any]], left_out: set[str]) -> str:
+    names = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in left_out | {"step"}]
+    if not names:
+        return "<p>None yet.</p>"
+    names.sort(key=lambda k: k != "loss")
+    return as_image(draw_rows(rows, names), "curves: " + ", ".join(names))
+
+
+def _figures(files: dict[str, Path]) -> str:
+    shown = [
+        f"<figure>{as_image(file.read_bytes(), caption)}<figcaption>{html.escape(caption)}"
+        "</figcaption></figure>" for caption, file in files.items()
+    ]
+    return f'<div class="side pixels">{"".join(shown)}</div>'
+
+
+def _first_and_last(samples: Path, name: str) -> str:
+    steps = steps_of(samples, name)
+    if not steps:
+        return ""
+    ends = dict.fromkeys((min(steps), max(steps)))
+    return _figures({f"after {step} updates": steps[step] for step in ends})
+
+
+def _preflight(workdir: Path) -> str:
+    file = workdir / preflight.FILE
+    if not file.is_file():
+        return ""
+    found = json.loads(file.read_text())
+    kind = "" if found["teaches"] else ' class="warn"'
+    words = "".join(f"<li{kind}>{html.escape(w)}</li>" for w in found["words"])
+    picture = workdir / "samples" / "preflight.png"
+    shown = _figures({"before the run, same noise in every row": picture}) if (
+        picture.is_file()) else ""
+    return f"<h2>Preflight: has the teacher anything to teach?</h2><ul>{words}</ul>{shown}"
+
+
+def _checkpoints(workdir: Path) -> str:
+    rows = {r["step"]: r for r in read_metrics(workdir)}
+    told = {r["step"]: r for r in read_metrics(workdir, GAUGES)}
+    saved = sorted(
+        int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()
+    )
+    if not saved:
+        return "<p>None yet.</p>"
+    names = list(dict.fromkeys(k for r in told.values() for k in r if k != "step"))
+    table = [
+        [s, rows.get(s, {}).get("loss", ""), *(told.get(s, {}).get(n, "") for n in names)]
+        for s in saved
+    ]
+    best = gauges.best_checkpoint(list(told.values()), saved)
+    note = "" if best is None else (
+        "<p>Bold: the best one, which is the nearest look to the targets among those with at "
+        f"least {gauges.MIN_SHARPNESS:g} of the untuned model's sharpness.</p>"
+    )
+    marked = None if best is None else saved.index(best["step"])
+    return as_table(["step", "loss", *(n.replace("_", " ") for n in names)], table, marked) + note
+
+
+def _config(config: dict[str, Any]) -> str:
+    values = workdir_lib.flat_config(config)
+    return as_table(["key", "value"], [[k, json.dumps(v)] for k, v in sorted(values.items())])
+
+
+def page(workdir: str | Path) -> str:
+    """The page of a run.
+
+    Raises:
+        ValueError: Not a run's directory.
+    """
+    workdir = Path(workdir)
+    config = workdir_lib.read_config(workdir)
+    rows, told = read_metrics(workdir), read_metrics(workdir, GAUGES)
+    step, total = (rows[-1]["step"] if rows else 0), config.get("num_train_steps", "?")
+    samples = workdir / "samples"
+    last_walk = list(steps_of(samples, "walk").items())[-1:]
+    walk = _figures({f"student above teacher, after {n} updates": f for n, f in last_walk})
+    title = f"{workdir.resolve().name}: step {step} of {total}"
+    told_curves = (
+        "<p>Drift: distance of pictures of unrelated prompts to the untuned model's, on the same "
+        "noise, in levels of 255. Sharpness ratio: theirs to the untuned model's. Look: distance "
+        f"of colours to the targets'.</p>{_curves(told, set())}" if told else "<p>None yet.</p>"
+    )
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        as_table(["", ""], [
+            ["model", config["model"]], ["data", config.get("data", "")],
+            ["objective", config.get("objective", "dopsd")], ["teacher", config["teacher"]],
+            ["trainable", config["trainable"]],
+        ]),
+        _preflight(workdir),
+        "<h2>Before and after, same noise</h2>", _first_and_last(samples, "step"),
+        _first_and_last(samples, "prompts"),
+        "<h2>The walk: the clean estimate at every step</h2>", walk,
+        "<h2>Retention: prompts that have nothing to do with the data</h2>", told_curves,
+        _first_and_last(samples, "gauge"),
+        "<h2>Curves</h2>", _curves(rows, {"epochs", "images_per_second"}),
+        "<h2>Checkpoints</h2>", _checkpoints(workdir),
+        "<h2>Config</h2>", _config(config),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def main() -> None:
+    out = Path(FLAGS.out) if FLAGS.out else Path(FLAGS.workdir) / "report.html"
+    text = page(FLAGS.workdir)
+    write_atomic(out, text)
+    print(f"{out} ({len(text) / 2**20:.1f} MiB)")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+    flags.DEFINE_string("out", None, "The page; default: report.html in the run's directory.")
+    cli.run_command(main)
