@@ -1,80 +1,53 @@
-"""Command: the main job on what is at hand, a tiny pipeline and a few real photographs.
+"""Command: the main job on the shipped model, a new style learned from eight pictures.
 
     python -m dopsd_jax.quickstart --out runs/quickstart
 
-The pipeline is written on the spot in the real file format with random weights: every file, number
-and curve is real, but the pictures are noise. The photographs come with scikit-image.
+Trains a D-OPSD LoRA on the mini model, which has never seen the style, and draws the same noise
+before and after: things of the eight pictures, other things, and old prompts.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from absl import flags
-from PIL import Image
 
+from dopsd_jax import previews
+from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import cli
-from dopsd_jax.weights.random_pipeline import write_random_pipeline
+from dopsd_jax.mini.before_after import STYLE, before_and_after
 
 FLAGS = flags.FLAGS
-
-PHOTOGRAPHS = {
-    "astronaut": "a portrait of an astronaut in an orange suit",
-    "chelsea": "a close-up of a ginger cat looking to the side",
-    "coffee": "a cup of coffee with a spoon on a wooden table",
-    "rocket": "a rocket on its launch pad at dusk",
-}
-PROMPTS = ("a ginger cat in an orange suit", "a cup of coffee beside a rocket")
-
-
-def write_photographs(directory: str | Path) -> Path:
-    """Writes scikit-image's photographs as a folder of images with captions beside them."""
-    try:
-        from skimage import data
-    except ImportError as e:
-        raise SystemExit(
-            "error: the quickstart's photographs come with scikit-image: pip install scikit-image"
-        ) from e
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, caption in PHOTOGRAPHS.items():
-        Image.fromarray(getattr(data, name)()).save(directory / f"{name}.png")
-        (directory / f"{name}.txt").write_text(caption + "\n")
-    return directory
-
-
-def run(*command: str) -> None:
-    """Runs one of the project's own commands, shown first, as a user would type it."""
-    print("\n$ python -m " + " ".join(command), flush=True)
-    done = subprocess.run([sys.executable, "-m", *command], check=False)
-    if done.returncode:
-        raise SystemExit(f"error: {command[0]} ended with status {done.returncode}")
+CONFIG = "configs/mini_style.py"
 
 
 def main() -> None:
     out = Path(FLAGS.out)
     cli.check_directory(out)
-    models, workdir = out / "models", out / "run"
-    pipeline, vlm = models / "z_image_tiny", models / "qwen3_vl_tiny"
-    if not (pipeline.is_dir() and vlm.is_dir()):
-        write_random_pipeline(models)
-    photographs = write_photographs(out / "photographs")
-    run("dopsd_jax.train", "--config", "configs/tiny.py", "--workdir", str(workdir),
-        f"--config.model={pipeline}", f"--config.vlm={vlm}", f"--config.data={photographs}")
-    run("dopsd_jax.sample", "--model", str(pipeline), "--lora", str(workdir),
-        *(f"--prompt={p}" for p in PROMPTS), "--num_steps", "4", "--height", "128",
-        "--width", "128", "--dtype", "float32", "--out", str(out / "samples"))
-    run("dopsd_jax.export", "--workdir", str(workdir), "--format", "diffusers",
-        "--out", str(out / "lora.safetensors"))
+    workdir, lora = out / "run", out / "lora.safetensors"
+    cli.run_module("dopsd_jax.train", "--config", CONFIG, "--workdir", str(workdir))
+    cli.run_module(
+        "dopsd_jax.sample", "--model", "mini", "--lora", str(workdir),
+        f"--prompt=a cat, {STYLE} style", f"--prompt=a house, {STYLE} style",
+        "--num_steps", "2", "--dtype", "float32", "--out", str(out / "samples"),
+    )
+    cli.run_module(
+        "dopsd_jax.export", "--workdir", str(workdir), "--format", "diffusers", "--out", str(lora)
+    )
+    workdir_lib.enable_compilation_cache()
+    new, old = before_and_after(workdir, "mini", "mini")
+    previews.save(out / "new_style.png", new)
+    previews.save(out / "old_prompts.png", old)
     print(f"""
-Done. The weights of this tiny pipeline are random, so its pictures are noise; use
---config.model with Z-Image-Turbo for real ones (README, "Real weights").
-  before and after   {workdir}/samples/   (step_*.png: target, base, student, teacher)
+Done. Every row of these starts from the same noise:
+  the new style      {out}/new_style.png    (four things of the pictures, then four others)
+  old prompts        {out}/old_prompts.png  (must look as before)
+  during training    {workdir}/samples/
   curves             {workdir}/curves.png
-  samples            {out}/samples/
-  LoRA               {out}/lora.safetensors   (diffusers, ComfyUI)""")
+  LoRA               {lora}   (diffusers, ComfyUI)
+The same with Z-Image-Turbo and your own pictures (README, "Real weights"):
+  python -m dopsd_jax.train --config configs/z_image_turbo_lora.py --workdir runs/a \\
+      --config.model=Z-Image-Turbo --config.vlm=Qwen3-VL-4B-Instruct --config.data=photos""")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fresh machine -> environment, a D-OPSD LoRA run on real photographs, samples, a LoRA file.
+# Fresh machine -> environment, a new style learned by the shipped model, before and after, a LoRA.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
-source "$(dirname "$0")/setup.sh" quickstart
+source "$(dirname "$0")/setup.sh" ""
 exec "$VENV/bin/python" -m dopsd_jax.quickstart "$@"
