@@ -131,7 +131,7 @@ class Bench:
         """Pictures of one set, uint8 [N, 64, 64, 3]."""
         return drawing.draw(
             self._pipe, variables, self._contexts[name], self._sets[name].rows.seeds,
-            num_steps=num_steps, guidance=guidance,
+            num_steps=num_steps, guidance=guidance, batch=min(100, len(self._sets[name].rows)),
         )
 
     def judged(self, name: str, pixels: np.ndarray) -> Measured:

@@ -1,4 +1,4 @@
-"""The whole comparison on the shipped model, as small as it goes; and own runs."""
+"""The whole comparison on the shipped model, as small as it goes; and own runs. Minutes: slow."""
 
 import csv
 
@@ -8,6 +8,8 @@ from ml_collections import ConfigDict
 from configs import mini_claim
 from dopsd_jax import evaluate as evaluate_lib
 from dopsd_jax.compare import runs as runs_lib
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
