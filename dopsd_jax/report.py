@@ -140,9 +140,7 @@ def _preflight(workdir: Path) -> str:
 def _checkpoints(workdir: Path) -> str:
     rows = {r["step"]: r for r in read_metrics(workdir)}
     told = {r["step"]: r for r in read_metrics(workdir, GAUGES)}
-    saved = sorted(
-        int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()
-    )
+    saved = workdir_lib.saved_steps(workdir)
     if not saved:
         return "<p>None yet.</p>"
     names = list(dict.fromkeys(k for r in told.values() for k in r if k != "step"))

@@ -23,7 +23,6 @@ from dopsd_jax.baselines import draw_sigma
 from dopsd_jax.caption_check import check_captions
 from dopsd_jax.config_check import check_config
 from dopsd_jax.core import cli, distributed, sharding, trees
-from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
 from dopsd_jax.data.datasets import read_data
@@ -187,9 +186,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
 
 def choose_best(workdir: Path) -> None:
     """Writes best.json and says which checkpoint it is."""
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    saved = checkpoints.all_steps()
-    checkpoints.close()
+    # By their names: opening them would wait for the other processes.
+    saved = workdir_lib.saved_steps(workdir)
     best = gauges.best_checkpoint(read_metrics(workdir, GAUGES), saved)
     gauges.write_best(workdir, best)
     log.info("best checkpoint: %s", "none is sharp enough, see gauges.jsonl" if best is None

@@ -92,9 +92,15 @@ def lock(workdir: str | Path) -> None:
     _LOCKS[workdir.resolve()] = file
 
 
-def _has_checkpoint(workdir: Path) -> bool:
+def saved_steps(workdir: str | Path) -> list[int]:
+    """Steps of the finished checkpoints, in order, by their names alone."""
     # An unfinished save has a longer name.
-    return any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    names = (p.name for p in (Path(workdir) / "checkpoints").glob("*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    return bool(saved_steps(workdir))
 
 
 def is_free(key: str) -> bool:

@@ -360,7 +360,7 @@ def test_a_first_start_that_failed_claims_nothing(config, tmp_path, monkeypatch)
         raise ValueError("a broken tensor")
 
     with monkeypatch.context() as m, pytest.raises(ValueError, match="a broken tensor"):
-        m.setattr(train_lib, "load_vision_language", broken)  # after the claim
+        m.setattr(train_lib, "load_encoders", broken)  # after the claim
         train_lib.train(config, tmp_path)
     assert (tmp_path / "config.json").is_file()
     config.num_train_steps, config.learning_rate = 1, 5e-4
