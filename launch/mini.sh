@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From shipped emoji to the mini model: data, blank weights, three training stages, and the judge that
-# its pictures are measured with. Every part continues where it was stopped. Arguments: the directory for everything (default runs/mini).
+# From shipped emoji to the mini model: data, blank weights, three training stages, and the judge
+# that its pictures are measured with. Every part continues where it was stopped. Arguments: the
+# directory for everything (default runs/mini).
 #
 # Takes hours on a CPU; on a GPU, DOPSD_EXTRA=cuda first.
 set -euo pipefail
