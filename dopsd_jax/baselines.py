@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dopsd_jax import flow
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.rollout import Velocity
@@ -28,8 +29,8 @@ def flow_matching_loss(
         sigma: float32 [B].
         ctx: Context of B rows.
     """
-    s = sigma[:, None, None, None]
-    v = velocity(variables, (1 - s) * latents + s * noise, sigma, ctx)
+    x = flow.noised(latents, noise, sigma[:, None, None, None])
+    v = velocity(variables, x, sigma, ctx)
     return jnp.mean(jnp.square(v - (noise - latents)), (1, 2, 3))
 
 

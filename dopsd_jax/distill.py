@@ -80,7 +80,7 @@ def distill_loss_and_grad(
     def step(carry, fine):
         x, grads = carry
         sigma, sigma_next = fine[0], fine[-1]
-        noised = (1 - sigma) * batch.latents + sigma * batch.noise
+        noised = flow.noised(batch.latents, batch.noise, sigma)
         x = jnp.where(batch.from_data[:, None, None, None], noised, x)
         end, _ = trajectory({"params": base}, x, led, fine, velocity=guided(velocity))
         target = jax.lax.stop_gradient((end - x) / (sigma_next - sigma))

@@ -37,7 +37,6 @@ from dopsd_jax.compare.measures import (
 from dopsd_jax.compare.runs import Run
 from dopsd_jax.compare.table import Point
 from dopsd_jax.core import cli, trees
-from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.lora import scaled
@@ -142,12 +141,10 @@ def own(config: ConfigDict) -> dict[str, list[tuple[Run, int]]]:
     """The latest checkpoint of every own run."""
     found = {}
     for run in runs_lib.own_runs(config.checkpoints):
-        checkpoints = Checkpoints(run.workdir / "checkpoints", read_only=True)
-        step = checkpoints.latest_step()
-        checkpoints.close()
-        if step is None:
+        saved = workdir_lib.saved_steps(run.workdir)
+        if not saved:
             raise ValueError(f"no checkpoint yet in {run.workdir}/checkpoints")
-        found[run.method] = [(run, step)]
+        found[run.method] = [(run, saved[-1])]
     return found
 
 

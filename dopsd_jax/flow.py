@@ -132,6 +132,11 @@ def make_sigmas(schedule: str, num_steps: int, shift: float) -> np.ndarray:
     raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
 
 
+def noised(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The state at sigma on the straight line from data to noise; sigma broadcasts against both."""
+    return (1 - sigma) * x0 + sigma * noise
+
+
 def x0_from_velocity(x: jax.Array, v: jax.Array, sigma: jax.Array) -> jax.Array:
     """Clean estimate x0 = x - sigma v."""
     return x - sigma * v

@@ -94,7 +94,7 @@ def dopsd_loss_and_grad(
         x, grads = carry
         sigma, sigma_next = sigma_pair
         if states == "noised":
-            x = (1 - sigma) * latents + sigma * noise
+            x = flow.noised(latents, noise, sigma)
         (value, v), g = jax.value_and_grad(loss_at, has_aux=True)(student, x, sigma)
         grads = jax.tree.map(lambda total, new: total + new.astype(total.dtype), grads, g)
         x = jax.lax.stop_gradient(flow.euler_step(x, v, sigma, sigma_next))

@@ -69,7 +69,7 @@ def _repeated(cases: drawing.Cases, seeds: int, first: int) -> drawing.Cases:
 
 
 def _of_style(style: str, concepts: Sequence[str]) -> drawing.Cases:
-    captions = [f"{'an' if c[0] in 'aeiou' else 'a'} {c}, {style} style" for c in concepts]
+    captions = [f"{world.with_article(c)}, {style} style" for c in concepts]
     return drawing.Cases(
         captions, np.full(len(concepts), ALL_STYLES.index(style)),
         np.stack([np.isin(ALL_CONCEPTS, [c]) for c in concepts]), np.arange(len(concepts)),

@@ -61,8 +61,7 @@ def train(config: ConfigDict, run: Run) -> None:
     Raises:
         SystemExit: The training ended with an error.
     """
-    done = run.workdir / "checkpoints" / str(config.num_train_steps)
-    if done.is_dir():
+    if config.num_train_steps in workdir_lib.saved_steps(run.workdir):
         return
     changes = {
         "learning_rate": run.rate, "seed": run.seed + 30, "num_train_steps": config.num_train_steps,

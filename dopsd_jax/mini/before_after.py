@@ -75,7 +75,7 @@ def before_and_after(
         return sample.decode(pipe, latents)
 
     concepts = IN_THE_PICTURES + NOT_IN_THEM
-    prompts = [f"{'an' if c[0] in 'aeiou' else 'a'} {c}, {STYLE} style" for c in concepts]
+    prompts = [f"{world.with_article(c)}, {STYLE} style" for c in concepts]
     real = real_pictures(concepts)
     text = contexts.text_context(pipe, prompts, length=TOKENS)
     seen = contexts.vlm_context(

@@ -47,8 +47,9 @@ def one(kind: str, seed: int, index: int) -> dict:
     sample = {
         "caption": scene.caption, "style": ALL_STYLES.index(scene.style),
         "concepts": np.isin(ALL_CONCEPTS, [t.concept for t in scene.things]),
-        "placement": world.placement(scene, CELLS).astype(np.float16),
     }
+    if not everything:
+        sample["placement"] = world.placement(scene, CELLS).astype(np.float16)
     if kind == "pairs":
         return sample | pair(scene, rng)
     return sample | {"pixels": world.render(_sprites, scene, rng)}

@@ -23,7 +23,7 @@ from absl import flags
 
 from dopsd_jax import gauges, lora, sample
 from dopsd_jax import workdir as workdir_lib
-from dopsd_jax.baselines import flow_matching_loss
+from dopsd_jax.baselines import sft_loss_and_grad
 from dopsd_jax.core import cli, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.mini import data as data_lib
@@ -137,14 +137,11 @@ def fine_tuned(
 
     @jax.jit
     def update(params, opt_state, rows):
-        def loss(params):
-            ctx = encoding.text_features(turbo, turbo.text_params, rows.ids, rows.mask)
-            return jnp.mean(flow_matching_loss(
-                turbo.denoiser.velocity, {"params": params}, rows.latents, rows.noise, rows.sigma,
-                ctx,
-            ))
-
-        grads = jax.grad(loss)(params)
+        ctx = encoding.text_features(turbo, turbo.text_params, rows.ids, rows.mask)
+        _, grads = sft_loss_and_grad(
+            params, None, rows.noise, rows.latents, rows.sigma, ctx,
+            velocity=turbo.denoiser.velocity, assemble=lambda _, params: {"params": params},
+        )
         updates, opt_state = optimizer.update(grads, opt_state)
         return optax.apply_updates(params, updates), opt_state
 

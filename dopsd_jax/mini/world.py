@@ -254,8 +254,12 @@ def _phrase(rng: Rng, thing: Thing, told: tuple[float, float]) -> str:
         words.insert(0, "small")
     elif thing.size > told[1] and rng.uniform() < 0.5:
         words.insert(0, "big")
-    article = "an" if words[0][0] in "aeiou" else "a"
-    return " ".join([article, *words])
+    return with_article(" ".join(words))
+
+
+def with_article(words: str) -> str:
+    """ "apple" -> "an apple"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 TEMPLATES = (
