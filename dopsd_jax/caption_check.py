@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
+from dopsd_jax.config_check import needs_teacher
 from dopsd_jax.contexts import vlm_ids
 from dopsd_jax.core.checks import noted
 from dopsd_jax.data.buckets import Bucket
@@ -32,7 +33,7 @@ def check_captions(
             the teacher, or that the teacher cannot take.
     """
     tokenizer = load_pipeline(config.model, parts=()).tokenizer
-    teacher_fits = _teacher_rule(config, tokenizer) if config.objective == "dopsd" else None
+    teacher_fits = _teacher_rule(config, tokenizer) if needs_teacher(config) else None
     problems: list[str] = []
     for i, row in enumerate(rows):
         for key, caption in row.captions.items():

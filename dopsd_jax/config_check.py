@@ -84,6 +84,16 @@ RULES: dict[str, Rule] = {
 }
 
 
+def needs_teacher(config: ConfigDict) -> bool:
+    """Whether a run has a teacher that sees more than the student."""
+    return config.objective == "dopsd"
+
+
+def needs_targets(config: ConfigDict) -> bool:
+    """Whether a run's objective reads the target images themselves."""
+    return config.objective == "sft" or config.states == "noised"
+
+
 def check_config(config: ConfigDict) -> Method:
     """The method of a config whose every value was found possible.
 

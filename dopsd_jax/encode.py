@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from dopsd_jax import contexts
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.caption_check import check_captions
-from dopsd_jax.config_check import check_config
+from dopsd_jax.config_check import check_config, needs_targets, needs_teacher
 from dopsd_jax.core import cli, distributed
 from dopsd_jax.core.log import log
 from dopsd_jax.data.batches import BatchRows
@@ -67,16 +67,6 @@ class Entry:
     where: str
     caption: str = ""
     row: int = -1
-
-
-def needs_teacher(config: ConfigDict) -> bool:
-    """Whether a run has a teacher that sees more than the student."""
-    return config.objective == "dopsd"
-
-
-def needs_targets(config: ConfigDict) -> bool:
-    """Whether a run's objective reads the target images themselves."""
-    return config.objective == "sft" or config.states == "noised"
 
 
 class Entries:

@@ -21,7 +21,7 @@ from dopsd_jax import flow, gauges, loop, lora, preflight, sample
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.baselines import draw_sigma
 from dopsd_jax.caption_check import check_captions
-from dopsd_jax.config_check import check_config
+from dopsd_jax.config_check import check_config, needs_targets, needs_teacher
 from dopsd_jax.core import cli, distributed, sharding, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
@@ -31,8 +31,6 @@ from dopsd_jax.encode import (
     Entries,
     encode_all,
     load_encoders,
-    needs_targets,
-    needs_teacher,
     open_cache,
 )
 from dopsd_jax.mini import stages

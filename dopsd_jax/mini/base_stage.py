@@ -12,6 +12,7 @@ encoder (REPA, arXiv 2410.06940). The vision tower in turn is asked for the pict
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
@@ -165,17 +166,25 @@ class World:
     """The training rows of the world, tokenised and encoded once."""
 
     def __init__(self, data: str | Path, pipe: Pipeline, vl: VisionLanguage):
-        self._vl = vl
+        self._vl, self._pipe, self._data = vl, pipe, data
         self.scenes = data_lib.read_part(data, "scenes")
         self.pairs = data_lib.read_part(data, "pairs")
         self.scene_latents = encoding.latents(pipe, data, "scenes", self.scenes.pixels)
-        self.pair_latents = encoding.latents(pipe, data, "pairs", self.pairs.pixels)
-        self.reference_latents = encoding.latents(
-            pipe, data, "pairs", self.pairs.references, name="reference_latents"
-        )
         self.scene_ids = encoding.caption_ids(pipe.tokenizer, self.scenes.captions)
         self.pair_ids = encoding.pair_ids(vl.tokenizer, self.pairs.captions)
         self.empty_ids = encoding.caption_ids(pipe.tokenizer, [""])
+
+    # Only where rows of pairs are drawn; the gates draw none.
+
+    @functools.cached_property
+    def pair_latents(self) -> np.ndarray:
+        return encoding.latents(self._pipe, self._data, "pairs", self.pairs.pixels)
+
+    @functools.cached_property
+    def reference_latents(self) -> np.ndarray:
+        return encoding.latents(
+            self._pipe, self._data, "pairs", self.pairs.references, name="reference_latents"
+        )
 
     def rows(self, rng: np.random.Generator, count: int, *, drop: float = 0.0) -> Rows:
         """Rows that see captions, a share `drop` of them the empty one."""
