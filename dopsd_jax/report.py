@@ -17,16 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
-from matplotlib.figure import Figure
 from PIL import Image
 
 from dopsd_jax import gauges, preflight
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import cli
 from dopsd_jax.core.files import write_atomic
-from dopsd_jax.core.metrics import GAUGES, read_metrics
+from dopsd_jax.core.metrics import GAUGES, draw_curves, read_metrics
 
 FLAGS = flags.FLAGS
 
@@ -74,38 +72,13 @@ def steps_of(samples: Path, name: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def draw_rows(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> bytes:
-    """A PNG of curves over the steps, one panel per name; vectors have a line per part."""
-    columns = min(len(names), 3)
-    lines = -(-len(names) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for ax in axes.flat[len(names):]:
-        ax.set_axis_off()
-    for ax, name in zip(axes.flat, names, strict=False):
-        steps = [r["step"] for r in rows if name in r]
-        values = np.array([r[name] for r in rows if name in r], np.float64)
-        if values.ndim == 2:
-            for i, part in enumerate(values.T):
-                ax.plot(steps, part, lw=1, label=f"{i}")
-            ax.set_yscale("log")
-            ax.legend(fontsize="small")
-        else:
-            few = len(values) <= 50
-            ax.plot(steps, values, "." if few else "", ls="-", lw=1)
-        ax.set_title(name.replace("_", " "), fontsize="medium")
-        ax.grid(alpha=0.3)
+def _curves(rows: list[dict[str, Any]]) -> str:
+    figure = draw_curves(rows)
+    if figure is None:
+        return "<p>None yet.</p>"
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=100)
-    return out.getvalue()
-
-
-def _curves(rows: list[dict[str, Any]], left_out: set[str]) -> str:
-    names = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in left_out | {"step"}]
-    if not names:
-        return "<p>None yet.</p>"
-    names.sort(key=lambda k: k != "loss")
-    return as_image(draw_rows(rows, names), "curves: " + ", ".join(names))
+    return as_image(out.getvalue(), "curves")
 
 
 def _figures(files: dict[str, Path]) -> str:
@@ -179,7 +152,7 @@ def page(workdir: str | Path) -> str:
     told_curves = (
         "<p>Drift: distance of pictures of unrelated prompts to the untuned model's, on the same "
         "noise, in levels of 255. Sharpness ratio: theirs to the untuned model's. Look: distance "
-        f"of colours to the targets'.</p>{_curves(told, set())}" if told else "<p>None yet.</p>"
+        f"of colours to the targets'.</p>{_curves(told)}" if told else "<p>None yet.</p>"
     )
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -194,7 +167,7 @@ def page(workdir: str | Path) -> str:
         "<h2>The walk: the clean estimate at every step</h2>", walk,
         "<h2>Retention: prompts that have nothing to do with the data</h2>", told_curves,
         _first_and_last(samples, "gauge"),
-        "<h2>Curves</h2>", _curves(rows, {"epochs", "images_per_second"}),
+        "<h2>Curves</h2>", _curves(rows),
         "<h2>Checkpoints</h2>", _checkpoints(workdir),
         "<h2>Config</h2>", _config(config),
     ]

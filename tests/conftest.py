@@ -10,7 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import pytest
+from PIL import Image
+from skimage import data as photographs
 
+from configs import tiny as tiny_config
 from dopsd_jax.weights.random_flux2 import write_random_flux2
 from dopsd_jax.weights.random_pipeline import write_random_pipeline
 
@@ -35,6 +38,27 @@ def tiny(tmp_path_factory) -> Tiny:
 def tiny_flux2(tmp_path_factory) -> Path:
     """A random pipeline in the format of FLUX.2-klein, float32; nothing in it may be changed."""
     return write_random_flux2(tmp_path_factory.mktemp("tiny_flux2"))
+
+
+@pytest.fixture(scope="session")
+def two_photos(tmp_path_factory) -> Path:
+    """A folder of two real photographs with captions; nothing in it may be changed."""
+    directory = tmp_path_factory.mktemp("two_photos")
+    for name in ("astronaut", "chelsea"):
+        Image.fromarray(getattr(photographs, name)()).save(directory / f"{name}.png")
+        (directory / f"{name}.txt").write_text(f"a photo of {name}")
+    return directory
+
+
+@pytest.fixture
+def short_run(tiny, two_photos):
+    """A config of two updates on the tiny models and two photographs, to be changed at will."""
+    c = tiny_config.get_config()
+    c.model, c.vlm, c.data = str(tiny.pipeline), str(tiny.vlm), str(two_photos)
+    c.buckets, c.text_tokens, c.teacher_tokens = "64x64", 128, 672
+    c.num_train_steps, c.batch_size, c.sample_every, c.sample_steps = 2, 2, 2, 2
+    c.checkpoint_every, c.learning_rate, c.lora.rank = 2, 1e-2, 4
+    return c
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage import data as photographs
 
-from configs import tiny as tiny_config
 from dopsd_jax import baselines, sample
 from dopsd_jax import train as train_lib
 from dopsd_jax.core import trees
@@ -58,25 +56,6 @@ def test_noise_levels_are_uniform_before_the_shift_and_a_function_of_the_step():
     assert np.any(sigma != baselines.draw_sigma(key, 6, 4000, 3.0))
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("photos")
-    for name in ("astronaut", "chelsea"):
-        Image.fromarray(getattr(photographs, name)()).save(directory / f"{name}.png")
-        (directory / f"{name}.txt").write_text(f"a photo of {name}")
-    return directory
-
-
-@pytest.fixture
-def config(tiny, photos):
-    c = tiny_config.get_config()
-    c.model, c.vlm, c.data = str(tiny.pipeline), str(tiny.vlm), str(photos)
-    c.buckets, c.text_tokens, c.teacher_tokens = "64x64", 128, 672
-    c.num_train_steps, c.batch_size, c.sample_every, c.sample_steps = 2, 2, 2, 2
-    c.checkpoint_every, c.learning_rate, c.lora.rank = 2, 1e-2, 4
-    return c
-
-
 def student(workdir):
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     tree = checkpoints.restore_part(("student",), 2)["student"]
@@ -84,58 +63,58 @@ def student(workdir):
     return trees.flatten(tree)
 
 
-def test_sft_trains_without_a_vlm_and_its_pictures_have_no_teacher(config, tmp_path):
-    config.objective, config.vlm = "sft", ""
-    train_lib.train(config, tmp_path / "run")
+def test_sft_trains_without_a_vlm_and_its_pictures_have_no_teacher(short_run, tmp_path):
+    short_run.objective, short_run.vlm = "sft", ""
+    train_lib.train(short_run, tmp_path / "run")
     assert any(np.any(x) for n, x in student(tmp_path / "run").items() if n.endswith("/b"))
     rows = read_metrics(tmp_path / "run")
     assert [r["step"] for r in rows] == [1, 2] and "step_loss" not in rows[0]
     width = Image.open(tmp_path / "run" / "samples" / "step_000002.png").width
     assert width == 3 * (64 + 4) + 4  # target, base, student
-    assert train_lib.train(config, tmp_path / "run") is None
+    assert train_lib.train(short_run, tmp_path / "run") is None
 
 
-def test_a_cache_holds_the_latents_that_a_run_reads(config, tmp_path):
-    config.objective, config.vlm = "sft", ""
-    train_lib.train(config, tmp_path / "plain")
-    config.cache = str(tmp_path / "cache")
-    made, total = encode(config)
+def test_a_cache_holds_the_latents_that_a_run_reads(short_run, tmp_path):
+    short_run.objective, short_run.vlm = "sft", ""
+    train_lib.train(short_run, tmp_path / "plain")
+    short_run.cache = str(tmp_path / "cache")
+    made, total = encode(short_run)
     assert made == total == 4  # two captions, two images
-    train_lib.train(config, tmp_path / "cached")
+    train_lib.train(short_run, tmp_path / "cached")
     for name, want in student(tmp_path / "plain").items():
         np.testing.assert_array_equal(student(tmp_path / "cached")[name], want, err_msg=name)
 
 
 @pytest.mark.parametrize("states", ["teacher", "noised"])
-def test_off_policy_runs_learn_something_else(config, tmp_path, states):
-    config.sample_every = 0
-    train_lib.train(config, tmp_path / "on")
-    config.states = states
-    train_lib.train(config, tmp_path / "off")
+def test_off_policy_runs_learn_something_else(short_run, tmp_path, states):
+    short_run.sample_every = 0
+    train_lib.train(short_run, tmp_path / "on")
+    short_run.states = states
+    train_lib.train(short_run, tmp_path / "off")
     on, off = student(tmp_path / "on"), student(tmp_path / "off")
     assert any(np.any(on[n] != off[n]) for n in on)
     assert all(np.isfinite(x).all() for x in off.values())
 
 
-def test_a_base_lora_is_in_the_weights_while_training(config, tiny, tmp_path):
+def test_a_base_lora_is_in_the_weights_while_training(short_run, tiny, tmp_path):
     """The first loss is the one of a model whose kernels hold the LoRA."""
     pipe = load_pipeline(tiny.pipeline, dtype="float32", parts=("transformer",))
-    config.objective, config.vlm, config.sample_every = "sft", "", 0
-    train_lib.train(config, tmp_path / "first")
+    short_run.objective, short_run.vlm, short_run.sample_every = "sft", "", 0
+    train_lib.train(short_run, tmp_path / "first")
     tree, scale = sample.read_lora(tmp_path / "first", pipe)
     tree = jax.tree.map(lambda x: 50 * np.asarray(x), tree)  # far enough to be seen
     file = tmp_path / "adapter.safetensors"
-    rank = config.lora.rank
+    rank = short_run.lora.rank
     lora_files.save_diffusers(
         file, tree, lora_files.LoraSpec(rank, scale * rank, ""), lora_files.Z_IMAGE_MODULES
     )
-    config.base_lora = str(file)
-    train_lib.train(config, tmp_path / "second")
+    short_run.base_lora = str(file)
+    train_lib.train(short_run, tmp_path / "second")
     first, second = (read_metrics(tmp_path / n)[0]["loss"] for n in ("first", "second"))
     assert abs(first - second) > 1e-3 * first
-    config.base_lora = str(tmp_path / "none.safetensors")
+    short_run.base_lora = str(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="base_lora: expected a LoRA file, found none"):
-        train_lib.train(config, tmp_path / "third")
-    config.base_lora, config.trainable = str(file), "full"
+        train_lib.train(short_run, tmp_path / "third")
+    short_run.base_lora, short_run.trainable = str(file), "full"
     with pytest.raises(ValueError, match="base_lora: expected nothing with trainable = full"):
-        train_lib.train(config, tmp_path / "third")
+        train_lib.train(short_run, tmp_path / "third")

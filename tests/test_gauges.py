@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from configs import tiny as tiny_config
 from dopsd_jax import gauges
 from dopsd_jax import train as train_lib
 from dopsd_jax.core.metrics import GAUGES, read_metrics
@@ -70,17 +69,9 @@ def test_the_best_checkpoint_is_the_nearest_look_that_is_sharp_enough():
     assert gauges.best_checkpoint([{"step": 5, "look": 3.0}], [5])["step"] == 5  # no gauge prompts
 
 
-def test_a_run_leaves_gauges_pictures_of_them_and_the_best_checkpoint(tiny, tmp_path):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for name in ("astronaut", "chelsea"):
-        Image.fromarray(getattr(photographs, name)()).save(photos / f"{name}.png")
-        (photos / f"{name}.txt").write_text(f"a photo of {name}")
-    c = tiny_config.get_config()
-    c.model, c.vlm, c.data = str(tiny.pipeline), str(tiny.vlm), str(photos)
-    c.buckets, c.text_tokens, c.teacher_tokens = "64x64", 128, 672
-    c.num_train_steps, c.batch_size, c.sample_every, c.sample_steps = 2, 2, 1, 2
-    c.checkpoint_every, c.learning_rate, c.lora.rank = 1, 1e-2, 4
+def test_a_run_leaves_gauges_pictures_of_them_and_the_best_checkpoint(short_run, tmp_path):
+    c = short_run
+    c.sample_every = c.checkpoint_every = 1
     c.gauge_prompts = ("a lighthouse", "a bowl of ramen")
     run = tmp_path / "run"
     train_lib.train(c, run)

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from configs import tiny as tiny_config
 from dopsd_jax import preflight
 from dopsd_jax import train as train_lib
 
@@ -83,26 +82,12 @@ def test_one_picture_is_refused(targets):
         preflight.compare(targets[:1], targets[:1], targets[:1])
 
 
-@pytest.fixture
-def config(tiny, tmp_path):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for name in NAMES[:2]:
-        Image.fromarray(getattr(photographs, name)()).save(photos / f"{name}.png")
-        (photos / f"{name}.txt").write_text(f"a photo of {name}")
-    c = tiny_config.get_config()
-    c.model, c.vlm, c.data = str(tiny.pipeline), str(tiny.vlm), str(photos)
-    c.buckets, c.text_tokens, c.teacher_tokens = "64x64", 128, 672
-    c.num_train_steps, c.batch_size, c.sample_every, c.sample_steps = 1, 2, 1, 2
-    c.lora.rank, c.preflight = 4, "on"
-    return c
-
-
-def test_a_run_begins_with_it_and_can_leave_it_out(config, tmp_path):
-    train_lib.train(config, tmp_path / "run")
+def test_a_run_begins_with_it_and_can_leave_it_out(short_run, tmp_path):
+    short_run.num_train_steps, short_run.preflight = 1, "on"
+    train_lib.train(short_run, tmp_path / "run")
     found = json.loads((tmp_path / "run" / preflight.FILE).read_text())
     assert found["pictures"] == 8 and found["words"] and found["student_look"] > 0
     assert (tmp_path / "run" / "samples" / "preflight.png").is_file()
-    config.preflight = "off"
-    train_lib.train(config, tmp_path / "other")
+    short_run.preflight = "off"
+    train_lib.train(short_run, tmp_path / "other")
     assert not (tmp_path / "other" / preflight.FILE).exists()

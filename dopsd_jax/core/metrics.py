@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +17,9 @@ from dopsd_jax.core.board import Board
 from dopsd_jax.core.checks import is_whole
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METRICS, GAUGES = "metrics.jsonl", "gauges.jsonl"
 
@@ -107,12 +110,18 @@ def read_metrics(workdir: str | Path, name: str = METRICS) -> list[dict[str, Any
 
 def save_curves(workdir: str | Path) -> Path | None:
     """Draws every metric of the run to curves.png, loss first; None without rows."""
-    import matplotlib
+    figure = draw_curves(read_metrics(workdir) + read_metrics(workdir, GAUGES))
+    if figure is None:
+        return None
+    path = Path(workdir) / "curves.png"
+    figure.savefig(path, dpi=110)
+    return path
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
 
-    rows = read_metrics(workdir) + read_metrics(workdir, GAUGES)
+def draw_curves(rows: list[dict[str, Any]]) -> Figure | None:
+    """A panel for every metric of some rows, loss first; None without any."""
+    from matplotlib.figure import Figure  # only at a run's end
+
     names = list(dict.fromkeys(k for r in rows for k in r))
     names = [k for k in names if k not in ("step", "epochs", "images_per_second")]
     names.sort(key=lambda k: k != "loss")
@@ -120,17 +129,14 @@ def save_curves(workdir: str | Path) -> Path | None:
         return None
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 3.6 * lines), squeeze=False,
-                             constrained_layout=True)
+    figure = Figure(figsize=(4.4 * columns, 3.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     for ax in axes.flat[len(names):]:
         ax.set_axis_off()
     for ax, name in zip(axes.flat, names, strict=False):
         _draw_curve(ax, name, [r["step"] for r in rows if name in r],
                     np.array([r[name] for r in rows if name in r]))
-    path = Path(workdir) / "curves.png"
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    return path
+    return figure
 
 
 def _draw_curve(ax, name: str, steps: list[int], values: np.ndarray) -> None:

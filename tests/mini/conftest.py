@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
+from diffusers import ZImagePipeline
 from PIL import Image, ImageDraw
 
 from configs.mini import base as base_config
@@ -69,3 +71,20 @@ def recipe(world, tmp_path_factory):
         assert stages.train(c, out / name) is None  # finished
         before = name
     return out
+
+
+@pytest.fixture(scope="session")
+def in_diffusers():
+    """(pipeline directory, prompts, noise, lora=None) -> diffusers' pictures, [B, H, W, 3]."""
+    def draw(directory, prompts, noise, lora=None):
+        other = ZImagePipeline.from_pretrained(directory, torch_dtype=torch.float32)
+        other.set_progress_bar_config(disable=True)
+        if lora is not None:
+            other.load_lora_weights(str(lora))
+        images = other(
+            prompt=list(prompts), height=64, width=64, num_inference_steps=2, guidance_scale=0.0,
+            latents=torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2), output_type="np",
+        ).images
+        return np.round(images * 255)
+
+    return draw

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
-from diffusers import ZImagePipeline
 
 from configs import mini_style
 from dopsd_jax import sample, train, weights
@@ -36,35 +34,23 @@ def run(recipe, tmp_path_factory):
     return workdir
 
 
-def in_diffusers(recipe, noise, lora=None):
-    other = ZImagePipeline.from_pretrained(
-        recipe / "turbo" / model.PIPELINE, torch_dtype=torch.float32
-    )
-    other.set_progress_bar_config(disable=True)
-    if lora is not None:
-        other.load_lora_weights(str(lora))
-    images = other(
-        prompt=list(PROMPTS), height=64, width=64, num_inference_steps=2, guidance_scale=0.0,
-        latents=torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2), output_type="np",
-    ).images
-    return np.round(images * 255)
-
-
-def test_diffusers_draws_the_same_picture(recipe, pipe, noise):
-    want = in_diffusers(recipe, noise)
+def test_diffusers_draws_the_same_picture(pipe, noise, in_diffusers):
+    want = in_diffusers(pipe.directory, PROMPTS, noise)
     got = sample.generate(pipe, PROMPTS, num_steps=2, noise=noise)
     off = np.abs(got - want)
     assert want.std() > 5
     assert off.mean() <= 1 and off.max() <= 4
 
 
-def test_a_lora_trained_on_it_draws_the_same_in_diffusers(recipe, pipe, noise, run, tmp_path):
+def test_a_lora_trained_on_it_draws_the_same_in_diffusers(
+    pipe, noise, run, in_diffusers, tmp_path
+):
     file = tmp_path / "lora.safetensors"
     export(str(run), "diffusers", str(file))
     got = sample.generate(pipe, PROMPTS, num_steps=2, noise=noise, lora=run)
     plain = sample.generate(pipe, PROMPTS, num_steps=2, noise=noise)
     assert np.abs(got.astype(int) - plain).mean() > 0.1
-    off = np.abs(got - in_diffusers(recipe, noise, file))
+    off = np.abs(got - in_diffusers(pipe.directory, PROMPTS, noise, file))
     assert off.mean() <= 1 and off.max() <= 4
 
 

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
-from diffusers import ZImagePipeline
 
 from configs import mini_style
 from dopsd_jax import lora as lora_lib
@@ -37,18 +35,6 @@ def run(tmp_path_factory):
     return workdir
 
 
-def in_diffusers(noise, *, lora=None):
-    other = ZImagePipeline.from_pretrained(PIPELINES["mini"], torch_dtype=torch.float32)
-    other.set_progress_bar_config(disable=True)
-    if lora is not None:
-        other.load_lora_weights(str(lora))
-    images = other(
-        prompt=list(PROMPTS), height=64, width=64, num_inference_steps=2, guidance_scale=0.0,
-        latents=torch.from_numpy(np.array(noise)).permute(0, 3, 1, 2), output_type="np",
-    ).images
-    return np.round(images * 255)
-
-
 def test_it_is_small_and_whole(pipe):
     vl = load_vision_language("mini", pipe, dtype="float32")
     count = sum(map(trees.count, (pipe.params, pipe.text_params, pipe.vae_params, vl.params)))
@@ -56,8 +42,8 @@ def test_it_is_small_and_whole(pipe):
     assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 25 * 2**20
 
 
-def test_diffusers_opens_it_and_draws_the_same_picture(pipe, noise):
-    want = in_diffusers(noise)
+def test_diffusers_opens_it_and_draws_the_same_picture(pipe, noise, in_diffusers):
+    want = in_diffusers(PIPELINES["mini"], PROMPTS, noise)
     got = sample.generate(pipe, PROMPTS, num_steps=2, noise=noise)
     off = np.abs(got - want)
     assert want.std() > 10
@@ -81,13 +67,15 @@ def test_the_undoing_lora_makes_another_model_of_it(pipe, noise):
     assert np.abs(few.astype(float) - undone).mean() > 3
 
 
-def test_a_lora_trained_on_it_draws_the_same_in_diffusers(pipe, noise, run, tmp_path):
+def test_a_lora_trained_on_it_draws_the_same_in_diffusers(
+    pipe, noise, run, in_diffusers, tmp_path
+):
     file = tmp_path / "lora.safetensors"
     export(str(run), "diffusers", str(file))
     got = sample.generate(pipe, PROMPTS, num_steps=2, noise=noise, lora=run)
     plain = sample.generate(pipe, PROMPTS, num_steps=2, noise=noise)
     assert np.any(got != plain)
-    off = np.abs(got - in_diffusers(noise, lora=file))
+    off = np.abs(got - in_diffusers(PIPELINES["mini"], PROMPTS, noise, file))
     assert off.mean() <= 1 and off.max() <= 4
 
 
