@@ -13,4 +13,5 @@ def get_config():
     c.optimizer.decay_steps = 20000
     c.optimizer.warmup_steps = 200
     c.caption_dropout = 0.1   # share of captions replaced by the empty one, for guidance
+    c.pair_caption_dropout = 0.3  # the same beside a picture, which then has to tell all
     return c

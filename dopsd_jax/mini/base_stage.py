@@ -46,6 +46,7 @@ from dopsd_jax.weights.pipeline import (
 
 # The names of what reads the answers, among the trained parameters.
 PLACEMENT, PICTURE = "placement", "picture"
+WORDLESS = "a picture"  # caption of a pair that leaves all telling to the picture
 
 
 @flax.struct.dataclass
@@ -162,6 +163,14 @@ def draw_sigma(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.clip(sigma, 1e-3, 1.0).astype(np.float32)
 
 
+def _some_replaced(rng: np.random.Generator, captions, index: np.ndarray, by, drop: float):
+    """(ids, mask) of the captions at `index`, a share `drop` of them replaced by one other."""
+    ids, mask = (a[index] for a in captions)
+    dropped = rng.uniform(size=len(index)) < drop
+    ids[dropped], mask[dropped] = by[0][0], by[1][0]
+    return ids, mask
+
+
 class World:
     """The training rows of the world, tokenised and encoded once."""
 
@@ -173,6 +182,7 @@ class World:
         self.scene_ids = encoding.caption_ids(pipe.tokenizer, self.scenes.captions)
         self.pair_ids = encoding.pair_ids(vl.tokenizer, self.pairs.captions)
         self.empty_ids = encoding.caption_ids(pipe.tokenizer, [""])
+        self.wordless_pair_ids = encoding.pair_ids(vl.tokenizer, [WORDLESS])
 
     # Only where rows of pairs are drawn; the gates draw none.
 
@@ -189,15 +199,13 @@ class World:
     def rows(self, rng: np.random.Generator, count: int, *, drop: float = 0.0) -> Rows:
         """Rows that see captions, a share `drop` of them the empty one."""
         index = rng.integers(len(self.scenes), size=count)
-        ids, mask = (a[index] for a in self.scene_ids)
-        dropped = rng.uniform(size=count) < drop
-        ids[dropped], mask[dropped] = self.empty_ids[0][0], self.empty_ids[1][0]
+        ids, mask = _some_replaced(rng, self.scene_ids, index, self.empty_ids, drop)
         return self._rows(rng, self.scenes, index, self.scene_latents, ids, mask)
 
-    def pair_rows(self, rng: np.random.Generator, count: int) -> Rows:
-        """Rows that see a picture and a caption."""
+    def pair_rows(self, rng: np.random.Generator, count: int, *, drop: float = 0.0) -> Rows:
+        """Rows that see a picture and a caption, a share `drop` of these one that tells nothing."""
         index = rng.integers(len(self.pairs), size=count)
-        ids, mask = (a[index] for a in self.pair_ids)
+        ids, mask = _some_replaced(rng, self.pair_ids, index, self.wordless_pair_ids, drop)
         patches = encoding.patches(self._vl, self.pairs.references[index])
         picture = by_image_token(self.reference_latents[index].astype(np.float32))
         return self._rows(rng, self.pairs, index, self.pair_latents, ids, mask, patches, picture)
@@ -307,7 +315,8 @@ def prepare(config: ConfigDict, workdir: Path):
     def make_batch(step: int, rng) -> tuple[Rows, Rows]:
         draw = np.random.default_rng([config.seed, step])
         rows = world.rows(draw, config.batch_size - pair_rows, drop=config.caption_dropout)
-        return jax.tree.map(jnp.asarray, (rows, world.pair_rows(draw, pair_rows)))
+        pairs = world.pair_rows(draw, pair_rows, drop=config.pair_caption_dropout)
+        return jax.tree.map(jnp.asarray, (rows, pairs))
 
     gallery = Gallery(config, workdir, pipe, vl)
 

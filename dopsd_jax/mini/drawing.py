@@ -44,7 +44,7 @@ class Cases:
 
 def draw_cases(
     count: int, *, seed: int = 0, styles: Sequence[str] = world.TRAINED_STYLES,
-    concepts: Sequence[str] = world.TRAINED_CONCEPTS, two: float = 0.3, tinted: float = 0.15,
+    concepts: Sequence[str] = world.TRAINED_CONCEPTS, two: float = world.TWO, tinted: float = 0.15,
 ) -> Cases:
     """Captions as the world writes them, none of which was written for training."""
     scenes = [

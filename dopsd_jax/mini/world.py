@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -20,6 +21,11 @@ from dopsd_jax.mini.emoji import CONCEPTS, HELD_OUT_CONCEPTS, SPRITE, Sprites
 SIZE = 64               # pixels per side of a scene
 CANVAS = 2 * SIZE       # scenes are drawn at twice the size and box-filtered down
 TRAINED_CONCEPTS = tuple(c for c in CONCEPTS if c not in HELD_OUT_CONCEPTS)
+TWO = 0.12              # share of scenes with a second object
+# Sizes of the objects of a scene in pixels, by how many it has, and from where on a caption may
+# call one small or big. Smaller than this, an object is three of the transformer's tokens across.
+SIZES = {1: (36.0, 56.0), 2: (28.0, 36.0)}
+TOLD = {1: (41.0, 51.0), 2: (30.0, 34.0)}
 TINTS = {
     "red": (0.9, 0.15, 0.15), "orange": (1.0, 0.55, 0.1), "green": (0.2, 0.75, 0.25),
     "blue": (0.2, 0.4, 0.95), "purple": (0.6, 0.25, 0.85), "pink": (1.0, 0.5, 0.75),
@@ -242,8 +248,19 @@ def _thing(rng: Rng, concept: str, smallest: float, largest: float, tinted: floa
     return Thing(concept, size, x, y, rng.uniform(-25, 25), bool(rng.uniform() < 0.5), tint)
 
 
-def _apart(a: Thing, b: Thing) -> bool:
-    return np.hypot(a.x - b.x, a.y - b.y) > 0.42 * (a.size + b.size)
+def _apart(things: tuple[Thing, ...]) -> bool:
+    """Whether no object hides another."""
+    return all(
+        np.hypot(a.x - b.x, a.y - b.y) > 0.42 * (a.size + b.size)
+        for a, b in itertools.combinations(things, 2)
+    )
+
+
+def _first_apart(draw: Callable[[], tuple[Thing, ...]]) -> tuple[Thing, ...]:
+    things = draw()
+    while not _apart(things):
+        things = draw()
+    return things
 
 
 def _phrase(rng: Rng, thing: Thing, told: tuple[float, float]) -> str:
@@ -270,7 +287,7 @@ TEMPLATES = (
 
 def draw_scene(
     rng: Rng, *, styles=TRAINED_STYLES, concepts=TRAINED_CONCEPTS, style: str | None = None,
-    concept: str | None = None, two: float = 0.3, tinted: float = 0.15,
+    concept: str | None = None, two: float = TWO, tinted: float = 0.15,
 ) -> Scene:
     """A random scene.
 
@@ -283,16 +300,11 @@ def draw_scene(
     """
     style = style or str(rng.choice(styles))
     first = concept or str(rng.choice(concepts))
+    shown = [first]
     if rng.uniform() < two:
-        sizes, told = (24.0, 36.0), (28.0, 32.0)
-        second = str(rng.choice([c for c in concepts if c != first]))
-        things = (_thing(rng, first, *sizes, tinted), _thing(rng, second, *sizes, tinted))
-        while not _apart(*things):
-            things = (_thing(rng, first, *sizes, tinted), _thing(rng, second, *sizes, tinted))
-    else:
-        sizes, told = (28.0, 54.0), (36.0, 46.0)
-        things = (_thing(rng, first, *sizes, tinted),)
-    phrase = " and ".join(_phrase(rng, t, told) for t in things)
+        shown.append(str(rng.choice([c for c in concepts if c != first])))
+    things = _first_apart(lambda: tuple(_thing(rng, c, *SIZES[len(shown)], tinted) for c in shown))
+    phrase = " and ".join(_phrase(rng, t, TOLD[len(shown)]) for t in things)
     template = TEMPLATES[rng.integers(len(TEMPLATES))]
     return Scene(style, things, template.format(things=phrase, style=style))
 
@@ -358,12 +370,11 @@ def render(
 
 def rearranged(rng: Rng, scene: Scene) -> Scene:
     """The same words over another layout: new place, size, tilt and mirroring of every object."""
-    sizes = (24.0, 36.0) if len(scene.things) > 1 else (28.0, 54.0)
+    sizes = SIZES[len(scene.things)]
 
     def again(thing: Thing) -> Thing:
         return dataclasses.replace(_thing(rng, thing.concept, *sizes, 0.0), tint=thing.tint)
 
-    things = tuple(again(t) for t in scene.things)
-    while len(things) > 1 and not _apart(*things):
-        things = tuple(again(t) for t in scene.things)
-    return dataclasses.replace(scene, things=things)
+    return dataclasses.replace(
+        scene, things=_first_apart(lambda: tuple(map(again, scene.things)))
+    )
