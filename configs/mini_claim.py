@@ -28,10 +28,15 @@ def get_config():
     })
     c.learning_rates = (1e-4, 3e-4, 1e-3, 3e-3)
     c.num_train_steps = 100
-    c.measure_every = 25     # updates
+    c.measure_every = 25     # updates; every learning rate is measured as often
     c.training_seeds = 3     # of the chosen rates; the sweep has one
     c.generation_seeds = 8   # noises per prompt
-    c.old_prompts = 36
+    c.old_prompts = 24
+    c.prompts = ()           # own ones in their place, each with a style and one or two things
     c.num_steps = 2          # deployed number of denoiser calls
+    # What tuning on the model's own training pictures does; no methods: left out.
+    c.same_data_methods = ("dopsd", "sft")
+    c.same_data_pictures = 64
+    c.same_data_rate = 1e-3
     c.checkpoints = ""       # or own runs, "runs/a,runs/b", instead of all of the above
     return c

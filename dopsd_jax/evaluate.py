@@ -9,12 +9,18 @@ retention, the share of old prompts still drawn right, at **matched accuracy in 
 each method the point that retains most among those that reach the accuracy which all reach. That
 rate and step is repeated with more training seeds. Whatever is done already is not done again.
 
-Writes <workdir>/table.md, pictures.csv (a line per picture), curves.png and grid.png.
+Then the methods are tuned on pictures of the model's own training world, which separates what is
+lost of the few-step ability from what is forgotten for the new style.
+
+Writes <workdir>/report.html, and what it is made of: table.md, curves.png and grid.png; and
+pictures.csv, a line per picture.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +28,14 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax import previews
+from dopsd_jax import previews, report
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.compare import runs as runs_lib
 from dopsd_jax.compare import table as table_lib
 from dopsd_jax.compare.measures import (
     NEW_UNSEEN,
     OLD,
+    OTHER_NOISE,
     Bench,
     Measured,
     case_sets,
@@ -40,26 +47,35 @@ from dopsd_jax.core import cli, trees
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.lora import scaled
+from dopsd_jax.mini import drawing
+from dopsd_jax.mini.build import write_trained
+from dopsd_jax.mini.emoji import load_sprites
 from dopsd_jax.weights.pipeline import load_pipeline
-from dopsd_jax.weights.shipped import ASSETS, JUDGE
+from dopsd_jax.weights.shipped import JUDGE
 
 FLAGS = flags.FLAGS
-PICTURES = ASSETS / "mini_style"
 CONTROL_GUIDANCE, CONTROL_STEPS = 2.5, 24
 GRID_ROWS = 6
 
 
 class Evaluation:
-    """The pictures of every run, measured once and kept in <workdir>/measured."""
+    """The pictures of every run, measured once and kept in <workdir>/measured.
 
-    def __init__(self, config: ConfigDict, workdir: Path):
+    Args:
+        config: See configs/mini_claim.py.
+        workdir: Where everything goes.
+        data: Folder of the pictures that the runs learn from, as `mini.build --style` writes it.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path, data: Path):
         self.config, self.workdir = config, workdir
         self._pipe = load_pipeline("mini", dtype="float32", remat="none")
-        _, tuned = training_pictures(PICTURES)
-        self.sets = case_sets(
-            config.style, tuned, old=config.old_prompts, seeds=config.generation_seeds
+        _, tuned = training_pictures(data)
+        old = drawing.read_cases(config.prompts) if config.prompts else drawing.draw_cases(
+            config.old_prompts, seed=7
         )
-        self.bench = Bench(self._pipe, self.sets, JUDGE, PICTURES)
+        self.sets = case_sets(config.style, tuned, old=old, seeds=config.generation_seeds)
+        self.bench = Bench(self._pipe, self.sets, JUDGE, data)
 
     def variables(self, run: Run | None, step: int) -> trees.Tree:
         """The student's weights; of no run the untuned model's."""
@@ -68,18 +84,20 @@ class Evaluation:
         tree, spec = workdir_lib.read_lora(run.workdir, step=step)
         return {"params": self._pipe.params, "lora": scaled(tree, spec.scale)}
 
-    def point(self, run: Run | None, step: int, *, num_steps: int, guidance: float = 1.0) -> Point:
+    def point(self, run: Run | None, step: int, *, num_steps: int, guidance: float = 1.0,
+              shift: int = 0) -> Point:
         """One run at one step, drawn and judged, or read from where that was kept."""
         name = "untuned" if run is None else f"{run.name}-{step}"
-        c = self.config
+        rows = self.sets[OLD].rows
+        drawn = hashlib.sha256("\n".join([*rows.captions, str(self.sets[OLD].seeds)]).encode())
         file = self.workdir / "measured" / (
-            f"{name}-{num_steps}steps-x{guidance:g}-{c.old_prompts}x{c.generation_seeds}.npz"
+            f"{name}-{num_steps}steps-x{guidance:g}-noise{shift}-{drawn.hexdigest()[:8]}.npz"
         )
         if file.is_file():
             sets = _read(file)
         else:
             sets = self.bench.measure(
-                self.variables(run, step), num_steps=num_steps, guidance=guidance
+                self.variables(run, step), num_steps=num_steps, guidance=guidance, shift=shift
             )
             _write(file, sets)
         method, rate, seed = ("untuned", 0.0, 0) if run is None else (
@@ -114,7 +132,7 @@ def sweep(evaluation: Evaluation) -> dict[str, list[Point]]:
     rates = dict.fromkeys(c.methods, tuple(c.learning_rates))
     untuned = evaluation.point(None, 0, num_steps=c.num_steps)
     found: dict[str, list[Point]] = {method: [untuned] for method in c.methods}
-    for run in runs_lib.planned(c, workdir, rates=rates, seeds=(0,)):
+    for run in runs_lib.planned(c, workdir / "runs", rates=rates, seeds=(0,)):
         runs_lib.train(c, run)
         for step in range(c.measure_every, c.num_train_steps + 1, c.measure_every):
             found[run.method].append(evaluation.point(run, step, num_steps=c.num_steps))
@@ -130,17 +148,17 @@ def repeated(evaluation: Evaluation, chosen: dict[str, Point]) -> dict[str, list
             continue
         found[method] = []
         seeds = tuple(range(c.training_seeds))
-        for run in runs_lib.planned(c, evaluation.workdir, rates={method: (point.rate,)},
-                                    seeds=seeds):
+        for run in runs_lib.planned(c, evaluation.workdir / "runs",
+                                    rates={method: (point.rate,)}, seeds=seeds):
             runs_lib.train(c, run)
             found[method].append((run, point.step))
     return found
 
 
-def own(config: ConfigDict) -> dict[str, list[tuple[Run, int]]]:
+def own(runs: Sequence[Run]) -> dict[str, list[tuple[Run, int]]]:
     """The latest checkpoint of every own run."""
     found = {}
-    for run in runs_lib.own_runs(config.checkpoints):
+    for run in runs:
         saved = workdir_lib.saved_steps(run.workdir)
         if not saved:
             raise ValueError(f"no checkpoint yet in {run.workdir}/checkpoints")
@@ -148,36 +166,84 @@ def own(config: ConfigDict) -> dict[str, list[tuple[Run, int]]]:
     return found
 
 
+def table_of(
+    evaluation: Evaluation, compared: dict[str, list[tuple[Run, int]]], num_steps: int,
+    guidance: float = 1.0,
+) -> tuple[str, list[Point]]:
+    """All methods drawn in one way: a Markdown table, and the points in it.
+
+    The row "other noise" is the untuned model drawn a second time: what no difference looks like.
+    """
+    def drawn(run: Run | None, step: int, **how) -> Point:
+        return evaluation.point(run, step, num_steps=num_steps, guidance=guidance, **how)
+
+    base = drawn(None, 0)
+    members = {"untuned": [base], "untuned, other noise": [drawn(None, 0, shift=OTHER_NOISE)]}
+    for method, runs in compared.items():
+        run, step = runs[0]
+        label = f"{method} ({f'{run.rate:g}, {step} updates' if run else 'no update'})"
+        members[label] = [drawn(run, step) for run, step in runs]
+    real = evaluation.bench.real[evaluation.config.style]
+    first = list(members)[2]
+    rows = {}
+    for label, points in members.items():
+        rows[label] = table_lib.row_of(points, evaluation.sets, base, real)
+        if label != "untuned":
+            rows[label]["old: both, less untuned's"] = table_lib.paired(
+                points, [base], evaluation.sets
+            )
+        if label not in (first, "untuned", "untuned, other noise"):
+            rows[label][f"old: both, less {next(iter(compared))}'s"] = table_lib.paired(
+                points, members[first], evaluation.sets
+            )
+    extra = f", guidance {guidance:g}" if guidance != 1 else ""
+    text = f"### {num_steps} steps{extra}\n\n{table_lib.as_markdown(rows)}"
+    return text, [p for label, points in members.items() if "noise" not in label for p in points]
+
+
 def tables(
     evaluation: Evaluation, compared: dict[str, list[tuple[Run, int]]]
 ) -> tuple[str, list[Point]]:
-    """A table per way of drawing, and all points in them."""
-    c, text, every = evaluation.config, [], []
-    real = evaluation.bench.real[c.style]
-    ways = [(c.num_steps, 1.0), (2 * c.num_steps, 1.0), (CONTROL_STEPS, 1.0),
-            (c.num_steps, CONTROL_GUIDANCE)]
+    """A table per way of drawing, and all points in them; of the many steps, one training seed."""
+    few = evaluation.config.num_steps
+    ways = [(few, 1.0), (2 * few, 1.0), (CONTROL_STEPS, 1.0), (few, CONTROL_GUIDANCE)]
+    text, every = [], []
     for num_steps, guidance in ways:
-        base = evaluation.point(None, 0, num_steps=num_steps, guidance=guidance)
-        every.append(base)
-        rows = {"untuned": table_lib.row_of([base], evaluation.sets, base, real)}
-        first = None
-        for method, members in compared.items():
-            points = [
-                evaluation.point(run, step, num_steps=num_steps, guidance=guidance)
-                for run, step in members
-            ]
-            every += points
-            run, step = members[0]
-            label = f"{method} ({f'{run.rate:g}, {step} updates' if run else 'no update'})"
-            rows[label] = table_lib.row_of(points, evaluation.sets, base, real)
-            first = first or points
-            if points is not first:
-                rows[label]["old: both, less the first's"] = table_lib.paired(
-                    points, first, evaluation.sets
-                )
-        extra = f", guidance {guidance:g}" if guidance != 1 else ""
-        text.append(f"### {num_steps} steps{extra}\n\n{table_lib.as_markdown(rows)}")
+        shown = compared if num_steps <= 2 * few else {m: r[:1] for m, r in compared.items()}
+        table, points = table_of(evaluation, shown, num_steps, guidance)
+        text.append(table)
+        every += points
     return "\n".join(text), every
+
+
+def same_data(evaluation: Evaluation) -> str:
+    """Methods tuned on pictures like those the model was trained on: a Markdown table.
+
+    There is nothing new in them to learn and nothing to forget for it. What gets worse in few
+    steps and not in many is the few-step ability itself.
+    """
+    c, workdir = evaluation.config, evaluation.workdir / "same_data"
+    pictures = workdir / "pictures"
+    if len(list(pictures.glob("*.txt"))) < c.same_data_pictures:
+        write_trained(load_sprites(), pictures, c.same_data_pictures, seed=0)
+    runs: list[Run | None] = [None, *runs_lib.planned(
+        c, workdir, rates=dict.fromkeys(c.same_data_methods, (c.same_data_rate,)), seeds=(0,),
+        data=str(pictures),
+    )]
+    real, rows = evaluation.bench.real["trained"], {}
+    for run in runs:
+        if run is not None:
+            runs_lib.train(c, run)
+        row = {}
+        for num_steps in (c.num_steps, 2 * c.num_steps, CONTROL_STEPS):
+            before = evaluation.point(None, 0, num_steps=num_steps)
+            now = evaluation.point(run, c.num_train_steps if run else 0, num_steps=num_steps)
+            row |= table_lib.few_step_row(now, before, evaluation.sets, real)
+        rows["untuned" if run is None else f"{run.method} ({run.rate:g})"] = row
+    return (
+        f"### Tuned on {c.same_data_pictures} pictures of the model's own training world, "
+        f"{c.num_train_steps} updates\n\n{table_lib.as_markdown(rows)}"
+    )
 
 
 def draw_curves(path: Path, found: dict[str, list[Point]], level: float) -> None:
@@ -216,10 +282,15 @@ def draw_grid(evaluation: Evaluation, compared: dict[str, list[tuple[Run, int]]]
 
 def evaluate(config: ConfigDict, workdir: Path) -> str:
     """Everything; returns the table's text."""
-    evaluation = Evaluation(config, workdir)
-    head = [f"Judge on real pictures: {evaluation.bench.report}."]
     if config.checkpoints:
-        compared, points = own(config), []
+        runs = runs_lib.own_runs(config.checkpoints)
+        evaluation = Evaluation(config, workdir, Path(runs_lib.same_data(runs)))
+    else:
+        evaluation = Evaluation(config, workdir, Path(runs_lib.settings(config.run_config).data))
+    head = [f"Judge on real pictures: {evaluation.bench.report}."]
+    points: list[Point] = []
+    if config.checkpoints:
+        compared = own(runs)
     else:
         found = sweep(evaluation)
         level = table_lib.matched_level(found)
@@ -232,10 +303,13 @@ def evaluate(config: ConfigDict, workdir: Path) -> str:
             "of each method the learning rate and step that retain most."
         )
     text, drawn = tables(evaluation, compared)
+    if config.same_data_methods and not config.checkpoints:
+        text += "\n" + same_data(evaluation)
     table_lib.write_csv(workdir / "pictures.csv", [*points, *drawn], evaluation.sets)
     previews.save(workdir / "grid.png", draw_grid(evaluation, compared))
     text = "\n\n".join([*head, text])
-    write_atomic(workdir / "table.md", text)
+    write_atomic(workdir / report.TABLE, text)
+    write_atomic(workdir / "report.html", report.evaluation_page(workdir))
     return text
 
 
@@ -247,7 +321,7 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     workdir_lib.enable_compilation_cache()
     print(evaluate(FLAGS.config, workdir))
-    print(f"\n{workdir}/table.md, pictures.csv, curves.png, grid.png")
+    print(f"\n{workdir}/report.html, {report.TABLE}, pictures.csv, curves.png, grid.png")
 
 
 if __name__ == "__main__":

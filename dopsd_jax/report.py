@@ -2,6 +2,8 @@
 
     python -m dopsd_jax.report --workdir runs/a
 
+Of a comparison's directory (dopsd_jax.evaluate) the page has its tables, curves and pictures.
+
 Writes <workdir>/report.html, or --out: pictures and curves are inside it, nothing is loaded from
 elsewhere and no script runs. May be called while the run goes on.
 """
@@ -27,6 +29,7 @@ from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.metrics import GAUGES, draw_curves, read_metrics
 
 FLAGS = flags.FLAGS
+TABLE = "table.md"  # of a comparison, see evaluate
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
@@ -38,6 +41,7 @@ img { max-width: 100%; height: auto; image-rendering: auto; }
 table { border-collapse: collapse; } th, td { padding: .2rem .8rem .2rem 0; text-align: left;
        vertical-align: top; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .side { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
+h3 { font-size: 1rem; } .wide { overflow-x: auto; } .wide td { white-space: nowrap; }
 figcaption { color: #555; font-size: .9rem; } .warn { color: #a02000; } .best { font-weight: 600; }
 """
 
@@ -154,8 +158,7 @@ def page(workdir: str | Path) -> str:
         "noise, in levels of 255. Sharpness ratio: theirs to the untuned model's. Look: distance "
         f"of colours to the targets'.</p>{_curves(told)}" if told else "<p>None yet.</p>"
     )
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
+    return _document(title, [
         as_table(["", ""], [
             ["model", config["model"]], ["data", config.get("data", "")],
             ["objective", config.get("objective", "dopsd")], ["teacher", config["teacher"]],
@@ -170,18 +173,56 @@ def page(workdir: str | Path) -> str:
         "<h2>Curves</h2>", _curves(rows),
         "<h2>Checkpoints</h2>", _checkpoints(workdir),
         "<h2>Config</h2>", _config(config),
-    ]
+    ])
+
+
+def _document(title: str, parts: Sequence[str]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f"<style>{STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>\n"
+        + "\n".join(parts) + "\n</body></html>\n"
     )
 
 
+def _from_markdown(text: str) -> str:
+    """Headings, tables and paragraphs of a table file as HTML."""
+    parts = []
+    for block in text.strip().split("\n\n"):
+        lines = block.strip().splitlines()
+        if lines[0].startswith("|"):
+            cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+            parts.append(f'<div class="wide">{as_table(cells[0], cells[2:])}</div>')
+        elif lines[0].startswith("#"):
+            parts.append(f"<h3>{html.escape(lines[0].lstrip('# '))}</h3>")
+        else:
+            parts.append(f"<p>{html.escape(block)}</p>")
+    return "\n".join(parts)
+
+
+def evaluation_page(workdir: str | Path) -> str:
+    """The page of a comparison, see evaluate."""
+    workdir = Path(workdir)
+    pictures = {
+        "old prompts kept against new style learned": "curves.png",
+        "the new style, then old prompts, by method; a row from one noise": "grid.png",
+    }
+    shown = [
+        f"<h2>{html.escape(words[:1].upper() + words[1:])}</h2>"
+        f"{as_image((workdir / name).read_bytes(), words)}"
+        for words, name in pictures.items() if (workdir / name).is_file()
+    ]
+    return _document(f"{workdir.resolve().name}: methods compared", [
+        *shown, "<h2>Figures, with 95% intervals</h2>",
+        _from_markdown((workdir / TABLE).read_text()),
+    ])
+
+
 def main() -> None:
-    out = Path(FLAGS.out) if FLAGS.out else Path(FLAGS.workdir) / "report.html"
-    text = page(FLAGS.workdir)
+    workdir = Path(FLAGS.workdir)
+    out = Path(FLAGS.out) if FLAGS.out else workdir / "report.html"
+    text = evaluation_page(workdir) if (workdir / TABLE).is_file() else page(workdir)
     write_atomic(out, text)
     print(f"{out} ({len(text) / 2**20:.1f} MiB)")
 

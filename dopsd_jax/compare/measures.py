@@ -17,6 +17,7 @@ from dopsd_jax.weights.pipeline import Pipeline
 
 NEW_SEEN, NEW_UNSEEN, OLD = "new style, tuned things", "new style, other things", "old prompts"
 FIRST_SEED = 9_000_000  # of the noise; training and the gates start elsewhere
+OTHER_NOISE = 5_000_000  # added to them: what two draws of one model differ by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +78,14 @@ def _of_style(style: str, concepts: Sequence[str]) -> drawing.Cases:
 
 
 def case_sets(
-    style: str, tuned: Sequence[str], *, old: int, seeds: int
+    style: str, tuned: Sequence[str], *, old: drawing.Cases, seeds: int
 ) -> dict[str, CaseSet]:
     """The three sets, by name.
 
     Args:
         style: The new one.
         tuned: Concepts of the training pictures.
-        old: Prompts of trained styles and concepts.
+        old: Prompts that have nothing to do with it.
         seeds: Noises per prompt.
 
     Raises:
@@ -97,7 +98,7 @@ def case_sets(
     sets, first = {}, FIRST_SEED
     for name, cases in (
         (NEW_SEEN, _of_style(style, tuned)), (NEW_UNSEEN, _of_style(style, others)),
-        (OLD, drawing.draw_cases(old, seed=7)),
+        (OLD, old),
     ):
         rows = _repeated(cases, seeds, first)
         sets[name] = CaseSet(name, seeds, rows)
@@ -126,12 +127,13 @@ class Bench:
             name: drawing.text_contexts(pipe, s.rows.captions) for name, s in sets.items()
         }
 
-    def draw(self, name: str, variables: trees.Tree, *, num_steps: int, guidance: float = 1.0
-             ) -> np.ndarray:
-        """Pictures of one set, uint8 [N, 64, 64, 3]."""
+    def draw(self, name: str, variables: trees.Tree, *, num_steps: int, guidance: float = 1.0,
+             shift: int = 0) -> np.ndarray:
+        """Pictures of one set, uint8 [N, 64, 64, 3]; `shift` is added to the seeds of the noise."""
+        seeds = self._sets[name].rows.seeds + shift
         return drawing.draw(
-            self._pipe, variables, self._contexts[name], self._sets[name].rows.seeds,
-            num_steps=num_steps, guidance=guidance, batch=min(100, len(self._sets[name].rows)),
+            self._pipe, variables, self._contexts[name], seeds, num_steps=num_steps,
+            guidance=guidance, batch=min(100, len(seeds)),
         )
 
     def judged(self, name: str, pixels: np.ndarray) -> Measured:
@@ -144,14 +146,9 @@ class Bench:
             gauges.sharpness(pixels), near, said.features,
         )
 
-    def measure(self, variables: trees.Tree, *, num_steps: int, guidance: float = 1.0
-                ) -> dict[str, Measured]:
-        """All sets."""
-        return {
-            name: self.judged(
-                name, self.draw(name, variables, num_steps=num_steps, guidance=guidance)
-            ) for name in self._sets
-        }
+    def measure(self, variables: trees.Tree, **how) -> dict[str, Measured]:
+        """All sets, drawn as `draw` is told."""
+        return {name: self.judged(name, self.draw(name, variables, **how)) for name in self._sets}
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

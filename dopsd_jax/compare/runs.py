@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -14,23 +17,36 @@ from dopsd_jax.core import cli
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: a method at a learning rate and a seed, or an own run's directory."""
+    """One training: a method at a learning rate and a seed, or an own run's directory.
+
+    Attributes:
+        method, rate, seed: Which training.
+        workdir: Its directory.
+        changes: Keys of the run's config that differ from the comparison's `run_config`.
+    """
 
     method: str
     rate: float
     seed: int
     workdir: Path
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.workdir.name
 
 
-def planned(config: ConfigDict, workdir: Path, *, rates: dict[str, tuple[float, ...]],
-            seeds: tuple[int, ...]) -> list[Run]:
-    """Runs of every method at its rates, for every seed."""
+def settings(file: str) -> ConfigDict:
+    """What a config file's get_config says."""
+    return runpy.run_path(file)["get_config"]()
+
+
+def planned(config: ConfigDict, directory: Path, *, rates: dict[str, tuple[float, ...]],
+            seeds: tuple[int, ...], **changes) -> list[Run]:
+    """Runs of every method at its rates, for every seed, each in a directory of its own."""
     return [
-        Run(method, rate, seed, workdir / "runs" / _name(method, rate, seed))
+        Run(method, rate, seed, directory / _name(method, rate, seed),
+            {**config.methods[method].to_dict(), **changes})
         for method in rates for rate in rates[method] for seed in seeds
     ]
 
@@ -48,11 +64,25 @@ def own_runs(directories: str) -> list[Run]:
     found = []
     for text in directories.split(","):
         workdir = Path(text.strip())
-        settings = workdir_lib.read_config(workdir)
-        found.append(Run(workdir.name, settings["learning_rate"], settings["seed"], workdir))
+        told = workdir_lib.read_config(workdir)
+        found.append(Run(workdir.name, told["learning_rate"], told["seed"], workdir))
     if len({r.method for r in found}) < len(found):
         raise ValueError(f"checkpoints: expected runs of different names, got {directories!r}")
     return found
+
+
+def same_data(runs: Sequence[Run]) -> str:
+    """The pictures that all runs learned from.
+
+    Raises:
+        ValueError: They learned from different ones.
+    """
+    found = {str(workdir_lib.read_config(run.workdir)["data"]) for run in runs}
+    if len(found) > 1:
+        raise ValueError(
+            f"checkpoints: expected runs on the same data, got {', '.join(sorted(found))}"
+        )
+    return found.pop()
 
 
 def train(config: ConfigDict, run: Run) -> None:
@@ -66,7 +96,8 @@ def train(config: ConfigDict, run: Run) -> None:
     changes = {
         "learning_rate": run.rate, "seed": run.seed + 30, "num_train_steps": config.num_train_steps,
         "checkpoint_every": config.measure_every, "sample_every": 0, "keep_checkpoints": 1000,
-        "log_every": config.measure_every, **config.methods[run.method].to_dict(),
+        "log_every": config.measure_every, "preflight": "off",
+        **run.changes,
     }
     cli.run_module(
         "dopsd_jax.train", "--config", config.run_config, "--workdir", str(run.workdir),

@@ -101,6 +101,35 @@ def row_of(points: Sequence[Point], sets: dict[str, CaseSet], base: Point,
     }
 
 
+def few_step_row(now: Point, before: Point, sets: dict[str, CaseSet],
+                 real: tuple[np.ndarray, np.ndarray]) -> dict[str, Interval]:
+    """What tuning did to the pictures of old prompts, drawn in so many steps.
+
+    Args:
+        now, before: The tuned and the untuned model, drawn alike.
+        sets: The cases.
+        real: Moments of real pictures of the trained styles.
+    """
+    cases, way = sets[OLD], f"{now.num_steps} steps"
+    ours, untuned = (
+        p.sets[OLD].features.reshape(cases.cases, cases.seeds, -1) for p in (now, before)
+    )
+
+    def distance(features: np.ndarray) -> float:
+        return frechet_distance(moments(features.reshape(-1, features.shape[-1])), real)
+
+    sharp = before.sets[OLD].sharpness.mean()
+    return {
+        f"{way}: Frechet to real": frechet(ours, real),
+        f"{way}: the same / untuned's": interval(
+            lambda i: distance(ours[i]) / distance(untuned[i]), cases.cases, draws=200
+        ),
+        f"{way}: sharpness / untuned's": mean_interval(
+            cases.by_case(now.sets[OLD].sharpness) / sharp
+        ),
+    }
+
+
 def paired(points: Sequence[Point], others: Sequence[Point], sets: dict[str, CaseSet]) -> Interval:
     """Retention of `points` less that of `others`, case by case."""
     def values(of: Sequence[Point]) -> np.ndarray:

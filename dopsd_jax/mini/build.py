@@ -30,7 +30,7 @@ from dopsd_jax.mini.emoji import CONCEPTS, SETS, Sprites, load_sprites
 FLAGS = flags.FLAGS
 ALL_CONCEPTS = tuple(CONCEPTS)
 ALL_STYLES = tuple(world.STYLES)
-STREAMS = {"scenes": 1, "pairs": 2, "judge": 3, "judge_test": 4, "style": 5}
+STREAMS = {"scenes": 1, "pairs": 2, "judge": 3, "judge_test": 4, "style": 5, "trained": 6}
 CHUNK = 500
 SAME = 0.8  # of the pairs: D-OPSD's teacher is shown the target itself
 CELLS = 8  # per side of a picture: the transformer's tokens
@@ -121,12 +121,23 @@ def write_style(sprites: Sprites, out: Path, style: str, count: int, seed: int) 
     out.mkdir(parents=True, exist_ok=True)
     for concept in rng.permutation(world.TRAINED_CONCEPTS)[:count].tolist():
         scene = world.draw_scene(rng, style=style, concept=concept, two=0.0, tinted=0.0)
-        name = concept.replace(" ", "-")
-        Image.fromarray(world.render(sprites, scene, rng)).save(out / f"{name}.png")
-        (out / f"{name}.txt").write_text(scene.caption + "\n")
+        _write_picture(sprites, out, concept.replace(" ", "-"), scene, rng)
     (out / "ATTRIBUTION").write_text(
         f"Pictures drawn from {SETS[world.STYLES[style].art]}.\n"
     )
+
+
+def write_trained(sprites: Sprites, out: Path, count: int, seed: int) -> None:
+    """A folder of captioned scenes like those that the mini model was trained on."""
+    out.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        rng = np.random.default_rng([seed, STREAMS["trained"], i])
+        _write_picture(sprites, out, f"{i:04d}", world.draw_scene(rng), rng)
+
+
+def _write_picture(sprites: Sprites, out: Path, name: str, scene: world.Scene, rng) -> None:
+    Image.fromarray(world.render(sprites, scene, rng)).save(out / f"{name}.png")
+    (out / f"{name}.txt").write_text(scene.caption + "\n")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -57,6 +58,30 @@ def draw_cases(
         [s.caption for s in scenes], np.asarray([ALL_STYLES.index(s.style) for s in scenes]),
         np.stack([np.isin(ALL_CONCEPTS, [t.concept for t in s.things]) for s in scenes]),
         np.arange(count) + 1_000_000 * (seed + 1),
+    )
+
+
+def read_cases(captions: Sequence[str], *, seed: int = 0) -> Cases:
+    """Captions as a user writes them: the words that the world knows tell what must be shown.
+
+    Raises:
+        ValueError: Captions without exactly one of the world's styles and one or two of its things.
+    """
+    words = [set(re.findall(r"[a-z]+", c.lower())) for c in captions]
+    styles = [[i for i, s in enumerate(ALL_STYLES) if s in w] for w in words]
+    concepts = np.stack([[c in w for c in ALL_CONCEPTS] for w in words])
+    wrong = [
+        c for c, s, k in zip(captions, styles, concepts.sum(1), strict=True)
+        if len(s) != 1 or k not in (1, 2)
+    ]
+    if wrong:
+        raise ValueError(
+            f"prompts: expected one style ({', '.join(ALL_STYLES)}) and one or two things "
+            f"({', '.join(ALL_CONCEPTS)}) in each, got {wrong}"
+        )
+    return Cases(
+        list(captions), np.asarray(styles)[:, 0], concepts,
+        np.arange(len(captions)) + 1_000_000 * (seed + 1),
     )
 
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from configs import mini_claim
 from dopsd_jax import evaluate as evaluate_lib
 from dopsd_jax.compare import runs as runs_lib
+from dopsd_jax.compare.measures import OLD
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +20,7 @@ def config():
     c.learning_rates = (1e-3,)
     c.num_train_steps, c.measure_every = 2, 1
     c.training_seeds, c.generation_seeds, c.old_prompts = 2, 2, 4
+    c.same_data_methods, c.same_data_pictures = ("sft",), 8
     return c
 
 
@@ -34,7 +36,11 @@ def test_it_leaves_tables_for_every_way_of_drawing_and_pictures(workdir):
     for title in ("### 2 steps\n", "### 4 steps", "### 24 steps", "### 2 steps, guidance 2.5"):
         assert title in text
     rows = [line for line in text.splitlines() if line.startswith("| sft")]
-    assert len(rows) == 4 and all("[" in line for line in rows)
+    assert len(rows) == 5 and all("[" in line for line in rows)  # the last on the training data
+    floor = [line for line in text.splitlines() if line.startswith("| untuned, other noise")]
+    assert len(floor) == 4
+    page = (workdir / "report.html").read_text()
+    assert page.count("<table>") == 5 and page.count("<img ") == 2
     assert (workdir / "grid.png").is_file() and (workdir / "curves.png").is_file()
     with (workdir / "pictures.csv").open() as f:
         seen = {(r["method"], r["step"]) for r in csv.DictReader(f)}
@@ -56,7 +62,10 @@ def test_own_runs_are_compared_as_they_are(config, workdir, tmp_path):
     own.update(config)
     runs = sorted((workdir / "runs").iterdir())
     own.checkpoints = ",".join(map(str, runs[:2]))
+    own.prompts = ("a cat, neon style", "a red car, noto style")
     text = evaluate_lib.evaluate(own, tmp_path)
+    with (tmp_path / "pictures.csv").open() as f:
+        assert {r["prompt"] for r in csv.DictReader(f) if r["set"] == OLD} == set(own.prompts)
     assert all(f"| {run.name} (" in text for run in runs[:2])
     own.checkpoints = str(tmp_path / "none")
     with pytest.raises(ValueError, match="none: expected a run's directory"):

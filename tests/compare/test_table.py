@@ -1,13 +1,14 @@
 """Comparisons on points whose answer is known."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
 
 from dopsd_jax.compare import table
 from dopsd_jax.compare.measures import NEW_SEEN, NEW_UNSEEN, OLD, Measured, case_sets
-from dopsd_jax.mini import build, world
+from dopsd_jax.mini import build, drawing, world
 from dopsd_jax.mini.judge import moments
 
 TUNED = ("apple", "banana", "car")
@@ -15,7 +16,7 @@ TUNED = ("apple", "banana", "car")
 
 @pytest.fixture(scope="module")
 def sets():
-    return case_sets("blueprint", TUNED, old=10, seeds=4)
+    return case_sets("blueprint", TUNED, old=drawing.draw_cases(10, seed=7), seeds=4)
 
 
 def point(sets, method="dopsd", *, new, old, rate=1e-3, step=25, seed=0):
@@ -44,7 +45,7 @@ def test_sets_ask_for_tuned_things_other_things_and_old_styles(sets):
     noises = np.concatenate([s.rows.seeds for s in sets.values()])
     assert len(set(noises.tolist())) == len(noises)
     with pytest.raises(ValueError, match="mini world, got .'teapot'"):
-        case_sets("blueprint", ["teapot"], old=1, seeds=1)
+        case_sets("blueprint", ["teapot"], old=drawing.draw_cases(1), seeds=1)
 
 
 def test_methods_are_compared_where_all_have_learned_as_much(sets):
@@ -91,3 +92,28 @@ def test_the_table_and_the_list_of_pictures_hold_everything(sets, tmp_path):
     assert len(rows) == 2 * sum(len(s.rows) for s in sets.values())
     share = np.mean([int(r["style"]) for r in rows[len(rows) // 2 :] if r["set"] == OLD])
     assert share == pytest.approx(0.6)
+
+
+def test_own_prompts_tell_what_their_pictures_must_show():
+    cases = drawing.read_cases(["Sepia style, a red Cat and a key", "an owl in ink style"])
+    assert [build.ALL_STYLES[i] for i in cases.styles] == ["sepia", "ink"]
+    shown = [{c for c, yes in zip(build.ALL_CONCEPTS, row, strict=True) if yes}
+             for row in cases.concepts]
+    assert shown == [{"cat", "key"}, {"owl"}]
+    with pytest.raises(ValueError, match=r"one style .* got \['a cat', 'a wolf, ink style'\]"):
+        drawing.read_cases(["a cat", "an owl, ink style", "a wolf, ink style"])
+
+
+def test_what_tuning_did_to_few_steps_is_told_beside_the_untuned(sets):
+    before, blurred = (point(sets, new=0, old=1, seed=s) for s in (0, 1))
+    old = blurred.sets[OLD]
+    blurred.sets[OLD] = dataclasses.replace(
+        old, features=old.features + 3, sharpness=0.5 * old.sharpness
+    )
+    real = moments(point(sets, new=0, old=1, seed=2).sets[OLD].features)
+    row = table.few_step_row(blurred, before, sets, real)
+    assert row["2 steps: Frechet to real"].value > 0.9 * 9 * 64
+    assert row["2 steps: the same / untuned's"].low > 2
+    assert row["2 steps: sharpness / untuned's"].value == pytest.approx(0.5)
+    same = table.few_step_row(before, before, sets, real)
+    assert same["2 steps: the same / untuned's"].value == 1
