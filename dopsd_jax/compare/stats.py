@@ -27,7 +27,7 @@ class Interval:
 
 def interval(
     statistic: Callable[[np.ndarray], float], cases: int, *, draws: int = DRAWS,
-    level: float = LEVEL, seed: int = 0,
+    level: float = LEVEL, seed: int = 0, centred: bool = False,
 ) -> Interval:
     """Bootstrap interval of any statistic of cases.
 
@@ -41,6 +41,8 @@ def interval(
         draws: Resamples.
         level: Share of intervals that should hold the truth.
         seed: Of the resampling.
+        centred: Move the interval by what resampling alone adds to the statistic. For distances,
+            which grow when cases repeat: the plain interval may not even hold its own estimate.
 
     Raises:
         ValueError: Fewer than 2 cases.
@@ -52,8 +54,16 @@ def interval(
     tail = stats.norm.cdf(
         -math.sqrt(cases / (cases - 1)) * stats.t.ppf(0.5 + level / 2, cases - 1)
     )
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return Interval(float(statistic(np.arange(cases))), float(low), float(high))
+    value = float(statistic(np.arange(cases)))
+    bias = np.mean(values) - value if centred else 0.0
+    low, high = np.quantile(values, [tail, 1 - tail]) - bias
+    return Interval(value, float(low), float(high))
+
+
+def ratio_interval(ours: np.ndarray, others: np.ndarray) -> Interval:
+    """Interval of a ratio of means, [cases, seeds] each, case by case."""
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1).mean(1) for x in (ours, others))
+    return interval(lambda index: a[index].mean() / b[index].mean(), len(a))
 
 
 def mean_interval(values: np.ndarray, **options) -> Interval:

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from dopsd_jax.compare.measures import NEW_SEEN, NEW_UNSEEN, OLD, CaseSet, Measured
-from dopsd_jax.compare.stats import Interval, interval, mean_interval
+from dopsd_jax.compare.stats import Interval, interval, mean_interval, ratio_interval
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.mini.judge import frechet_distance, moments
+
+DRAWS = 200  # resamples of a Frechet distance, which is slow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +56,24 @@ def matched_level(by_method: dict[str, Sequence[Point]]) -> float:
     return min(max(p.new_style() for p in points) for points in by_method.values())
 
 
-def frechet(
-    features: np.ndarray, real: tuple[np.ndarray, np.ndarray], draws: int = 200
-) -> Interval:
+def _distance(features: np.ndarray, real: tuple[np.ndarray, np.ndarray]) -> float:
+    """Frechet distance of features [.., 64] to (mean, covariance)."""
+    return frechet_distance(moments(features.reshape(-1, features.shape[-1])), real)
+
+
+def frechet(features: np.ndarray, real: tuple[np.ndarray, np.ndarray]) -> Interval:
     """Frechet distance of features [cases, pictures, 64] to (mean, covariance)."""
     return interval(
-        lambda i: frechet_distance(moments(features[i].reshape(-1, features.shape[-1])), real),
-        len(features), draws=draws,
+        lambda i: _distance(features[i], real), len(features), draws=DRAWS, centred=True
     )
+
+
+def frechet_between(features: np.ndarray, others: np.ndarray) -> Interval:
+    """The same of two models' pictures of the same cases."""
+    def distance(i):
+        return _distance(features[i], moments(others[i].reshape(-1, others.shape[-1])))
+
+    return interval(distance, len(features), draws=DRAWS, centred=True)
 
 
 def row_of(points: Sequence[Point], sets: dict[str, CaseSet], base: Point,
@@ -79,11 +91,15 @@ def row_of(points: Sequence[Point], sets: dict[str, CaseSet], base: Point,
             [sets[name].by_case(values(p.sets[name])) for p in points], axis=1
         ))
 
-    def features(name: str) -> np.ndarray:
+    def features(name: str, of: Sequence[Point] = points) -> np.ndarray:
         shape = (sets[name].cases, sets[name].seeds, -1)
-        return np.concatenate([p.sets[name].features.reshape(shape) for p in points], axis=1)
+        return np.concatenate([p.sets[name].features.reshape(shape) for p in of], axis=1)
 
-    old, before = sets[OLD], moments(base.sets[OLD].features)
+    def sharpness(of: Sequence[Point]) -> np.ndarray:
+        return np.concatenate(
+            [sets[OLD].by_case(p.sets[OLD].sharpness) for p in of], axis=1
+        )
+
     return {
         "new style, tuned things: style": of(NEW_SEEN, lambda m: m.style),
         "new style, other things: style": of(NEW_UNSEEN, lambda m: m.style),
@@ -93,11 +109,8 @@ def row_of(points: Sequence[Point], sets: dict[str, CaseSet], base: Point,
         "old: style": of(OLD, lambda m: m.style),
         "old: things": of(OLD, lambda m: m.concept),
         "old: both": of(OLD, lambda m: m.style & m.concept),
-        "old: Frechet to untuned": frechet(features(OLD), before),
-        "sharpness / untuned": mean_interval(np.concatenate([
-            old.by_case(p.sets[OLD].sharpness) / old.by_case(base.sets[OLD].sharpness).mean()
-            for p in points
-        ], axis=1)),
+        "old: Frechet to untuned": frechet_between(features(OLD), features(OLD, [base])),
+        "old: sharpness / untuned's": ratio_interval(sharpness(points), sharpness([base])),
     }
 
 
@@ -114,18 +127,14 @@ def few_step_row(now: Point, before: Point, sets: dict[str, CaseSet],
     ours, untuned = (
         p.sets[OLD].features.reshape(cases.cases, cases.seeds, -1) for p in (now, before)
     )
-
-    def distance(features: np.ndarray) -> float:
-        return frechet_distance(moments(features.reshape(-1, features.shape[-1])), real)
-
-    sharp = before.sets[OLD].sharpness.mean()
     return {
         f"{way}: Frechet to real": frechet(ours, real),
         f"{way}: the same / untuned's": interval(
-            lambda i: distance(ours[i]) / distance(untuned[i]), cases.cases, draws=200
+            lambda i: _distance(ours[i], real) / _distance(untuned[i], real), cases.cases,
+            draws=DRAWS, centred=True,
         ),
-        f"{way}: sharpness / untuned's": mean_interval(
-            cases.by_case(now.sets[OLD].sharpness) / sharp
+        f"{way}: sharpness / untuned's": ratio_interval(
+            *(cases.by_case(p.sets[OLD].sharpness) for p in (now, before))
         ),
     }
 

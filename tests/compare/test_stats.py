@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dopsd_jax.compare.stats import interval, mean_interval
+from dopsd_jax.compare.stats import interval, mean_interval, ratio_interval
 
 
 def coverage(draw, truth, trials=600):
@@ -45,6 +45,28 @@ def test_an_interval_shrinks_with_more_cases_and_repeats_itself():
     values = rng.normal(size=30)
     assert mean_interval(values) == mean_interval(values)
     assert mean_interval(values).value == pytest.approx(values.mean())
+
+
+def test_a_distance_that_grows_by_resampling_keeps_its_estimate_inside():
+    """Squared distance of means in 20 dimensions: repeats alone push it up."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(40, 20)), rng.normal(0.3, size=(1000, 20)).mean(0)
+
+    def distance(index):
+        return np.square(a[index].mean(0) - b).sum()
+
+    plain, centred = (interval(distance, 40, centred=c) for c in (False, True))
+    assert centred.low < centred.value < centred.high
+    assert plain.high - plain.low == pytest.approx(centred.high - centred.low)
+    assert plain.low > centred.low + 0.1
+
+
+def test_a_ratio_of_means_is_exact_where_cases_move_together():
+    rng = np.random.default_rng(2)
+    before = rng.uniform(1, 20, (30, 4))
+    assert mean_interval(0.5 * before).high > 1.2 * mean_interval(0.5 * before).low
+    found = ratio_interval(0.5 * before, before)
+    assert np.allclose([found.value, found.low, found.high], 0.5)
 
 
 def test_any_statistic_and_refusals():
