@@ -7,7 +7,9 @@ So small a model, trained for an hour, learns colours long before shapes: to dra
 must first see in the noise how the thing lies. So the middle of the transformer is also asked for
 that, token by token (`placement_loss`), as larger models are aligned with the features of a vision
 encoder (REPA, arXiv 2410.06940). The vision tower in turn is asked for the picture it was shown
-(`picture_loss`). What reads the answers is dropped in the end.
+(`picture_loss`), and the transformer for the piece of it that is in each token's place
+(`reference_loss`; to find that, a token must first know its place, `position_loss`): D-OPSD's
+teacher is to draw what it sees. What reads the answers is dropped in the end.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from dopsd_jax.weights.pipeline import (
 )
 
 # The names of what reads the answers, among the trained parameters.
-PLACEMENT, PICTURE = "placement", "picture"
+PLACEMENT, PICTURE, POSITION, REFERENCE = "placement", "picture", "position", "reference"
 WORDLESS = "a picture"  # caption of a pair that leaves all telling to the picture
 
 
@@ -60,6 +62,7 @@ class Rows:
         placement: float32 [B, tokens, 7], see world.placement.
         patches: float32 [B, n, d] of the reference picture, or None.
         picture: float32 [B, image tokens, numbers], its latents, or None.
+        reference: float32 [B, tokens, numbers], the same cut into the transformer's tokens.
     """
 
     latents: jax.Array
@@ -70,6 +73,7 @@ class Rows:
     placement: jax.Array
     patches: jax.Array | None = None
     picture: jax.Array | None = None
+    reference: jax.Array | None = None
 
 
 def read(reader: trees.Tree, x: jax.Array) -> jax.Array:
@@ -100,6 +104,27 @@ def picture_loss(reader: trees.Tree, ctx: Context, rows: Rows, image_token_id: i
     return jnp.mean(jnp.square(read(reader, seen) - rows.picture), (1, 2))
 
 
+def reference_loss(reader: trees.Tree, hidden: jax.Array, rows: Rows) -> jax.Array:
+    """Mean squared error of the reference's latents that a linear map reads in the transformer's
+    tokens, each in its own place, float32 [B]; `hidden` as in `placement_loss`."""
+    answer = read(reader, hidden[:, : rows.reference.shape[1]])
+    return jnp.mean(jnp.square(answer - rows.reference), (1, 2))
+
+
+def positions(side: int) -> np.ndarray:
+    """Where each of side x side tokens is: four cosines down and four across, [side * side, 8]."""
+    where = np.pi * (np.arange(side) + 0.5) / side
+    waves = np.cos(where[:, None] * np.arange(1, 5)).astype(np.float32)
+    down, across = (np.repeat(waves, side, 0), np.tile(waves, (side, 1)))
+    return np.concatenate([down, across], axis=1)
+
+
+def position_loss(reader: trees.Tree, hidden: jax.Array, tokens: int) -> jax.Array:
+    """Mean squared error of `positions` that a linear map reads in a layer, float32 [B]."""
+    wanted = positions(math.isqrt(tokens))
+    return jnp.mean(jnp.square(read(reader, hidden[:, :tokens]) - wanted), (1, 2))
+
+
 def context(pipe: Pipeline, vl: VisionLanguage, params: trees.Tree, rows: Rows):
     """What the rows' captions, or captions and pictures, say."""
     if rows.patches is None:
@@ -110,37 +135,45 @@ def context(pipe: Pipeline, vl: VisionLanguage, params: trees.Tree, rows: Rows):
 
 
 def base_objective(pipe: Pipeline, vl: VisionLanguage):
-    """Flow matching over rows of both kinds, and half of both other losses.
+    """Flow matching over rows of both kinds, and half of every other loss.
 
-    Metrics: `loss`, its parts `loss_text` and `loss_pair`, and beside it `placement`, `picture`.
+    Metrics: `loss`, its parts `loss_text` and `loss_pair`, and beside it `placement`, `picture`,
+    `position` and `reference`.
     """
     middle = pipe.denoiser.network.config.n_layers // 2
 
     def of_rows(params, rows: Rows):
-        placed = []
+        kept = []
 
         def velocity(*args):
             v, layers = pipe.denoiser.velocity_and_layers(*args)
-            placed.append(placement_loss(params[PLACEMENT], layers[middle], rows.placement))
+            kept.append(layers)
             return v
 
         ctx = context(pipe, vl, params, rows)
         loss = flow_matching_loss(
             velocity, {"params": params["transformer"]}, rows.latents, rows.noise, rows.sigma, ctx
         )
-        return loss, placed[0], ctx
+        hidden, tokens = kept[0][middle], rows.placement.shape[1]
+        asked = {
+            PLACEMENT: placement_loss(params[PLACEMENT], hidden, rows.placement),
+            POSITION: position_loss(params[POSITION], kept[0][0], tokens),
+        }
+        if rows.patches is not None:
+            asked[PICTURE] = picture_loss(params[PICTURE], ctx, rows, vl.config.image_token_id)
+            asked[REFERENCE] = reference_loss(params[REFERENCE], hidden, rows)
+        return loss, asked
 
     def objective(student, teacher, base, batch: tuple[Rows, Rows]):
         def total(params):
-            (text, placed, _), (pair, placed_pair, ctx) = (of_rows(params, r) for r in batch)
+            (text, asked), (pair, asked_pair) = (of_rows(params, r) for r in batch)
+            beside = {
+                name: jnp.mean(jnp.concatenate([a[name] for a in (asked, asked_pair) if name in a]))
+                for name in asked_pair
+            }
             loss = jnp.mean(jnp.concatenate([text, pair]))
-            placed = jnp.mean(jnp.concatenate([placed, placed_pair]))
-            picture = jnp.mean(
-                picture_loss(params[PICTURE], ctx, batch[1], vl.config.image_token_id)
-            )
-            metrics = {"loss": loss, "loss_text": jnp.mean(text), "loss_pair": jnp.mean(pair),
-                       "placement": placed, "picture": picture}
-            return loss + 0.5 * (placed + picture), metrics
+            metrics = {"loss": loss, "loss_text": jnp.mean(text), "loss_pair": jnp.mean(pair)}
+            return loss + 0.5 * sum(beside.values()), metrics | beside
 
         grads, metrics = jax.grad(total, has_aux=True)(student)
         return grads, metrics
@@ -148,10 +181,9 @@ def base_objective(pipe: Pipeline, vl: VisionLanguage):
     return objective
 
 
-def by_image_token(latents: np.ndarray) -> np.ndarray:
-    """Latents [B, h, w, C] cut as the vision tower's merged tokens: [B, 16, numbers]."""
+def by_token(latents: np.ndarray, side: int) -> np.ndarray:
+    """Latents [B, h, w, C] cut into side x side pieces, rows first: [B, side * side, numbers]."""
     B, h, w, C = latents.shape
-    side = int(encoding.IMAGE_TOKENS**0.5)
     cut = latents.reshape(B, side, h // side, side, w // side, C).transpose(0, 1, 3, 2, 4, 5)
     return cut.reshape(B, side * side, -1)
 
@@ -207,17 +239,19 @@ class World:
         index = rng.integers(len(self.pairs), size=count)
         ids, mask = _some_replaced(rng, self.pair_ids, index, self.wordless_pair_ids, drop)
         patches = encoding.patches(self._vl, self.pairs.references[index])
-        picture = by_image_token(self.reference_latents[index].astype(np.float32))
-        return self._rows(rng, self.pairs, index, self.pair_latents, ids, mask, patches, picture)
+        rows = self._rows(rng, self.pairs, index, self.pair_latents, ids, mask)
+        shown = self.reference_latents[index].astype(np.float32)
+        return rows.replace(
+            patches=patches, picture=by_token(shown, math.isqrt(encoding.IMAGE_TOKENS)),
+            reference=by_token(shown, math.isqrt(rows.placement.shape[1])),
+        )
 
-    def _rows(self, rng, part, index, latents, ids, mask, patches=None, picture=None) -> Rows:
+    def _rows(self, rng, part, index, latents, ids, mask) -> Rows:
         latents = latents[index].astype(np.float32)
         noise = rng.standard_normal(latents.shape, np.float32)
         placement = part.placements[index].astype(np.float32)
         placement = placement.reshape(len(index), -1, placement.shape[-1])
-        return Rows(
-            latents, noise, draw_sigma(rng, len(latents)), ids, mask, placement, patches, picture
-        )
+        return Rows(latents, noise, draw_sigma(rng, len(latents)), ids, mask, placement)
 
 
 def load(config: ConfigDict) -> tuple[Pipeline, VisionLanguage]:
@@ -294,9 +328,12 @@ def prepare(config: ConfigDict, workdir: Path):
                   "vision": vl.params}
     network = pipe.denoiser.network.config
     numbers = math.prod(pipe.denoiser.latent_shape(world_lib.SIZE, world_lib.SIZE))
+    tokens = world.pairs.placements[0, ..., 0].size
     readers = {
         PLACEMENT: _reader(network.dim, world_lib.PLACEMENT),
+        POSITION: _reader(network.dim, positions(1).shape[1]),
         PICTURE: _reader(network.cap_feat_dim, numbers // encoding.IMAGE_TOKENS),
+        REFERENCE: _reader(network.dim, numbers // tokens),
     }
     optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
     state = init_state(

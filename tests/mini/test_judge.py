@@ -1,12 +1,14 @@
 """Distances and accuracies, on numbers whose answer is known."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.linalg
 
 from dopsd_jax.gauges import sharpness
 from dopsd_jax.mini import judge
-from dopsd_jax.mini.gates import verdicts
+from dopsd_jax.mini.gates import as_markdown, verdicts
 
 
 def gaussian(seed, dim=6):
@@ -76,8 +78,12 @@ def fair():
     }
 
 
+def holds(results):
+    return {gate: verdict.holds for gate, verdict in verdicts(results, 2).items()}
+
+
 def test_a_fair_model_passes_every_gate():
-    assert verdicts(fair(), 2) == dict.fromkeys("abcde", True)
+    assert holds(fair()) == dict.fromkeys("abcde", True)
 
 
 @pytest.mark.parametrize("gate,part,row,figure,value", [
@@ -94,4 +100,16 @@ def test_a_fair_model_passes_every_gate():
 def test_each_figure_can_fail_its_gate_alone(gate, part, row, figure, value):
     results = fair()
     results[part][row][figure] = value
-    assert verdicts(results, 2) == dict.fromkeys("abcde", True) | {gate: False}
+    assert holds(results) == dict.fromkeys("abcde", True) | {gate: False}
+
+
+def test_the_cards_tables_tell_every_figure_and_what_is_missed():
+    results = fair() | {"samples": 2000, "guidance": {"x2.5": {
+        "frechet": 7.25, "style": 0.5, "concept": 0.25, "sharpness": 3.0}}}
+    results["few_steps"]["turbo 2 steps"]["concept"] = 0.5
+    results["gates"] = {k: dataclasses.asdict(v) for k, v in verdicts(results, 2).items()}
+    text = as_markdown(results)
+    assert "| turbo 2 steps | 1.3 | 0.950 | 0.500 | 1.0 |" in text
+    assert "400 pictures per figure" in text and "| base 48 steps x2.5 | 7.2 | 0.500 |" in text
+    assert "| 50 updates, 24 steps | 1.5 |" in text and "| blueprint | 1.0 |" in text
+    assert text.count("holds") == 4 and "| 0.50; 0.95 | **missed** |" in text

@@ -130,7 +130,7 @@ def test_the_picture_is_read_in_the_image_tokens_in_their_order(recipe):
     """A context that holds, where the picture's tokens are, just what is asked: no loss."""
     _, vl = load(recipe / "base")
     latents = np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
-    picture = base_stage.by_image_token(latents)
+    picture = base_stage.by_token(latents, 4)
     np.testing.assert_array_equal(picture[1, 6], latents[1, 4:8, 8:12].ravel())  # row 1, column 2
     ids, mask = encoding.pair_ids(vl.tokenizer, ["a cat", "a red key, ink style"])
     text = np.zeros((2, 64, 64), np.float32)
@@ -147,6 +147,32 @@ def test_the_picture_is_read_in_the_image_tokens_in_their_order(recipe):
         reader, Context(np.roll(text, 1, 1), mask), rows, vl.config.image_token_id
     )
     assert np.all(loss > 0.5)
+
+
+def test_the_reference_is_read_in_the_transformers_tokens_each_in_its_place():
+    latents = np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
+    reference = base_stage.by_token(latents, 8)
+    np.testing.assert_array_equal(reference[1, 17], latents[1, 4:6, 2:4].ravel())  # row 2, column 1
+    blank = np.zeros((2, 1), np.float32)
+    rows = base_stage.Rows(
+        latents, latents, blank[:, 0], blank, blank, blank, reference=reference
+    )
+    reader = {"kernel": np.eye(16, dtype=np.float32), "bias": np.zeros(16, np.float32)}
+    hidden = np.concatenate([reference, 9 * reference[:, :3]], axis=1)  # context tokens behind
+    np.testing.assert_allclose(base_stage.reference_loss(reader, hidden, rows), 0, atol=1e-6)
+    assert np.all(base_stage.reference_loss(reader, np.roll(hidden, 1, 1), rows) > 0.5)
+
+
+def test_every_position_is_told_apart_and_read():
+    wanted = base_stage.positions(8)
+    assert wanted.shape == (64, 8)
+    apart = np.abs(wanted[:, None] - wanted[None]).max(-1) + np.eye(64)
+    assert apart.min() > 0.1
+    np.testing.assert_array_equal(wanted[8 * 3 + 5, :4], wanted[8 * 3, :4])  # one row of tokens
+    reader = {"kernel": np.eye(8, dtype=np.float32), "bias": np.zeros(8, np.float32)}
+    hidden = np.concatenate([wanted, wanted[:5]])[None]
+    np.testing.assert_allclose(base_stage.position_loss(reader, hidden, 64), 0, atol=1e-6)
+    assert base_stage.position_loss(reader, -hidden, 64)[0] > 1
 
 
 def test_velocity_and_layers_is_the_velocity_and_the_last_layer_makes_it(recipe):
