@@ -65,5 +65,6 @@ parse() {
 }
 
 commands() {
-  grep -l "run_command(main" dopsd_jax/*.py | sed 's|.*/||;s|\.py||' | paste -sd ' '
+  grep -l "run_command(main" dopsd_jax/*.py dopsd_jax/*/__main__.py |
+    sed 's|/__main__\.py||;s|.*/||;s|\.py||' | paste -sd ' '
 }

@@ -1,0 +1,1 @@
+"""Speed of the D-OPSD LoRA step beside a torch loop of the published trainer, on one device."""
