@@ -52,6 +52,24 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+def mesh_sizes(count: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
+    """Sizes of the axes over `count` devices; one may be -1 and takes what is left.
+
+    Raises:
+        ValueError: Sizes that do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) == 1 and known > 0 and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != count:
+        raise ValueError(
+            f"mesh: expected data x fsdp x tensor = {count} devices with at most one -1, got "
+            f"{data} x {fsdp} x {tensor}"
+        )
+    return tuple(sizes)
+
+
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
@@ -64,17 +82,9 @@ def make_mesh(
     Raises:
         ValueError: Sizes that do not multiply to the number of devices.
     """
-    sizes, count = [data, fsdp, tensor], len(jax.devices() if devices is None else devices)
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) == 1 and known > 0 and count % known == 0:
-        sizes[sizes.index(-1)] = count // known
-    if min(sizes) < 1 or int(np.prod(sizes)) != count:
-        raise ValueError(
-            f"mesh: expected data x fsdp x tensor = {count} devices with at most one -1, got "
-            f"{data} x {fsdp} x {tensor}"
-        )
+    sizes = mesh_sizes(len(jax.devices() if devices is None else devices), data, fsdp, tensor)
     types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
