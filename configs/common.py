@@ -32,6 +32,7 @@ def base() -> ConfigDict:
     c.loss = "x0"             # x0 | velocity; published: x0, which is sigma^2 times velocity
     c.teacher = "ema"         # ema | frozen | live (live is known to collapse)
     c.ema_decay = 0.9999      # per update, in float32
+    c.ema_dtype = "float32"   # in which the teacher is kept; bfloat16: half, rounded at random
     c.vlm_rope_theta = 0.0    # 0: Qwen3-VL's 5e6 as published; 1e6: the text encoder's own
     c.vlm_min_pixels = 512 * 512  # area at which the vision tower looks at the target
     c.vlm_max_pixels = 768 * 768
@@ -51,12 +52,14 @@ def base() -> ConfigDict:
     c.b1, c.b2, c.eps = 0.9, 0.999, 1e-8
     c.weight_decay = 0.0
     c.max_grad_norm = 1.0
+    c.moments_dtype = "float32"  # of Adam between updates; bfloat16: half, rounded at random
     c.seed = 30
 
     # The machine.
     c.dtype = "bfloat16"      # frozen weights and compute; LoRA, EMA, moments are float32
     c.vae_dtype = "float32"
-    c.remat = "full"          # full | dots | none, see models/layers.py
+    c.remat = "full"          # full | attention | matmuls | dots | activations | none: from least
+                              # memory to least compute, see models/layers.py
     c.mesh = ConfigDict()
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 1, 1
 

@@ -74,6 +74,7 @@ RULES: dict[str, Rule] = {
     "num_train_steps": at_least(1), "batch_size": at_least(1), "accumulation": at_least(1),
     "learning_rate": POSITIVE, "warmup_steps": at_least(0), "b1": DECAY, "b2": DECAY,
     "eps": POSITIVE, "weight_decay": NOT_NEGATIVE, "max_grad_norm": POSITIVE,
+    "moments_dtype": one_of("float32", "bfloat16"), "ema_dtype": one_of("float32", "bfloat16"),
     "seed": Rule("a whole number in [0, 2^32)", lambda x: 0 <= x < 2**32),
     "dtype": one_of(*DTYPES), "vae_dtype": one_of(*DTYPES), "remat": one_of(*REMAT_POLICIES),
     "mesh.data": PARTS, "mesh.fsdp": PARTS, "mesh.tensor": PARTS,

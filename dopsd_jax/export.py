@@ -1,4 +1,4 @@
-"""Command: a run's checkpoint -> a LoRA file in another tool's format.
+"""Command: a run's checkpoint -> a LoRA file, or all weights, in another tool's format.
 
     python -m dopsd_jax.export --workdir runs/a --format diffusers --out lora.safetensors
 """
@@ -12,6 +12,9 @@ from absl import flags
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import cli
 from dopsd_jax.weights import lora_files
+from dopsd_jax.weights.families import transformer_table
+from dopsd_jax.weights.pipeline import load_pipeline
+from dopsd_jax.weights.save import write_component
 
 FLAGS = flags.FLAGS
 FORMATS = lora_files.FORMATS
@@ -21,15 +24,16 @@ def export(
     workdir: str, fmt: str, out: str, *, step: int | None = None, role: str = "student",
     overwrite: bool = False,
 ) -> None:
-    """Writes the LoRA of a run.
+    """Writes the LoRA of a run, or, of one that trains everything, its transformer.
 
     Args:
         workdir: A run's directory.
-        fmt: "peft" (a directory), "diffusers" or "comfyui" (one .safetensors file).
+        fmt: "peft" (a directory), "diffusers" or "comfyui" (one .safetensors file); of a
+            transformer "diffusers", a directory to put in place of the model's transformer/.
         out: Where to.
         step: Which checkpoint; None is the latest.
         role: "student" or "teacher".
-        overwrite: Replace a LoRA at `out` that was not written here.
+        overwrite: Replace what is at `out` and was not written here.
 
     Raises:
         ValueError: No such run, checkpoint or format, or a place that cannot be written.
@@ -37,18 +41,37 @@ def export(
     if fmt not in FORMATS:
         raise ValueError(f"format: expected one of {sorted(FORMATS)}, got {fmt!r}")
     cli.check_directory(Path(out).parent)
+    if workdir_lib.read_config(workdir)["trainable"] == "full":
+        _export_full(workdir, fmt, out, step, role, overwrite)
+        return
     tree, spec = workdir_lib.read_lora(workdir, step=step, role=role)
     FORMATS[fmt](out, tree, spec, lora_files.Z_IMAGE_MODULES, overwrite=overwrite)
+
+
+def _export_full(
+    workdir: str, fmt: str, out: str, step: int | None, role: str, overwrite: bool
+) -> None:
+    if fmt != "diffusers":
+        raise ValueError(
+            f"format: expected diffusers for a run with trainable=full, got {fmt!r}"
+        )
+    tree, model = workdir_lib.read_full(workdir, step=step, role=role)
+    pipe = load_pipeline(model, parts=())
+    write_component(
+        out, pipe.directory / "transformer", transformer_table(pipe.denoiser), tree,
+        overwrite=overwrite,
+    )
 
 
 def define_flags() -> None:
     """The command's flags; a function, so that importing this module defines none."""
     flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
     flags.DEFINE_enum("format", None, sorted(FORMATS), "Whose format.", required=True)
-    flags.DEFINE_string("out", None, "A .safetensors file; for peft a directory.", required=True)
+    flags.DEFINE_string("out", None, "A .safetensors file; for peft and full weights a "
+                        "directory.", required=True)
     flags.DEFINE_integer("step", None, "Which checkpoint; default: the latest.")
     flags.DEFINE_enum("role", "student", ["student", "teacher"], "Whose weights.")
-    flags.DEFINE_bool("overwrite", False, "Replace a LoRA at --out that was not written here.")
+    flags.DEFINE_bool("overwrite", False, "Replace what is at --out and was not written here.")
 
 
 def main() -> None:

@@ -41,8 +41,8 @@ from dopsd_jax.train_step import (
     dopsd,
     draw_noise,
     init_state,
-    make_optimizer,
     make_train_step,
+    optimizer_of,
     sft,
 )
 from dopsd_jax.weights.pipeline import DECODER, fingerprint, load_pipeline
@@ -100,7 +100,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
              *(["vae"] if encodes_images else [DECODER] if draws_pictures else []))
     pipe = load_pipeline(
         config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=config.remat,
-        parts=parts, shard=lambda shapes: sharding.shard_params(mesh, shapes),
+        parts=parts, mesh=mesh,
     )
     targets = lora.parse_targets(config.lora.targets)
     if method.trainable == "lora":
@@ -124,14 +124,13 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         base, student = None, trees.cast_floats(pipe.params, jnp.float32)
         pipe.params = None
         log.info("full fine-tuning: %s parameters", f"{trees.count(student):,}")
-    optimizer = make_optimizer(**{k: config[k] for k in (
-        "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm"
-    )})
-    state = init_state(student, optimizer, jax.random.key_data(jax.random.fold_in(rng, 2)))
-    state = sharding.place(
-        state, sharding.replicated(mesh) if base is not None
-        else sharding.shard_params(mesh, state)
+    optimizer = optimizer_of(config)
+    state = init_state(
+        student, optimizer, jax.random.key_data(jax.random.fold_in(rng, 2)),
+        jnp.dtype(config.ema_dtype),
     )
+    placed = sharding.shard(mesh, state)
+    state = sharding.place(state, placed)
     del student  # placing may have copied it
 
     if looks_ahead:
@@ -146,7 +145,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
 
     # Compile lazily, once per bucket; the persistent cache makes a second start cheap.
     objective = {"dopsd": dopsd, "sft": sft}[config.objective](method, pipe.denoiser.velocity)
-    jitted = jax.jit(make_train_step(method, optimizer, objective), donate_argnums=0)
+    jitted = jax.jit(
+        make_train_step(method, optimizer, objective), donate_argnums=0,
+        out_shardings=(placed, sharding.replicated(mesh)),
+        compiler_options=sharding.compiler_options(mesh),
+    )
     spread, size = sharding.batch_sharding(mesh), config.batch_size
     mine = sharding.local_rows(spread, size)
     shift = config.shift or pipe.shift
@@ -214,9 +217,9 @@ def main() -> None:
     print(f"pictures    {workdir}/samples")
     print(f"curves      {workdir}/curves.png, {workdir}/metrics.jsonl, {workdir}/tensorboard")
     print(f"checkpoints {workdir}/checkpoints")
-    if FLAGS.config.get("trainable") == "lora":
+    if trainable := FLAGS.config.get("trainable"):
         print(f"export      python -m dopsd_jax.export --workdir {workdir} --format diffusers "
-              "--out lora.safetensors")
+              f"--out {'lora.safetensors' if trainable == 'lora' else 'transformer'}")
 
 
 if __name__ == "__main__":

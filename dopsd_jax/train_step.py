@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from ml_collections import ConfigDict
 
 from dopsd_jax import baselines, lora, rollout
-from dopsd_jax.core.trees import Tree
+from dopsd_jax.core.trees import Tree, cast_floats, round_like
 from dopsd_jax.models.denoiser import Context
 
 TEACHERS = ("ema", "frozen", "live")
@@ -29,7 +30,7 @@ class TrainState:
     Attributes:
         step: int32 scalar, optimizer updates done.
         student: Trained tree, float32.
-        teacher: Tree of the same structure.
+        teacher: Tree of the same structure, float32 or bfloat16.
         opt_state: Optax state.
         rng: PRNG key of the run; never consumed, always folded with the step.
     """
@@ -108,7 +109,7 @@ class Method:
 def make_optimizer(
     *, learning_rate: float, warmup_steps: int, b1: float, b2: float, eps: float,
     weight_decay: float, max_grad_norm: float, optimizer: str = "adamw", decay_steps: int = 0,
-    num_train_steps: int = 0,
+    num_train_steps: int = 0, moments_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW or Muon.
 
@@ -118,6 +119,7 @@ def make_optimizer(
     Args:
         optimizer: "adamw", or "muon": orthogonalised momentum for the kernels inside blocks, its
             steps scaled to the size of Adam's, and Adam for everything else.
+        moments_dtype: In which the moments are kept between updates, which are float32 inside.
 
     Raises:
         ValueError: Unknown optimizer.
@@ -139,7 +141,38 @@ def make_optimizer(
         )
     else:
         update = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), update)
+    update = optax.chain(optax.clip_by_global_norm(max_grad_norm), update)
+    return update if moments_dtype == "float32" else _kept_in(jnp.dtype(moments_dtype), update)
+
+
+def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer of a run's config."""
+    return make_optimizer(**{k: config[k] for k in (
+        "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm",
+        "moments_dtype",
+    )})
+
+
+class KeptIn(NamedTuple):
+    """State of an optimizer whose floats are kept in fewer bits, and its own count of updates."""
+
+    count: jax.Array
+    inner: Any
+
+
+def _kept_in(
+    dtype: jnp.dtype, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    def init(params):
+        return KeptIn(jnp.zeros((), jnp.int32), cast_floats(optimizer.init(params), dtype))
+
+    def update(grads, state, params=None):
+        wide = cast_floats(state.inner, jnp.float32)
+        updates, inner = optimizer.update(grads, wide, params)
+        rng = jax.random.fold_in(jax.random.key(0), state.count)
+        return updates, KeptIn(state.count + 1, round_like(inner, state.inner, rng))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _muon_dimensions(params: Tree) -> Tree:
@@ -157,11 +190,13 @@ def _muon_dimensions(params: Tree) -> Tree:
 
 
 def init_state(
-    student: Tree, optimizer: optax.GradientTransformation, rng: jax.Array
+    student: Tree, optimizer: optax.GradientTransformation, rng: jax.Array,
+    teacher_dtype: jnp.dtype = jnp.dtype("float32"),
 ) -> TrainState:
-    """State at step 0: the teacher starts as a copy of the student."""
+    """State at step 0: the teacher starts as a copy of the student, in its own dtype."""
     return TrainState(
-        step=jnp.zeros((), jnp.int32), student=student, teacher=jax.tree.map(jnp.copy, student),
+        step=jnp.zeros((), jnp.int32), student=student,
+        teacher=jax.tree.map(lambda x: jnp.array(x, teacher_dtype, copy=True), student),
         opt_state=optimizer.init(student), rng=rng,
     )
 
@@ -253,7 +288,9 @@ def make_train_step(
             decay = method.ema_decay
             if method.ema_warmup:
                 decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
-            next_teacher = lora.ema(state.teacher, student, decay)
+            averaged = lora.ema(cast_floats(state.teacher, jnp.float32), student, decay)
+            rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+            next_teacher = round_like(averaged, state.teacher, rng)
         metrics |= {
             "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)
         }

@@ -225,27 +225,54 @@ def read_lora(
     config = read_config(workdir)
     if config["trainable"] != "lora":
         raise ValueError(f"{workdir}: this run trains {config['trainable']!r}, it holds no LoRA")
-    if role == "teacher" and config["teacher"] == "live":
-        raise ValueError(
-            f"{workdir}: this run has teacher=live, its teacher is the student itself; take the "
-            "role student"
-        )
-    if role == "teacher" and config["teacher"] == "frozen":
-        raise ValueError(
-            f"{workdir}: this run has teacher=frozen, its teacher is the untrained LoRA, which "
-            "changes nothing; take the role student"
-        )
+    _check_role(workdir, config, role)
     if wrong := value_problems(config["lora"], {"rank": COUNT, "alpha": SCALE}):
         raise ValueError(f"{workdir}/config.json, lora: " + "; ".join(wrong.values()))
+    tree = _restore_role(workdir, step, role)
+    lora = config["lora"]
+    return tree, LoraSpec(lora["rank"], lora["alpha"], config["model"])
+
+
+def read_full(
+    workdir: str | Path, *, step: int | None = None, role: str = "student"
+) -> tuple[trees.Tree, str]:
+    """All weights that a run of full fine-tuning trains, as NumPy, and the model it began with.
+
+    Raises:
+        ValueError: Not a run's directory, no such checkpoint, a run that trains a LoRA, or the
+            teacher of a run that keeps or trains none.
+    """
+    config = read_config(workdir)
+    if config["trainable"] != "full":
+        raise ValueError(
+            f"{workdir}: expected a run with trainable=full, got {config['trainable']!r}"
+        )
+    _check_role(workdir, config, role)
+    return _restore_role(workdir, step, role), config["model"]
+
+
+def _check_role(workdir: str | Path, config: dict[str, Any], role: str) -> None:
+    """Raises ValueError for the teacher of a run that has none of its own."""
+    if role != "teacher" or config["teacher"] not in ("live", "frozen"):
+        return
+    untrained = "the untrained LoRA, which changes nothing"
+    if config["trainable"] == "full":
+        untrained = "the model it began with"
+    what = "the student itself" if config["teacher"] == "live" else untrained
+    raise ValueError(
+        f"{workdir}: this run has teacher={config['teacher']}, its teacher is {what}; take the "
+        "role student"
+    )
+
+
+def _restore_role(workdir: str | Path, step: int | None, role: str) -> trees.Tree:
     if not (Path(workdir) / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint yet in {workdir}/checkpoints")
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
     try:
-        tree = checkpoints.restore_part((role,), step)[role]
+        return checkpoints.restore_part((role,), step)[role]
     finally:
         checkpoints.close()
-    lora = config["lora"]
-    return tree, LoraSpec(lora["rank"], lora["alpha"], config["model"])
 
 
 def check_fits(lora: trees.Tree, shapes: trees.Tree, where: str | Path) -> None:

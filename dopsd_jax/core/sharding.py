@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,51 +15,216 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dopsd_jax.core.trees import Tree
 
 AXES = ("data", "fsdp", "tensor")
-# Below this many scalars a parameter is replicated: gathering it costs more than holding it.
-MIN_SHARDED_SIZE = 2**20
+ROWS = ("data", "fsdp")  # the axes that split a batch
+# Below this many scalars a parameter (one layer of a stack) is whole everywhere: gathering it
+# costs more than holding it.
+MIN_SHARDED_SIZE = 2**16
+
+# Options of the TPU compiler without which v6e and v5p gather weights while nothing else runs, and
+# with which v5e does what it does anyway.
+ASYNC_COLLECTIVES = (
+    "xla_enable_async_all_gather",
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps",
+    "xla_tpu_overlap_compute_collective_tc",
+)
+COMPILER_OPTIONS = {  # by how a chip names itself
+    "TPU v5 lite": dict.fromkeys(ASYNC_COLLECTIVES, "true"),
+    "TPU v5": dict.fromkeys(ASYNC_COLLECTIVES, "true"),
+    "TPU v6 lite": dict.fromkeys(ASYNC_COLLECTIVES, "true"),
+}
+
+# Name -> how the last axes of an array lie on the mesh; axes before them, such as a stack's, stay
+# whole. The first pattern that matches the end of a name counts. Names of trained trees, moments
+# and averages end as their parameters do.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # [in, out] of linears whose outputs are heads or MLP columns, and of those that take them.
+    (r"(to_q|to_k|to_v|add_[qkv]_proj|w1|w3|[qkv]_proj|gate_proj|up_proj|linear_fc1)/kernel",
+     ("fsdp", "tensor")),
+    (r"(to_out|to_add_out|w2|o_proj|down_proj|linear_fc2)/kernel", ("tensor", "fsdp")),
+    (r"kernel", ("fsdp", None)),
+    (r"embed_tokens", ("fsdp", None)),
+    (r"a", ("fsdp", None)),  # LoRA [in, r] and [r, out]
+    (r"b", (None, "fsdp")),
+    (r"scale|bias|bn_mean|bn_var|\w+_pad_token|pos_embed", ()),
+    (r"step|rng|count", ()),  # of a train state
+)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one size may be -1 and takes what is left.
+def mesh_sizes(count: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
+    """Sizes of the axes over `count` devices; one may be -1 and takes what is left.
 
     Raises:
         ValueError: Sizes that do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    sizes = [data, fsdp, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if min(sizes) < 1 or int(np.prod(sizes)) != devices:
+    if sizes.count(-1) == 1 and known > 0 and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != count:
         raise ValueError(
-            f"mesh: expected data x fsdp x tensor = {devices} devices with at most one -1, got "
+            f"mesh: expected data x fsdp x tensor = {count} devices with at most one -1, got "
             f"{data} x {fsdp} x {tensor}"
         )
+    return tuple(sizes)
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over all devices; one size may be -1 and takes what is left.
+
+    Args:
+        data, fsdp, tensor: Sizes of the axes.
+        devices: Others than this machine's, such as those of a topology that is only planned for.
+
+    Raises:
+        ValueError: Sizes that do not multiply to the number of devices.
+    """
+    sizes = mesh_sizes(len(jax.devices() if devices is None else devices), data, fsdp, tensor)
     types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What to tell the compiler about a step on this mesh; for jax.jit."""
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind)
+
+
+def on(mesh: Mesh | None):
+    """A context for tracing: what is traced in it may say where its arrays lie on `mesh`.
+
+    A mesh of one device has nothing to say and is like None.
+    """
+    if mesh is None or mesh.size == 1:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def platform() -> str:
+    """What is traced for: the platform of the mesh of `on`, else JAX's default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def rows_axes(size: int) -> tuple[str, ...] | None:
+    """The axes of the mesh of `on` over which `size` rows are split; None: they do not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return None
+    return ROWS
+
+
+def split_rows(tree: Tree) -> Tree:
+    """Says that the rows of arrays [B, ..] are split over the mesh of `on`."""
+    def split(x):
+        axes = rows_axes(x.shape[0]) if x.ndim else None
+        spec = PartitionSpec(axes)
+        return x if axes is None else jax.lax.with_sharding_constraint(x, spec)
+
+    return jax.tree.map(split, tree)
+
+
+def gathered(name: str, w: jax.Array) -> jax.Array:
+    """A parameter that is split over fsdp, whole: for the layer that is about to use it.
+
+    Its gradient goes straight back to the parts. The transpose of a plain sharding constraint
+    would instead ask for the whole gradient on every device, and add it up there. Cast before:
+    what is moved should be small.
+
+    Args:
+        name: Of the parameter; RULES place it.
+        w: [in, out], one layer of a stack.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return w
+    part = spec_of(name, w.shape, mesh)
+    if "fsdp" not in part:
+        return w
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in part))
+
+    @jax.custom_vjp
+    def gather(w):
+        return jax.lax.with_sharding_constraint(w, whole)
+
+    gather.defvjp(
+        lambda w: (gather(w), None),
+        lambda _, g: (jax.lax.with_sharding_constraint(g, part),),
+    )
+    return gather(w)
+
+
+def held_back(inputs: Tree, variables: Tree) -> tuple[Tree, Tree]:
+    """Both unchanged, and no compiler may use the variables before the inputs are there.
+
+    Without this, weights that are gathered in a loop whose turns all need the same ones are
+    gathered for all layers before the loop, and then lie whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return inputs, variables
+    return jax.lax.optimization_barrier((inputs, variables))
+
+
+def spec_of(name: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """Where a parameter lies on a mesh, by RULES.
+
+    An axis that does not divide stays whole; fsdp then takes the other of the last two, if it can.
+
+    Raises:
+        KeyError: No rule matches the name.
+    """
+    axes = next((a for pattern, a in RULES if re.search(rf"(^|/)({pattern})$", name)), None)
+    if axes is None:
+        raise KeyError(name)
+    size = int(np.prod(shape[len(shape) - len(axes):])) if axes else 0
+    if size < MIN_SHARDED_SIZE or len(shape) < len(axes):
+        return PartitionSpec()
+    start = len(shape) - len(axes)
+
+    def fits(axis, i):
+        return axis is None or shape[start + i] % mesh.shape[axis] == 0
+
+    found = [a if a and mesh.shape[a] > 1 and fits(a, i) else None for i, a in enumerate(axes)]
+    if "fsdp" in axes and "fsdp" not in found and mesh.shape["fsdp"] > 1:
+        free = [i for i, a in enumerate(found) if a is None and fits("fsdp", i)]
+        if free:
+            found[free[-1]] = "fsdp"
+    return PartitionSpec(*[None] * start, *found) if any(found) else PartitionSpec()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows are split over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_params(mesh: Mesh, shapes: Tree) -> Tree:
-    """Large parameters are split over fsdp along their last axis that divides, never a stack's."""
-    def place(x):
-        parts = mesh.shape["fsdp"]
-        if parts > 1 and np.prod(x.shape) >= MIN_SHARDED_SIZE:
-            for axis in range(x.ndim - 1, -1, -1):
-                if x.shape[axis] % parts == 0 and (axis > 0 or x.ndim == 1):
-                    spec = [None] * x.ndim
-                    spec[axis] = "fsdp"
-                    return NamedSharding(mesh, PartitionSpec(*spec))
-        return replicated(mesh)
+def shard(mesh: Mesh, shapes: Tree) -> Tree:
+    """Where every array of a tree lies, by RULES: parameters, LoRA, moments and averages alike.
 
-    return jax.tree.map(place, shapes)
+    Raises:
+        ValueError: Every array that no rule accounts for, together.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    placed, unknown = [], []
+    for name, (_, x) in zip(names, leaves, strict=True):
+        try:
+            placed.append(NamedSharding(mesh, spec_of(name, x.shape, mesh)))
+        except KeyError:
+            unknown.append(f"{name} {tuple(x.shape)}")
+    if unknown:
+        raise ValueError(
+            "no sharding rule accounts for: " + ", ".join(unknown)
+            + "; add one to RULES of dopsd_jax/core/sharding.py"
+        )
+    return jax.tree_util.tree_unflatten(structure, placed)
 
 
 def place(tree: Tree, shardings: Tree) -> Tree:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
@@ -59,3 +60,31 @@ def cast_floats(tree: Tree, dtype) -> Tree:
         return x.astype(dtype) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x
 
     return jax.tree.map(cast, tree)
+
+
+def round_like(tree: Tree, like: Tree, rng: jax.Array) -> Tree:
+    """A float32 tree in the dtypes of `like`; what becomes bfloat16 is rounded at random.
+
+    Up or down with odds such that the mean is right. Averages and moments need it: their change
+    per update is below bfloat16's resolution, and rounded to the nearest they would never move.
+
+    Args:
+        tree: Arrays.
+        like: Tree of the same structure.
+        rng: PRNG key; another one for every call.
+    """
+    def cast(i, x, want):
+        if want.dtype != jnp.bfloat16 or x.dtype != jnp.float32:
+            return x.astype(want.dtype)
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        low = jax.random.bits(jax.random.fold_in(rng, i), x.shape, jnp.uint16)
+        cut = jax.lax.bitcast_convert_type(
+            (bits + low) & jnp.uint32(0xFFFF0000), jnp.float32
+        )
+        return jnp.where(jnp.isfinite(x), cut, x).astype(want.dtype)
+
+    leaves, structure = jax.tree.flatten(tree)
+    likes = jax.tree.leaves(like)
+    return jax.tree.unflatten(
+        structure, [cast(i, x, y) for i, (x, y) in enumerate(zip(leaves, likes, strict=True))]
+    )

@@ -9,7 +9,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from dopsd_jax.core import sharding
 from dopsd_jax.core.checks import check_shapes
 from dopsd_jax.models.flux2 import Flux2Transformer, image_ids
 from dopsd_jax.models.z_image import ZImageTransformer
@@ -48,10 +50,14 @@ def _latent_shape(denoiser: Denoiser, height: int, width: int) -> tuple[int, int
 
 @dataclasses.dataclass(frozen=True)
 class ZImageDenoiser:
-    """Z-Image: the network sees t = 1 - sigma and points from noise to data."""
+    """Z-Image: the network sees t = 1 - sigma and points from noise to data.
+
+    With a mesh, evaluations are spread over it; all arrays they get must live on its devices.
+    """
 
     network: ZImageTransformer
     pixels_per_latent: int = 8
+    mesh: Mesh | None = None
 
     max_references = 0
 
@@ -104,9 +110,10 @@ class ZImageDenoiser:
         if ctx.ref_tokens is not None:
             raise ValueError("Z-Image takes no reference tokens; use the recipe vlm")
         t = jnp.broadcast_to(1.0 - jnp.asarray(sigma, jnp.float32), (dims["B"],))
-        return self.network.apply(
-            variables, x.astype(self.network.dtype), t, ctx.text, ctx.text_mask, **kwargs
-        )
+        with sharding.on(self.mesh):
+            return self.network.apply(
+                variables, x.astype(self.network.dtype), t, ctx.text, ctx.text_mask, **kwargs
+            )
 
 
 REFERENCE_SPACING = 10  # of the references' t coordinates; the image that is drawn has t = 0
@@ -114,10 +121,14 @@ REFERENCE_SPACING = 10  # of the references' t coordinates; the image that is dr
 
 @dataclasses.dataclass(frozen=True)
 class Flux2Denoiser:
-    """FLUX.2: the network sees t = sigma, points from data to noise, and looks at references."""
+    """FLUX.2: the network sees t = sigma, points from data to noise, and looks at references.
+
+    With a mesh, evaluations are spread over it; all arrays they get must live on its devices.
+    """
 
     network: Flux2Transformer
     pixels_per_latent: int = 16
+    mesh: Mesh | None = None
     max_references = 100  # t = 10, 20, .., below the network's POSITIONS
 
     @property
@@ -149,9 +160,11 @@ class Flux2Denoiser:
         """
         dims = check_shapes("velocity", x=(x, "B h w C"), text=(ctx.text, "B L D"))
         sigma = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), (dims["B"],))
-        v = self.network.apply(
-            variables, x.astype(self.network.dtype), sigma, ctx.text, ctx.ref_tokens, ctx.ref_ids
-        )
+        with sharding.on(self.mesh):
+            v = self.network.apply(
+                variables, x.astype(self.network.dtype), sigma, ctx.text, ctx.ref_tokens,
+                ctx.ref_ids,
+            )
         return v.astype(jnp.float32)
 
 

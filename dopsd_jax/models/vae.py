@@ -29,9 +29,6 @@ from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, Dtype
 
 NORM_EPS = 1e-6
-# Queries per attention matrix. 1024 px have 16384 tokens in the middle of the network: at once
-# their logits are 1 GiB per image, in chunks 128 MiB. Below 2048 tokens nothing is chunked.
-QUERY_CHUNK = 2048
 
 # What diffusers assumes for a key that config.json leaves out: its class defaults, some of
 # which (the quant convs) this port does not support.
@@ -353,33 +350,8 @@ class AttentionBlock(nn.Module):
         B, H, W, D = x.shape
         h = _norm(self.groups, self.dtype, "group_norm")(x).reshape(B, H * W, D)
         q, k, v = (Dense(D, dtype=self.dtype, name=f"to_{p}")(h)[:, :, None] for p in "qkv")
-        h = chunked_attention(q, k, v, QUERY_CHUNK)[:, :, 0]
+        h = attention(q, k, v)[:, :, 0]
         return x + Dense(D, dtype=self.dtype, name="to_out_0")(h).reshape(B, H, W, D)
-
-
-def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
-    """`attention` with at most `chunk` queries at a time, over all keys; the same numbers.
-
-    Args:
-        q: [B, N, K, d].
-        k: [B, M, J, d].
-        v: [B, M, J, d].
-        chunk: Queries per image and attention matrix.
-
-    Returns:
-        [B, N, K, d] in v's dtype.
-    """
-    dims = check_shapes("chunked_attention", q=(q, "B N K d"))
-    N = dims["N"]
-    if chunk >= N:
-        return attention(q, k, v)
-    num = -(-N // chunk)
-    # Padding queries attend like the others and are cut off again. The loop runs over chunks,
-    # never over B, so that a batch split over devices stays split.
-    q = jnp.pad(q, ((0, 0), (0, num * chunk - N), (0, 0), (0, 0)))
-    parts = q.reshape(dims["B"], num, chunk, dims["K"], dims["d"]).swapaxes(0, 1)
-    out = jax.lax.map(lambda part: attention(part, k, v), parts).swapaxes(0, 1)
-    return out.reshape(q.shape)[:, :N]
 
 
 def _nearest_double(x: jax.Array) -> jax.Array:

@@ -146,6 +146,12 @@ def flux2(source: Source) -> Networks:
     )
 
 
+def transformer_table(denoiser: Denoiser) -> list[Rule]:
+    """The name table of a denoiser's network."""
+    config = denoiser.network.config
+    return (z_image_table if isinstance(config, ZImageConfig) else flux2_table)(config)
+
+
 FAMILIES = {"ZImagePipeline": z_image, "Flux2KleinPipeline": flux2}
 
 

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dopsd_jax import flow
-from dopsd_jax.core import trees
+from dopsd_jax.core import sharding, trees
 from dopsd_jax.core.checks import COUNT, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
@@ -179,7 +180,7 @@ def load_pipeline(
     vae_dtype: str = "float32",
     remat: str = "full",
     parts: tuple[str, ...] = PARTS,
-    shard=None,
+    mesh: Mesh | None = None,
 ) -> Pipeline:
     """Opens a directory as Tongyi-MAI/Z-Image-Turbo or FLUX.2-klein ships it.
 
@@ -191,7 +192,7 @@ def load_pipeline(
         remat: Rematerialisation policy of the transformer, see models/layers.py.
         parts: Which weights to read, of PARTS and DECODER; networks and configs are always
             there. () opens in no time, to check a request against them.
-        shard: Function from the transformer's shapes to a tree of shardings, or None.
+        mesh: Over which the transformer's weights and evaluations are spread, or None.
 
     Returns:
         The pipeline.
@@ -210,7 +211,7 @@ def load_pipeline(
     nets = _open(directory, dtype, vae_dtype, remat)
     pipe = Pipeline(
         directory=directory,
-        denoiser=nets.denoiser,
+        denoiser=dataclasses.replace(nets.denoiser, mesh=mesh),
         tokenizer=prompts.load_tokenizer(directory / "tokenizer"),
         text=nets.text,
         shift=nets.shift,
@@ -223,7 +224,7 @@ def load_pipeline(
         shapes = transformer_shapes(pipe.denoiser.network)
         pipe.params = _load(
             directory / "transformer", nets.tables["transformer"], shapes, dtype,
-            shard(shapes) if shard else None,
+            sharding.shard(mesh, shapes) if mesh is not None else None,
         )
     if "vae" in parts:
         pipe.vae_params = _load(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dopsd_jax.core import trees
-from dopsd_jax.weights.load import weight_files
+from dopsd_jax.weights.load import map_safetensors, weight_files
 from dopsd_jax.weights.names import Rule, WeightsError, resolve
 
 
@@ -61,6 +62,112 @@ def replace_tensors(
             tensors[name] = np.ascontiguousarray(value.reshape(old.shape), dtype or old.dtype)
     write_tensors(directory, contents)
     return len(slots)
+
+
+SHARD_BYTES = 5 * 10**9  # of one file, as diffusers writes them
+STEM = "diffusion_pytorch_model"
+MADE_BY = {"format": "pt", "made_by": "dopsd_jax"}
+
+
+def write_component(
+    out: str | Path, source: str | Path, table: Iterable[Rule], tree: trees.Tree, *,
+    overwrite: bool = False, shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """Writes a transformer as diffusers does: config.json, shards of safetensors, their index.
+
+    Args:
+        out: The directory; made, or replaced if it was written here.
+        source: The folder of the weights that training began with: names, shapes, dtypes and
+            config are taken from it.
+        table: The network's name table.
+        tree: Parameters as the network has them, NumPy.
+        overwrite: Replace a directory of another origin too.
+        shard_bytes: Of one file.
+
+    Returns:
+        The files of tensors.
+
+    Raises:
+        WeightsError: Names or shapes that do not fit, or a directory that may not be replaced;
+            nothing is written then.
+    """
+    out, source, flat = Path(out), Path(source), trees.flatten(tree)
+    _check_replaceable(out, overwrite)
+    stored = {n: t for file in weight_files(source) for n, t in map_safetensors(file).items()}
+    slots, problems = resolve(table, stored)
+    problems += [f"{s.name}: the tree has no such parameter" for s in slots.values()
+                 if s.name not in flat]
+    problems += [f"{name}: no tensor of {source} holds it"
+                 for name in sorted(set(flat) - {s.name for s in slots.values()})]
+    if problems:
+        raise WeightsError(f"{source}: " + "\n  ".join(problems))
+
+    def tensor(name: str) -> np.ndarray:
+        if name not in slots:
+            return stored[name].view()
+        slot, value = slots[name], np.asarray(flat[slots[name].name])
+        value = slot.transform.to_torch(value if slot.layer is None else value[slot.layer])
+        if value.size != np.prod(stored[name].shape, dtype=int):
+            raise WeightsError(f"{name}: expected {stored[name].shape}, got {value.shape}")
+        return np.ascontiguousarray(value.reshape(stored[name].shape), stored[name].dtype)
+
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        groups = _shards_of(stored, shard_bytes)
+        names = [f"{STEM}-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+        if len(groups) == 1:
+            names = [f"{STEM}.safetensors"]
+        for file, group in zip(names, groups, strict=True):  # one shard in memory at a time
+            save_file({n: tensor(n) for n in group}, temporary / file, metadata=MADE_BY)
+        if len(groups) > 1:
+            index = {
+                "metadata": {"total_size": sum(t.stop - t.start for t in stored.values())},
+                "weight_map": {
+                    n: f for f, group in zip(names, groups, strict=True) for n in group
+                },
+            }
+            (temporary / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        shutil.copyfile(source / "config.json", temporary / "config.json")
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [out / name for name in names]
+
+
+def _shards_of(stored: dict, shard_bytes: int) -> list[list[str]]:
+    """Tensor names in order, cut so that no group but one of a single tensor is larger."""
+    groups, size = [[]], 0
+    for name, t in stored.items():
+        if groups[-1] and size + t.stop - t.start > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += t.stop - t.start
+    return groups
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise WeightsError(f"{out}: expected a directory, found a file")
+    others = sorted(
+        p.name for p in out.iterdir()
+        if p.name not in ("config.json", f"{STEM}.safetensors.index.json")
+        and not (p.name.startswith(STEM) and p.suffix == ".safetensors")
+    )
+    if others:  # not even when told: these are no weights
+        raise WeightsError(f"{out}: holds {', '.join(others[:5])}; choose a new directory")
+    for file in out.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as f:
+            ours = (f.metadata() or {}).get("made_by") == MADE_BY["made_by"]
+        if not ours and not overwrite:
+            raise WeightsError(
+                f"{out}: holds weights that were not written here; --overwrite replaces them"
+            )
 
 
 def read_tensors(file: str | Path) -> dict[str, np.ndarray]:

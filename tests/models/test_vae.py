@@ -14,8 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from dopsd_jax.core import trees
-from dopsd_jax.models.attention import attention
-from dopsd_jax.models.vae import Vae, VaeConfig, chunked_attention
+from dopsd_jax.models.vae import Vae, VaeConfig
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.names import export_names, resolve
 from dopsd_jax.weights.vae_names import vae_table
@@ -187,21 +186,6 @@ def test_full_size_config_is_that_of_the_published_json():
                      out_channels=3, force_upcast=True, latents_mean=None, latents_std=None,
                      mid_block_add_attention=True, _diffusers_version="0.30.0.dev0")
     assert VaeConfig.from_json(json.loads(json.dumps(published))) == VaeConfig.z_image()
-
-
-@pytest.mark.parametrize("chunk", [5, 12, 35])
-def test_chunked_attention_equals_plain(chunk):
-    rng = np.random.default_rng(3)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 35, 1, 8)), jnp.float32) for _ in range(3))
-    want = attention(q, k, v)
-    np.testing.assert_allclose(chunked_attention(q, k, v, chunk), want, rtol=0, atol=1e-6)
-
-
-def test_chunked_attention_never_holds_the_whole_matrix():
-    N, chunk = 2048, 64
-    q = jax.ShapeDtypeStruct((1, N, 1, 8), jnp.float32)
-    compiled = jax.jit(chunked_attention, static_argnums=3).lower(q, q, q, chunk).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < N * N * 4 / 4
 
 
 def test_from_json_lists_everything_it_does_not_support():

@@ -1,0 +1,160 @@
+"""How many floating-point operations a train step needs, counted from shapes, part by part.
+
+One multiplication and one addition of a matrix product are two. Everything that is no matrix
+product is left out: it is below one percent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+
+from dopsd_jax.core import trees
+from dopsd_jax.models.denoiser import Denoiser, ZImageDenoiser
+from dopsd_jax.models.z_image import round_up
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """FLOPs of one forward pass over one picture.
+
+    Attributes:
+        base: Products with the network's own weights.
+        lora: Products with the low-rank factors.
+        attention: Queries with keys, and weights with values.
+    """
+
+    base: float
+    lora: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.base + self.lora + self.attention
+
+
+def _tokens(denoiser: Denoiser, image: int, text: int, references: int) -> list[tuple[str, int]]:
+    """(pattern of layer names, tokens that pass through them); the first match counts."""
+    if isinstance(denoiser, ZImageDenoiser):
+        padded = round_up(image)
+        return [
+            (r".*adaLN_modulation|t_embedder/.*|final_modulation", 1),
+            (r"layers/.*", padded + text), (r"noise_refiner/.*", padded),
+            (r"context_refiner/.*|cap_embedder", text), (r"x_embedder|final_linear", image),
+        ]
+    seen = image + references
+    return [
+        (r"time_embedder/.*|.*_modulation.*|norm_out", 1),
+        (r"transformer_blocks/attn/(add_._proj|to_add_out)|.*/ff_context/.*|context_embedder",
+         text),
+        (r"single_transformer_blocks/.*", seen + text), (r"transformer_blocks/.*|x_embedder", seen),
+        (r"proj_out", image),
+    ]
+
+
+def _attended(denoiser: Denoiser, image: int, text: int, references: int) -> dict[str, int]:
+    """Stack of layers -> the length of the sequence that attends to itself."""
+    if isinstance(denoiser, ZImageDenoiser):
+        padded = round_up(image)
+        return {"layers": padded + text, "noise_refiner": padded, "context_refiner": text}
+    whole = image + text + references
+    return {"transformer_blocks": whole, "single_transformer_blocks": whole}
+
+
+def forward(
+    denoiser: Denoiser, params: trees.Tree, lora: trees.Tree | None, *, image: int, text: int,
+    references: int = 0,
+) -> Count:
+    """One evaluation of the denoiser for one picture.
+
+    Args:
+        denoiser: Its family says which tokens pass where.
+        params, lora: Trees of arrays or shapes; no LoRA: None.
+        image, text, references: Tokens.
+
+    Raises:
+        ValueError: Every layer of which it is not known what passes through.
+    """
+    tokens = _tokens(denoiser, image, text, references)
+    unknown = []
+
+    def products(tree, leaves):
+        total = 0.0
+        for name, x in trees.flatten(tree).items():
+            layer, _, leaf = name.rpartition("/")
+            if leaf not in leaves:
+                continue
+            count = next((n for pattern, n in tokens if re.fullmatch(pattern, layer)), None)
+            if count is None:
+                unknown.append(name)
+            else:
+                total += 2.0 * count * float(np.prod(x.shape))
+        return total
+
+    base = products(params, ("kernel",))
+    low_rank = products(lora, ("a", "b")) if lora is not None else 0.0
+    if unknown:
+        raise ValueError(f"FLOPs: it is not known how many tokens pass through {unknown}")
+    flat, attention = trees.flatten(params), 0.0
+    for stack, length in _attended(denoiser, image, text, references).items():
+        depth = next(x.shape[0] for n, x in flat.items() if n.startswith(f"{stack}/"))
+        c = denoiser.network.config
+        attention += depth * 4.0 * length**2 * c.dim
+    return Count(base, low_rank, attention)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """FLOPs of one update per picture.
+
+    Attributes:
+        parts: What for -> how many. "recomputed" is what is done twice to save memory.
+        attention: Of `computed`, those of attention kernels.
+    """
+
+    parts: dict[str, float]
+    attention: float
+
+    @property
+    def useful(self) -> float:
+        return self.computed - self.parts["recomputed"]
+
+    @property
+    def computed(self) -> float:
+        return sum(self.parts.values())
+
+
+# What share of a layer's forward products a policy of models/layers.py computes again: "matmuls"
+# keeps the larger outputs, and neither recomputes to_out and w2, whose outputs only enter a sum.
+_LINEAR_AGAIN = {"full": 1.0, "attention": 0.9, "matmuls": 0.0, "dots": 0.0, "activations": 0.0,
+                 "none": 0.0}
+KERNELS_BACKWARD = 2.5  # attention kernels compute the weights again: five products for two
+
+
+def train_step(
+    student: Count, teacher: Count | None, num_steps: int, trainable: str, remat: str
+) -> Step:
+    """One update: every rollout step evaluates the teacher once and the student with gradient.
+
+    Args:
+        student, teacher: Of one evaluation; no teacher: None.
+        num_steps: S.
+        trainable: "lora": the gradient passes through the base, whose weights get none; "full".
+        remat: Policy of the layers.
+    """
+    weights = student.base if trainable == "full" else student.lora
+    watching = teacher.total if teacher else 0.0
+    attention_again = student.attention if remat == "full" else 0.0
+    again = _LINEAR_AGAIN[remat] * (student.base + student.lora) + attention_again
+    parts = {
+        "teacher forward": watching,
+        "student forward": student.total,
+        # Through every product once; attention has two operands, each with a gradient.
+        "student backward": student.base + student.lora + weights + 2 * student.attention,
+        "recomputed": again,
+    }
+    kernels = (1 + KERNELS_BACKWARD) * student.attention + attention_again
+    kernels += teacher.attention if teacher else 0.0
+    return Step({k: num_steps * v for k, v in parts.items()}, num_steps * kernels)

@@ -1,0 +1,338 @@
+"""Command: what will this run need, does it fit, and what should it cost; no accelerator needed.
+
+    python -m dopsd_jax.plan --config configs/z_image_turbo_lora.py --topology v5e:4x4
+    python -m dopsd_jax.plan --config .. --topology v5e:4x4,v6e:4x4 --sweep
+
+The train step is compiled by the real TPU compiler, from shapes alone, as far as memory and
+schedule. Exit status: 0 fits, 2 does not, 1 wrong input. Times are estimates, never measurements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+
+import jax
+from absl import flags
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict, config_flags
+
+from dopsd_jax import flops, lowering
+from dopsd_jax.core import ahead, cli, hlo, sharding
+from dopsd_jax.core.chips import ATTENTION, GIB, chip_of, count_chips
+from dopsd_jax.weights.pipeline import transformer_shapes
+
+FLAGS = flags.FLAGS
+DOES_NOT_FIT = 2  # exit status
+HEADROOM = 0.10  # of the memory, below which a plan warns
+SWEEP_BATCHES = (1, 2, 4)
+SWEEP_REMAT = ("full", "attention", "matmuls")
+NEEDS_LIBTPU = (
+    "planning for TPU needs its compiler, the package libtpu: pip install -e '.[tpu]' (it plans on "
+    "any Linux machine); without --topology this machine's devices are planned for"
+)
+
+
+@dataclasses.dataclass
+class Plan:
+    """What was found out about a config on a topology.
+
+    Attributes:
+        topology, chips, batch, remat: What was asked; batch is per chip.
+        limit: Bytes that a chip has.
+        weights, state: Bytes per chip of the frozen base, and of all that trains.
+        total: Bytes per chip of the whole program; None where the compiler did not say.
+        largest: (bytes, arrays), largest first.
+        collectives: One step's, each with how often it runs.
+        flops: Of one picture's step.
+        cycles: The compiler's estimate of one step; 0: not asked for.
+        seconds_compiling: That planning took.
+        text: Scheduled HLO; empty if it does not fit.
+    """
+
+    topology: str
+    chips: int
+    batch: int
+    remat: str
+    limit: float
+    weights: int
+    state: int
+    flops: flops.Step
+    total: float | None = None
+    largest: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    collectives: list[hlo.Collective] = dataclasses.field(default_factory=list)
+    cycles: int = 0
+    seconds_compiling: float = 0.0
+    text: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return bool(self.text) and self.total <= self.limit
+
+    def moved(self, op: str | None = None, *, exposed: bool = False) -> int:
+        """Bytes per step of a collective, or of all; `exposed`: those nothing overlaps."""
+        return sum(c.bytes * c.times for c in self.collectives
+                   if op in (None, c.op) and not (exposed and c.overlapped))
+
+    @property
+    def seconds(self) -> float:
+        """Of one step, estimated: see `rests_on`."""
+        return max(self.compute_seconds, self.link_seconds) + self.exposed_seconds
+
+    @property
+    def compute_seconds(self) -> float:
+        chip, attention = chip_of(self.topology), self.flops.attention * self.batch
+        if self.cycles:
+            linear = self.cycles / chip.clock
+        else:
+            linear = (self.flops.computed * self.batch - attention) / (chip.peak * chip.linear)
+        return linear + attention / (chip.peak * ATTENTION)
+
+    @property
+    def link_seconds(self) -> float:
+        return (self.moved() - self.moved(exposed=True)) / chip_of(self.topology).links
+
+    @property
+    def exposed_seconds(self) -> float:
+        return self.moved(exposed=True) / chip_of(self.topology).links
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch * self.chips / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak that useful FLOPs, none of them recomputed, would reach."""
+        return self.flops.useful * self.batch / self.seconds / chip_of(self.topology).peak
+
+
+def mesh_of(config: ConfigDict, chips: int) -> AbstractMesh:
+    """The config's mesh over so many chips, which need not be there.
+
+    Raises:
+        ValueError: Sizes that do not multiply to the number of chips.
+    """
+    sizes = sharding.mesh_sizes(chips, **config.mesh.to_dict())
+    return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def with_batch(config: ConfigDict, chips: int, batch: int) -> tuple[ConfigDict, int]:
+    """The config with `batch` pictures per chip, and how many those are; 0: as configured, or, if
+    that does not divide, one.
+
+    Raises:
+        ValueError: A mesh that does not fit the chips.
+    """
+    config = config.copy_and_resolve_references()
+    mesh = mesh_of(config, chips)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    with config.unlocked():
+        if batch or config.batch_size % rows:
+            config.batch_size = (batch or 1) * rows
+    return config, config.batch_size // rows
+
+
+def step_flops(config: ConfigDict) -> flops.Step:
+    """FLOPs of one picture's step, counted."""
+    denoiser = lowering.denoiser_of(config)
+    params = transformer_shapes(denoiser.network)
+    trained = lowering.trained_shapes(config, params) if config.trainable == "lora" else None
+    bucket = lowering.planned_bucket(config)
+    side = denoiser.pixel_multiple
+    image = (bucket.height // side) * (bucket.width // side)
+    student, teacher = (
+        flops.forward(denoiser, params, trained, image=image, text=text)
+        for text in (config.text_tokens, config.teacher_tokens)
+    )
+    return flops.train_step(
+        student, teacher if config.objective == "dopsd" else None,
+        config.num_steps if config.objective == "dopsd" else 1, config.trainable, config.remat,
+    )
+
+
+def plan(
+    config: ConfigDict, topology: str, *, batch: int = 0, full: bool = False
+) -> Plan:
+    """Compiles a config's step for a TPU topology and reads what it needs.
+
+    Args:
+        config: Of a run; config.model may be empty, which means Z-Image-Turbo.
+        topology: Such as "v5e:4x4".
+        batch: Pictures per chip; 0: as configured.
+        full: Build the executable, which takes many minutes; the estimate of time then rests on
+            the compiler's own cycles.
+
+    Raises:
+        ValueError: An unknown topology or a mesh that does not fit it, or no TPU compiler.
+    """
+    chip, chips = chip_of(topology), count_chips(topology)
+    if not ahead.has_tpu_compiler():
+        raise ValueError(NEEDS_LIBTPU)
+    config, batch = with_batch(config, chips, batch)
+    mesh = mesh_of(config, chips)
+    shapes = lowering.step_shapes(config, mesh, lowering.denoiser_of(config))
+    found = Plan(
+        topology, chips, batch, config.remat, chip.memory,
+        lowering.bytes_per_device(shapes.base or {}), lowering.bytes_per_device(shapes.state),
+        step_flops(config),
+    )
+    asked = {"config": config.to_dict(), "topology": topology, "full": full}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(asked, file)
+        file.flush()
+        try:
+            dump = ahead.compile_in_child(
+                [sys.executable, "-m", "dopsd_jax.lowering", file.name], "train_step", full=full
+            )
+        except ahead.DoesNotFit as e:
+            found.total = e.needed
+            return found
+    found.total, found.largest = dump.memory.total, dump.memory.largest
+    found.collectives = hlo.collectives(hlo.parse(dump.text))
+    found.cycles, found.seconds_compiling, found.text = dump.cycles, dump.seconds, dump.text
+    return found
+
+
+def report(config: ConfigDict, p: Plan) -> str:
+    """What `plan` found, for a reader."""
+    compiles = len(lowering.buckets_of(config))
+    lines = [
+        f"{p.topology}: {p.chips} chips, {p.batch} pictures per update and chip, remat {p.remat}",
+    ]
+    if not p.fits:
+        needs = "more" if p.total is None else f"{p.total / GIB:.2f} GiB"
+        lines.append(f"DOES NOT FIT: needs {needs}, a chip has {p.limit / GIB:.2f} GiB")
+        return "\n".join([*lines, *_memory_lines(p)])
+    left = 1 - p.total / p.limit
+    lines.append(f"FITS: {p.total / GIB:.2f} of {p.limit / GIB:.2f} GiB per chip"
+                 + (f"; only {left:.0%} is left" if left < HEADROOM else ""))
+    lines += _memory_lines(p)
+    lines.append("collectives per step and chip:")
+    for op in hlo.COLLECTIVES:
+        if moved := p.moved(op):
+            share = 1 - p.moved(op, exposed=True) / moved
+            lines.append(f"  {op:19} {moved / 1e9:8.2f} GB, {share:.0%} overlapped")
+    lines.append(f"compiles per run     up to {compiles} (one per bucket that has pictures)")
+    lines.append(f"FLOPs per picture    {p.flops.useful / 1e12:.0f} T useful, "
+                 f"{p.flops.computed / 1e12:.0f} T computed")
+    lines += [f"  {name:19} {n / 1e12:8.1f} T" for name, n in p.flops.parts.items()]
+    hours = p.seconds * config.num_train_steps / 3600
+    lines += [
+        f"estimated            {p.seconds:.2f} s per step, {p.images_per_second:.2f} images/s, "
+        f"model FLOP utilisation {p.mfu:.0%}",
+        f"                     {hours:.1f} hours for {config.num_train_steps} steps",
+        *rests_on(p),
+        f"planned in {p.seconds_compiling:.0f} s",
+    ]
+    return "\n".join(lines)
+
+
+def _memory_lines(p: Plan) -> list[str]:
+    lines = [f"  weights            {p.weights / GIB:8.2f} GiB",
+             f"  trained state      {p.state / GIB:8.2f} GiB"]
+    if p.text:
+        lines.append(f"  temporaries        {(p.total - p.weights - p.state) / GIB:8.2f} GiB")
+        lines.append("largest buffers:")
+        lines += [f"  {size / GIB:8.2f} GiB  {shapes[:60]}" for size, shapes in p.largest[:5]]
+    return lines
+
+
+def rests_on(p: Plan) -> list[str]:
+    """What an estimate of time rests on, and what bounds it."""
+    chip = chip_of(p.topology)
+    linear = ("the compiler's own cycles" if p.cycles else
+              f"{chip.linear:.0%} of peak in linear layers")
+    bound = "links" if p.link_seconds > p.compute_seconds else "compute"
+    return [
+        f"  rests on: {linear}; an assumed {ATTENTION:.0%} in attention kernels; links at their "
+        "data sheet's rate",
+        f"  bound by {bound}: {p.compute_seconds:.2f} s compute, {p.link_seconds:.2f} s overlapped "
+        f"and {p.exposed_seconds:.2f} s exposed collectives",
+    ]
+
+
+def sweep(config: ConfigDict, topologies: list[str]) -> list[Plan]:
+    """Every topology with SWEEP_BATCHES and SWEEP_REMAT, best first, what does not fit last."""
+    found = []
+    for topology, batch, remat in itertools.product(topologies, SWEEP_BATCHES, SWEEP_REMAT):
+        c = config.copy_and_resolve_references()
+        c.remat = remat
+        found.append(plan(c, topology, batch=batch))
+    return sorted(found, key=lambda p: (not p.fits, -p.mfu if p.fits else p.total or 0))
+
+
+def table(plans: list[Plan]) -> str:
+    """One line per plan."""
+    lines = [f"{'topology':10} {'batch':>5} {'remat':10} {'GiB':>6} {'of':>6} {'s/step':>7} "
+             f"{'img/s':>6} {'MFU':>4}"]
+    for p in plans:
+        size = "?" if p.total is None else f"{p.total / GIB:.2f}"
+        line = f"{p.topology:10} {p.batch:5} {p.remat:10} {size:>6} {p.limit / GIB:6.2f} "
+        lines.append(line + (f"{p.seconds:7.2f} {p.images_per_second:6.2f} {p.mfu:4.0%}"
+                             if p.fits else "does not fit"))
+    return "\n".join(lines)
+
+
+def plan_here(config: ConfigDict) -> str:
+    """The same for this machine's devices: memory by XLA's analysis, and FLOPs."""
+    devices = jax.devices()
+    config, batch = with_batch(config, len(devices), 0)
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    lowered, shapes = lowering.lower(config, mesh)
+    memory = lowered.compile().memory_analysis()
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    fits = "" if limit is None else ("FITS: " if total <= limit else "DOES NOT FIT: ")
+    of = "" if limit is None else f" of {limit / GIB:.2f}"
+    step = step_flops(config)
+    return "\n".join([
+        f"{len(devices)} x {devices[0].device_kind}, {batch} pictures per device, "
+        f"remat {config.remat}",
+        f"{fits}{total / GIB:.2f}{of} GiB per device",
+        f"  weights            {lowering.bytes_per_device(shapes.base or {}) / GIB:8.2f} GiB",
+        f"  trained state      {lowering.bytes_per_device(shapes.state) / GIB:8.2f} GiB",
+        f"  temporaries        {memory.temp_size_in_bytes / GIB:8.2f} GiB",
+        f"FLOPs per picture    {step.useful / 1e12:.3g} T useful, {step.computed / 1e12:.3g} T "
+        "computed",
+    ])
+
+
+def define_flags() -> None:
+    """The command's flags; a function, so that importing this module defines none."""
+    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    flags.DEFINE_list("topology", [], "TPU chips, such as v5e:4x4; several for --sweep. Default: "
+                      "this machine's devices.")
+    flags.DEFINE_integer("batch", 0, "Pictures per chip; default: as configured, or 1.",
+                         lower_bound=0)
+    flags.DEFINE_bool("sweep", False, "A table over topologies, batches and remat policies.")
+    flags.DEFINE_bool("full", False, "Build the executable: many minutes, a better estimate.")
+
+
+def main() -> None:
+    config = FLAGS.config
+    if config is None:
+        raise ValueError("--config is needed, such as --config configs/z_image_turbo_lora.py")
+    if not FLAGS.topology:
+        text = plan_here(config)
+        print(text)
+        fits = "DOES NOT FIT" not in text
+    elif FLAGS.sweep:
+        plans = sweep(config, FLAGS.topology)
+        print(table(plans))
+        fits = any(p.fits for p in plans)
+    else:
+        plans = [plan(config, t, batch=FLAGS.batch, full=FLAGS.full) for t in FLAGS.topology]
+        if len(plans) > 1:
+            print(table(plans) + "\n")
+        print("\n\n".join(report(config, p) for p in plans))
+        fits = all(p.fits for p in plans)
+    if not fits:
+        raise SystemExit(DOES_NOT_FIT)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run_command(main)

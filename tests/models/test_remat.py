@@ -1,0 +1,100 @@
+"""Policies of rematerialisation: what a layer keeps for its backward pass is what they say."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from dopsd_jax import lora
+from dopsd_jax.core import sharding
+from dopsd_jax.models import layers
+from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.weights.pipeline import transformer_shapes
+
+CONFIG = ZImageConfig(
+    in_channels=4, dim=48, n_layers=5, n_refiner_layers=1, n_heads=4, cap_feat_dim=32,
+    axes_dims=(4, 4, 4), axes_lens=(256, 64, 64),
+)
+TOKENS = 32 + 32  # image, padded, and text
+D, F = CONFIG.dim, CONFIG.mlp_dim
+
+
+def kept(remat, monkeypatch):
+    """(dtype, dims) -> how many such arrays wait for the backward pass of a LoRA's gradient.
+
+    Weights come in float32 and are used in bfloat16, on a mesh that splits them all.
+    """
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 1)
+    network = ZImageTransformer(CONFIG, jnp.bfloat16, remat)
+    params = transformer_shapes(network)
+    low_rank = jax.eval_shape(
+        lambda: lora.init(jax.random.key(0), params, lora.TARGETS["published"], 2)
+    )
+    mesh = AbstractMesh((1, 4, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def residuals(params, low_rank):
+        inputs = (jnp.zeros((4, 8, 8, 4)), jnp.zeros(4), jnp.zeros((4, 32, 32)),
+                  jnp.ones((4, 32), bool))
+
+        def f(low_rank):
+            return network.apply({"params": params, "lora": low_rank}, *inputs)
+
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.tree.leaves(jax.vjp(f, low_rank)[1])
+
+    leaves = jax.eval_shape(residuals, params, low_rank)
+    return collections.Counter((x.dtype.name, x.shape) for x in leaves)
+
+
+def of_tokens(found, width):
+    """How many [layers, .., width] stacks of all tokens are kept."""
+    return sum(n for (kind, dims), n in found.items() if kind == "bfloat16"
+               and dims[0] == CONFIG.n_layers and dims[-1] == width and TOKENS in dims)
+
+
+def of_heads(found):
+    return sum(n for (_, dims), n in found.items()
+               if dims == (CONFIG.n_layers, 4, TOKENS, CONFIG.n_heads, CONFIG.head_dim))
+
+
+def weights(found):
+    """How many stacks of whole bfloat16 kernels are kept."""
+    kernels = {(D, D), (D, F), (F, D)}
+    return sum(n for (kind, dims), n in found.items()
+               if kind == "bfloat16" and dims[0] == CONFIG.n_layers and dims[1:] in kernels)
+
+
+def test_full_keeps_the_input_of_each_layer_alone(monkeypatch):
+    found = kept("full", monkeypatch)
+    assert of_tokens(found, D) == 1 and of_tokens(found, F) == of_heads(found) == 0
+
+
+def test_attention_keeps_its_output_too(monkeypatch):
+    found = kept("attention", monkeypatch)
+    assert of_tokens(found, D) == 1 and of_tokens(found, F) == 0 and of_heads(found) == 1
+
+
+def test_matmuls_keeps_sums_of_base_and_lora_once(monkeypatch):
+    found = kept("matmuls", monkeypatch)
+    # The input, q, k, v as they leave their linears; w1 and w3; attention's output.
+    assert of_tokens(found, D) == 4 and of_tokens(found, F) == 2 and of_heads(found) == 1
+    assert weights(found) == 0
+
+
+def test_activations_keeps_no_whole_weight(monkeypatch):
+    found = kept("activations", monkeypatch)
+    assert of_tokens(found, F) >= 2 and weights(found) == 0
+
+
+def test_a_policy_that_keeps_everything_keeps_whole_weights(monkeypatch):
+    """What "activations" is for: without its exceptions every weight waits, whole."""
+    everything = jax.checkpoint_policies.everything_saveable
+    monkeypatch.setitem(layers.REMAT_POLICIES, "activations", everything)
+    assert weights(kept("activations", monkeypatch)) >= 7
+
+
+@pytest.mark.parametrize("remat", ["full", "matmuls"])
+def test_no_policy_keeps_gathered_weights(monkeypatch, remat):
+    assert weights(kept(remat, monkeypatch)) == 0

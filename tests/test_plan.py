@@ -1,0 +1,116 @@
+"""What a plan makes of the compiler's answers, and how the command tells it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import z_image_turbo_full, z_image_turbo_lora
+from dopsd_jax import lowering, plan
+from dopsd_jax.core import ahead, hlo, trees
+from dopsd_jax.core.chips import ATTENTION, CHIPS, GIB
+from tests.core.test_hlo import REPORT, TEXT
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Answers every compile with a small dump, and notes what was asked."""
+    asked = []
+
+    def answer(command, module, *, full=False):
+        asked.append((command, module, full))
+        return ahead.Dump(TEXT, hlo.parse_memory(REPORT), 1.0, 3 * 10**9 if full else 0)
+
+    monkeypatch.setattr(ahead, "compile_in_child", answer)
+    monkeypatch.setattr(ahead, "has_tpu_compiler", lambda: True)
+    return asked
+
+
+def test_a_plan_adds_up(compiler):
+    config = z_image_turbo_lora.get_config()
+    p = plan.plan(config, "v5e:4x4")
+    assert p.fits and p.chips == 16 and p.batch == 1 and p.total == 3625592320
+    base = trees.count(lowering.transformer_shapes(lowering.denoiser_of(config).network))
+    assert 2 * base / 16 < p.weights < 2.05 * base / 16
+    lora = 158_760_960  # student, teacher and two moments, float32
+    assert 16 * lora / 16 <= p.state < 16.5 * lora / 16
+    assert p.moved("all-gather") == 120 * 2 * (3840**2 + 256 * 15360)
+    assert p.moved("all-gather", exposed=True) == 120 * 2 * 256 * 15360
+    chip = CHIPS["v5e"]
+    linear = (p.flops.computed - p.flops.attention) / (chip.peak * chip.linear)
+    assert p.compute_seconds == linear + p.flops.attention / (chip.peak * ATTENTION)
+    assert p.seconds == pytest.approx(p.compute_seconds + p.exposed_seconds)
+    assert p.mfu == pytest.approx(p.flops.useful / p.seconds / chip.peak)
+    assert compiler[0][1:] == ("train_step", False)
+
+
+def test_the_compilers_cycles_take_the_place_of_the_share_of_peak(compiler):
+    p = plan.plan(z_image_turbo_lora.get_config(), "v5e:4x4", full=True)
+    attention = p.flops.attention / (CHIPS["v5e"].peak * ATTENTION)
+    assert p.compute_seconds == pytest.approx(2.0 + attention)
+    assert "rests on: the compiler's own cycles" in "\n".join(plan.rests_on(p))
+
+
+def test_full_fine_tuning_counts_bytes_by_dtype(compiler):
+    config = z_image_turbo_full.get_config()
+    wide = plan.plan(config, "v5e:4x4").state
+    config.moments_dtype = config.ema_dtype = "bfloat16"
+    narrow = plan.plan(config, "v5e:4x4").state
+    assert wide / narrow == pytest.approx(16 / 10, rel=1e-3)
+    assert plan.plan(config, "v5e:4x4").weights == 0
+
+
+def test_the_report_says_what_was_asked_for(compiler):
+    config = z_image_turbo_lora.get_config()
+    text = plan.report(config, plan.plan(config, "v5e:4x4", batch=2))
+    for part in ("v5e:4x4: 16 chips, 2 pictures per update and chip, remat full",
+                 "FITS: 3.38 of 15.75 GiB", "trained state", "0.99 GiB  2xs32[1], 5xbf16[30,1",
+                 "all-gather", "up to 11 (one per bucket", "teacher forward", "images/s",
+                 "model FLOP utilisation", "hours for 2000 steps", "bound by compute"):
+        assert part in text, part
+
+
+def test_what_does_not_fit_says_by_how_much(compiler, monkeypatch):
+    def too_much(*_, **__):
+        raise ahead.DoesNotFit("no", 24.6 * GIB, 15.75 * GIB)
+
+    monkeypatch.setattr(ahead, "compile_in_child", too_much)
+    config = z_image_turbo_lora.get_config()
+    p = plan.plan(config, "v5e:4x4")
+    assert not p.fits
+    assert "DOES NOT FIT: needs 24.60 GiB, a chip has 15.75 GiB" in plan.report(config, p)
+    assert "24.60  15.75 does not fit" in plan.table([p])
+
+
+def test_a_sweep_puts_the_best_first_and_what_does_not_fit_last(compiler, monkeypatch):
+    plans = plan.sweep(z_image_turbo_lora.get_config(), ["v5e:4x4", "v5p:2x2x1"])
+    assert len(plans) == len(compiler) == 2 * 3 * 3
+    assert [p.mfu for p in plans] == sorted((p.mfu for p in plans), reverse=True)
+    assert {p.remat for p in plans} == set(plan.SWEEP_REMAT)
+    monkeypatch.setitem(CHIPS, "v5e", plan.dataclasses.replace(CHIPS["v5e"], memory=GIB))
+    plans = plan.sweep(z_image_turbo_lora.get_config(), ["v5e:4x4", "v5p:2x2x1"])
+    assert [p.fits for p in plans] == [True] * 9 + [False] * 9
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "dopsd_jax.plan", *args], cwd=ROOT, capture_output=True, text=True,
+        check=False, env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )
+
+
+def test_wrong_input_is_one_plain_line():
+    done = run("--config", "configs/z_image_turbo_lora.py", "--topology", "v9:4x4")
+    assert done.returncode == 1 and "error: topology: expected a generation of v5e" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_this_machine_is_planned_for_without_a_topology(tiny):
+    done = run("--config", "configs/tiny.py", f"--config.model={tiny.pipeline}")
+    assert done.returncode == 0, done.stderr
+    assert "1 x cpu, 2 pictures per device" in done.stdout and "GiB per device" in done.stdout
+    assert "FLOPs per picture" in done.stdout
