@@ -24,10 +24,16 @@ from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.weights.flux2_names import flux2_table
 from dopsd_jax.weights.names import Rule, WeightsError
 from dopsd_jax.weights.qwen3_names import qwen3_table
-from dopsd_jax.weights.vae_names import flux2_vae_table, vae_table
+from dopsd_jax.weights.vae_names import (
+    decoder_table,
+    flux2_decoder_table,
+    flux2_vae_table,
+    vae_table,
+)
 from dopsd_jax.weights.z_image_names import z_image_table
 
 FLUX2_TAPS = (9, 18, 27)
+DECODER = "vae_decoder"  # instead of "vae": latents to images alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +117,7 @@ def z_image(source: Source) -> Networks:
         text=TextRules((depth,), True, (64, 128, 256, 512), attends_pads=False),
         shift=source.read("scheduler", lambda values: _shift(values, dynamic=False)),
         tables={"transformer": z_image_table(config), "vae": vae_table(vae_config),
+                DECODER: decoder_table(vae_config),
                 "text_encoder": qwen3_table(text_config, depth)},
     )
 
@@ -142,6 +149,7 @@ def flux2(source: Source) -> Networks:
         text=TextRules(FLUX2_TAPS, False, (512,), attends_pads=True),
         shift=source.read("scheduler", lambda values: _shift(values, dynamic=True)),
         tables={"transformer": flux2_table(config), "vae": flux2_vae_table(vae_config),
+                DECODER: flux2_decoder_table(vae_config),
                 "text_encoder": qwen3_table(text_config, depth)},
     )
 

@@ -24,15 +24,13 @@ from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
 from dopsd_jax.models.vae import Vae
-from dopsd_jax.weights.families import Networks, Source, TextRules, open_networks
+from dopsd_jax.weights.families import DECODER, Networks, Source, TextRules, open_networks
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.names import WeightsError
 from dopsd_jax.weights.qwen3_names import check_language_match, vision_table
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
-from dopsd_jax.weights.vae_names import decoder_table
 
 PARTS = ("transformer", "vae", "text_encoder")
-DECODER = "vae_decoder"  # instead of "vae": latents to images alone
 DTYPES = ("bfloat16", "float16", "float32")  # of weights and compute
 C = TypeVar("C")
 
@@ -230,10 +228,9 @@ def load_pipeline(
             directory / "vae", nets.tables["vae"], vae_shapes(pipe.vae), vae_dtype
         )
     elif DECODER in parts:
-        pipe.vae_params = _load(
-            directory / "vae", decoder_table(nets.vae.config),
-            {"decoder": vae_shapes(pipe.vae)["decoder"]}, vae_dtype,
-        )
+        shapes = {name: tree for name, tree in vae_shapes(pipe.vae).items()
+                  if name not in ("encoder", "quant_conv")}
+        pipe.vae_params = _load(directory / "vae", nets.tables[DECODER], shapes, vae_dtype)
     if "text_encoder" in parts:
         pipe.text_params = _load(
             directory / "text_encoder", nets.tables["text_encoder"],
