@@ -45,7 +45,7 @@ def base() -> ConfigDict:
     c.lora = ConfigDict()
     c.lora.rank = 64
     c.lora.alpha = 128.0      # the LoRA is scaled by alpha / rank
-    c.lora.targets = "published"  # published | attention | regexes of parameter names
+    c.lora.targets = "published"  # published | attention | all | regexes of parameter names
 
     # The optimizer.
     c.num_train_steps = 2000  # updates

@@ -190,7 +190,7 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
     if good("trainable", "lora.targets") and config.trainable == "lora":
         with noted(problems):
             shapes = transformer_shapes(pipe.denoiser.network)
-            lora.match_targets(shapes, lora.parse_targets(config.lora.targets))
+            lora.match_targets(shapes, lora.parse_targets(config.lora.targets, pipe.lora.targets))
     if good("recipe", "objective"):
         with noted(problems, "recipe"):
             contexts.check_recipe(config.recipe, pipe, roles(config))

@@ -12,6 +12,7 @@ from absl import flags
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import cli
 from dopsd_jax.weights import lora_files
+from dopsd_jax.weights.families import lora_rules_of
 
 FLAGS = flags.FLAGS
 FORMATS = lora_files.FORMATS
@@ -38,7 +39,7 @@ def export(
         raise ValueError(f"format: expected one of {sorted(FORMATS)}, got {fmt!r}")
     cli.check_directory(Path(out).parent)
     tree, spec = workdir_lib.read_lora(workdir, step=step, role=role)
-    FORMATS[fmt](out, tree, spec, lora_files.Z_IMAGE_MODULES, overwrite=overwrite)
+    FORMATS[fmt](out, tree, spec, lora_rules_of(tree).modules, overwrite=overwrite)
 
 
 def define_flags() -> None:

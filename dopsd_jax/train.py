@@ -104,7 +104,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=config.remat,
         parts=parts, shard=lambda shapes: sharding.shard_params(mesh, shapes),
     )
-    targets = lora.parse_targets(config.lora.targets)
+    targets = lora.parse_targets(config.lora.targets, pipe.lora.targets)
     if method.trainable == "lora":
         lora.match_targets(pipe.params, targets)  # before the encoders run
     if not config.cache:

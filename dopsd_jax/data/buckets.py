@@ -24,7 +24,7 @@ class Bucket:
     references: int = 0
 
     def __str__(self) -> str:
-        beside = f" + {self.references}" if self.references else ""
+        beside = f" with {self.references} reference(s)" if self.references else ""
         return f"{self.width}x{self.height}{beside}"
 
 

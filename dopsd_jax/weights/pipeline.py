@@ -24,7 +24,14 @@ from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
 from dopsd_jax.models.vae import Vae
-from dopsd_jax.weights.families import DECODER, Networks, Source, TextRules, open_networks
+from dopsd_jax.weights.families import (
+    DECODER,
+    LoraRules,
+    Networks,
+    Source,
+    TextRules,
+    open_networks,
+)
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.names import WeightsError
 from dopsd_jax.weights.qwen3_names import check_language_match, vision_table
@@ -47,6 +54,7 @@ class Pipeline:
         text_encoder, text_params: Qwen3, as deep as the taps need.
         tokenizer: With the chat template.
         text: How prompts become features.
+        lora: Targets and file names of its LoRA.
         shift: The scheduler's static shift, or None where it depends on the picture's size.
         sample_size: Pixels per side that the model draws by itself.
     """
@@ -55,6 +63,7 @@ class Pipeline:
     denoiser: Denoiser
     tokenizer: Any
     text: TextRules
+    lora: LoraRules
     shift: float | None
     sample_size: int
     vae: Vae
@@ -183,7 +192,9 @@ def load_pipeline(
 
     Args:
         directory: Holds model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and
-            scheduler/; or "mini", the model that comes with the package.
+            scheduler/; or "mini", the model that comes with the package. The transformer's
+            tensors may be a single file in the layout of its makers, in transformer/ or, if there
+            are none, beside it.
         dtype: Dtype of the transformer's and the text encoder's weights and compute.
         vae_dtype: The same for the VAE; float32 keeps the picture's last bit.
         remat: Rematerialisation policy of the transformer, see models/layers.py.
@@ -211,6 +222,7 @@ def load_pipeline(
         denoiser=nets.denoiser,
         tokenizer=prompts.load_tokenizer(directory / "tokenizer"),
         text=nets.text,
+        lora=nets.lora,
         shift=nets.shift,
         sample_size=read_config(directory / "vae" / "config.json", _sample_size),
         vae=nets.vae,
@@ -220,7 +232,7 @@ def load_pipeline(
     if "transformer" in parts:
         shapes = transformer_shapes(pipe.denoiser.network)
         pipe.params = _load(
-            directory / "transformer", nets.tables["transformer"], shapes, dtype,
+            _transformer_folder(directory), nets.tables["transformer"], shapes, dtype,
             shard(shapes) if shard else None,
         )
     if "vae" in parts:
@@ -237,6 +249,13 @@ def load_pipeline(
             text_shapes(pipe.text_encoder), dtype,
         )
     return pipe
+
+
+def _transformer_folder(directory: Path) -> Path:
+    """Where the transformer's tensors are."""
+    folder = directory / "transformer"
+    beside = not any(folder.glob("*.safetensors*")) and any(directory.glob("*.safetensors"))
+    return directory if beside else folder
 
 
 def _open(directory: Path, dtype: jnp.dtype, vae_dtype: jnp.dtype, remat: str) -> Networks:
