@@ -9,14 +9,15 @@ def base() -> ConfigDict:
     # What to train on.
     c.model = ""              # pipeline directory (model_index.json, transformer/, vae/, ..)
     c.vlm = ""                # directory in the format of Qwen3-VL-4B-Instruct, for the teacher
-    c.data = ""               # JSONL of the published format, or a folder of images and .txt
+    c.data = ""               # JSONL of the published format, or a folder of images and .txt; what
+                              # a row holds depends on the recipe
     c.data_root = ""          # images may not lie outside; default: where the JSONL is
     c.cache = ""              # folder (or gs://..) of dopsd_jax.encode; training loads no encoder
     c.resolution = 1024       # pixels; buckets are the published ones at this area
     c.buckets = ""            # or own ones, "512x512,768x512" (width x height)
     c.small_buckets = "error"  # bucket with fewer rows than batch_size: error | repeat
-    c.text_tokens = 512       # padded prompt length of the student
-    c.teacher_tokens = 1024   # padded length of the teacher's prompt and image
+    c.text_tokens = 512       # padded prompt length of the student; FLUX.2 has 512 for both
+    c.teacher_tokens = 1024   # padded length of the teacher's prompt and, with vlm, the image
     c.truncate_prompts = False  # published: True; here a prompt that is too long is an error
 
     # The method.
@@ -24,11 +25,15 @@ def base() -> ConfigDict:
     c.states = "student"      # student (on its own walk) | off-policy: teacher, noised
     c.base_lora = ""          # LoRA file put into the frozen weights while training, such as one
                               # that undoes a distillation
-    c.recipe = "vlm"          # what the teacher sees: prompt and target image
+    c.recipe = "vlm"          # what the teacher sees: vlm (prompt and target image), edit (target
+                              # as reference), edit_ref (references, target as the last), text (a
+                              # longer text), subject_ref (other pictures of the subject)
+    c.teacher_words = "published"  # added to the teacher's prompt: the recipe's own, or any text
     c.trainable = "lora"      # lora | full
     c.num_steps = 4           # S, denoiser calls of the training rollout
-    c.schedule = "shifted"    # the sampler's own schedule; reference8: the published 8-step list
-    c.shift = 0.0             # 0: the scheduler's (3 for Z-Image-Turbo)
+    c.schedule = "shifted"    # the sampler's own; as published: reference8 (Z-Image, 8 steps),
+                              # reference (FLUX.2-klein)
+    c.shift = 0.0             # 0: the sampler's (Z-Image-Turbo 3; FLUX.2's follows S and bucket)
     c.loss = "x0"             # x0 | velocity; published: x0, which is sigma^2 times velocity
     c.teacher = "ema"         # ema | frozen | live (live is known to collapse)
     c.ema_decay = 0.9999      # per update, in float32
@@ -41,7 +46,7 @@ def base() -> ConfigDict:
     c.lora = ConfigDict()
     c.lora.rank = 64
     c.lora.alpha = 128.0      # the LoRA is scaled by alpha / rank
-    c.lora.targets = "published"  # published | attention | regexes of parameter names
+    c.lora.targets = "published"  # published | attention | all | regexes of parameter names
 
     # The optimizer.
     c.num_train_steps = 2000  # updates

@@ -68,6 +68,7 @@ RULES: dict[str, Rule] = {
     "num_steps": NUM_STEPS, "schedule": one_of(*flow.SCHEDULES), "shift": NOT_NEGATIVE,
     "loss": one_of(*rollout.LOSSES), "teacher": one_of(*TEACHERS),
     "ema_decay": Rule("a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "teacher_words": TEXT,
     "vlm_rope_theta": NOT_NEGATIVE, "vlm_min_pixels": at_least(1), "vlm_max_pixels": at_least(1),
     "double_template": ANY,
     "lora.rank": at_least(1), "lora.alpha": POSITIVE, "lora.targets": ANY,
@@ -90,9 +91,25 @@ def needs_teacher(config: ConfigDict) -> bool:
     return config.objective == "dopsd"
 
 
+def needs_vlm(config: ConfigDict) -> bool:
+    """Whether a run's teacher looks through Qwen3-VL."""
+    return needs_teacher(config) and contexts.RECIPES[config.recipe].vlm
+
+
 def needs_targets(config: ConfigDict) -> bool:
     """Whether a run's objective reads the target images themselves."""
     return config.objective == "sft" or config.states == "noised"
+
+
+def roles(config: ConfigDict) -> tuple[str, ...]:
+    """Who sees anything in a run."""
+    return (contexts.STUDENT, contexts.TEACHER)[: 1 + needs_teacher(config)]
+
+
+def needs_latents(config: ConfigDict) -> bool:
+    """Whether images are encoded, as targets or as references."""
+    recipe = contexts.RECIPES[config.recipe]
+    return needs_targets(config) or any(recipe.shown(role, 1) for role in roles(config))
 
 
 def check_config(config: ConfigDict) -> Method:
@@ -105,8 +122,9 @@ def check_config(config: ConfigDict) -> Method:
     """
     values = workdir_lib.flat_config(config.to_dict())
     wrong = _break_rules(values)
-    if config.get("objective") == "sft":
-        wrong.pop("vlm", None)  # there is no teacher
+    looks = {"objective", "recipe"} <= values.keys() - wrong.keys() and needs_vlm(config)
+    if not looks:
+        wrong.pop("vlm", None)
     problems = list(wrong.values())
 
     def good(*keys: str) -> bool:
@@ -128,7 +146,7 @@ def check_config(config: ConfigDict) -> Method:
     if good("batch_size", "mesh.data", "mesh.fsdp", "mesh.tensor"):
         with noted(problems):
             _check_mesh(config)
-    if good("vlm") and config.get("objective") != "sft":
+    if looks and good("vlm"):
         with noted(problems, "vlm"):
             read_vl_config(config.vlm)
     if good("model"):
@@ -173,7 +191,14 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
     if good("trainable", "lora.targets") and config.trainable == "lora":
         with noted(problems):
             shapes = transformer_shapes(pipe.denoiser.network)
-            lora.match_targets(shapes, lora.parse_targets(config.lora.targets))
+            lora.match_targets(shapes, lora.parse_targets(config.lora.targets, pipe.lora.targets))
+    if good("recipe", "objective"):
+        with noted(problems, "recipe"):
+            contexts.check_recipe(config.recipe, pipe, roles(config))
+        for key in ("text_tokens", "teacher_tokens")[: len(roles(config))]:
+            if good(key):
+                with noted(problems, key):
+                    contexts.check_length(pipe.text, config[key])
     if good("text_tokens", "teacher_tokens", "resolution", "buckets"):
         with noted(problems):
             buckets = (

@@ -1,11 +1,17 @@
-"""What student and teacher may see: one small builder per recipe.
+"""What student and teacher may see: the recipes, and the small builders they are made of.
 
-`vlm` (Z-Image): the student sees the prompt through the text encoder; the teacher sees the prompt
-and the target image through Qwen3-VL, whose language weights are that same text encoder.
+The student always sees the prompt through the text encoder. The teacher sees more:
+
+    vlm          the target through Qwen3-VL, whose language weights are that same text encoder
+    edit         the target as a reference image
+    edit_ref     what the student sees, the references of the row, and the target as the last one
+    text         a longer text about the target instead of the prompt
+    subject_ref  other pictures of what the target shows, as reference images
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -14,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dopsd_jax.data import prompts as prompts_lib
+from dopsd_jax.data.rows import Needs
 from dopsd_jax.models.denoiser import Context, reference_tokens
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import VisionTower, multimodal_features
@@ -21,7 +28,87 @@ from dopsd_jax.models.vae import Vae
 from dopsd_jax.weights.families import TextRules
 from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage
 
-RECIPES = ("vlm",)
+STUDENT, TEACHER = "student", "teacher"
+ONE_PAIR = Needs()
+PUBLISHED = "published"  # of teacher_words: the recipe's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What the roles see beside the prompt. References are images a network takes as tokens.
+
+    Attributes:
+        needs: What is read of every row.
+        references: Roles that see the row's references.
+        target: Whether the teacher sees the target, as the last reference.
+        vlm: Whether the teacher sees the target through Qwen3-VL, in the text.
+        words: Added to the teacher's prompt.
+    """
+
+    needs: Needs = ONE_PAIR
+    references: tuple[str, ...] = ()
+    target: bool = False
+    vlm: bool = False
+    words: str = ""
+
+    def shown(self, role: str, num_references: int) -> tuple[int, ...]:
+        """Which of a row's images (the references, then the target) a role sees as references."""
+        images = tuple(range(num_references)) if role in self.references else ()
+        return (*images, num_references) if self.target and role == TEACHER else images
+
+    def teacher_prompt(self, caption: str, enhanced: str | None, words: str) -> str:
+        """The teacher's text: the longer one where there is one, and the words after it."""
+        words = self.words if words == PUBLISHED else words
+        return f"{caption if enhanced is None else enhanced} {words}".strip()
+
+
+# Source of the words of edit and edit_ref: D-OPSD, flux2-klein_self-distill-edit and
+# flux2-klein-edit-self-distill-gt-ref.
+RECIPES: dict[str, Recipe] = {
+    "vlm": Recipe(vlm=True),
+    "edit": Recipe(
+        target=True,
+        words="Make the main subject (facial/ip details), background, and overall composition "
+        "consistent with the reference image.",
+    ),
+    "edit_ref": Recipe(
+        Needs(images=(2, None)), (STUDENT, TEACHER), target=True,
+        words="Note that the last image is the output image I expect to be. Your output must be "
+        "as similar as the last reference image, based on the first reference image and the "
+        "editing instructions.",
+    ),
+    "text": Recipe(Needs(enhanced=True)),
+    "subject_ref": Recipe(
+        Needs(subject=True), (TEACHER,),
+        words="Make the main subject (facial/ip details) consistent with the reference images.",
+    ),
+}
+
+
+def check_recipe(name: str, pipe: Pipeline, roles: Sequence[str] = (STUDENT, TEACHER)) -> None:
+    """Raises ValueError if a model cannot be shown what the roles see; needs no weights."""
+    def refusal(recipe: Recipe) -> str:
+        if pipe.denoiser.max_references == 0 and any(recipe.shown(role, 1) for role in roles):
+            return "shows reference images, which this model does not take"
+        if recipe.vlm and TEACHER in roles and (pipe.text.attends_pads or len(pipe.text.taps) > 1):
+            return (
+                "shows the target through Qwen3-VL as one feature per token, padding masked; this "
+                f"model reads {len(pipe.text.taps)} features per token, padding too"
+            )
+        return ""
+
+    if why := refusal(RECIPES[name]):
+        others = [other for other, recipe in RECIPES.items() if not refusal(recipe)]
+        raise ValueError(f"{name} {why}; choose one of {', '.join(others)}")
+
+
+def check_length(text: TextRules, length: int) -> None:
+    """Raises ValueError for a padded length that would change the picture."""
+    if text.attends_pads and length not in text.lengths:
+        raise ValueError(
+            f"text length: this model attends to padding and was made for {text.lengths[-1]} "
+            f"tokens, got {length}"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -66,11 +153,7 @@ def text_context(
         ValueError: Prompts that do not fit, or a length that would change the picture.
     """
     text = pipe.text
-    if text.attends_pads and length not in text.lengths:
-        raise ValueError(
-            f"text length: this model attends to padding and was made for {text.lengths[-1]} "
-            f"tokens, got {length}"
-        )
+    check_length(text, length)
     ids, mask = prompts_lib.encode_prompts(
         pipe.tokenizer, prompts, length, enable_thinking=text.enable_thinking, truncate=truncate
     )
@@ -103,7 +186,12 @@ def with_references(pipe: Pipeline, ctx: Context, images: Sequence[np.ndarray]) 
     most = pipe.denoiser.max_references
     if len(images) > most:
         raise ValueError(f"references: this model takes at most {most}, got {len(images)}")
-    tokens, ids = reference_tokens([image_latents(pipe, image) for image in images])
+    return with_latents(ctx, [image_latents(pipe, image) for image in images])
+
+
+def with_latents(ctx: Context, latents: Sequence[np.ndarray]) -> Context:
+    """`with_references` of images that are encoded already: float32 [B, h, w, C] each."""
+    tokens, ids = reference_tokens(latents)
     return ctx.replace(ref_tokens=tokens, ref_ids=ids)
 
 

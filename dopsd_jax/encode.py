@@ -21,7 +21,15 @@ from ml_collections import ConfigDict, config_flags
 from dopsd_jax import contexts
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.caption_check import check_captions
-from dopsd_jax.config_check import check_config, needs_targets, needs_teacher
+from dopsd_jax.config_check import (
+    check_config,
+    needs_latents,
+    needs_targets,
+    needs_teacher,
+    needs_vlm,
+    roles,
+)
+from dopsd_jax.contexts import RECIPES, TEACHER
 from dopsd_jax.core import cli, distributed
 from dopsd_jax.core.log import log
 from dopsd_jax.data.batches import BatchRows
@@ -41,11 +49,9 @@ FLAGS = flags.FLAGS
 
 # The settings that a context follows from, besides caption, image, bucket and weights.
 STUDENT_KEYS = ("recipe", "text_tokens", "truncate_prompts", "dtype")
-TEACHER_KEYS = (
-    "recipe", "teacher_tokens", "truncate_prompts", "dtype", "vlm_rope_theta", "vlm_min_pixels",
-    "vlm_max_pixels", "double_template",
-)
-TARGET_KEYS = ("vae_dtype",)
+TEACHER_KEYS = ("recipe", "teacher_tokens", "truncate_prompts", "dtype")
+VLM_KEYS = ("vlm_rope_theta", "vlm_min_pixels", "vlm_max_pixels", "double_template")
+IMAGE_KEYS = ("vae_dtype",)
 FORMAT = 1  # raised when the encoders' code changes what they compute
 LISTED = 10
 
@@ -56,9 +62,9 @@ class Entry:
 
     Attributes:
         key: What it is kept under.
-        role: "student" or "teacher", a context, or "target", latents.
-        caption: Of a context.
-        row: Of the image, for teacher and target.
+        role: "student" or "teacher", the text of a context, or "target" or "reference", latents.
+        caption: Of a context, as the role sees it.
+        row, image: Whose latents, or what the teacher's text shows; -1 is the row's target.
         where: How a message names it.
     """
 
@@ -67,6 +73,7 @@ class Entry:
     where: str
     caption: str = ""
     row: int = -1
+    image: int = -1
 
 
 class Entries:
@@ -76,21 +83,23 @@ class Entries:
         self._config, self._data, self._prompts = config, data, {
             key: tuple(config[key]) for key in ("sample_prompts", "gauge_prompts")
         }
+        self._recipe = RECIPES[config.recipe]
         model = pipeline_directory(config.model)
         text = fingerprint(model, ("text_encoder", "tokenizer"))
         self._student = {
             "role": "student", "format": FORMAT, "weights": text,
             "settings": {k: config[k] for k in STUDENT_KEYS},
         }
-        if needs_teacher(config):
-            self._teacher = {
-                "role": "teacher", "format": FORMAT,
-                "weights": [text, fingerprint(vlm_directory(config.vlm))],
-                "settings": {k: config[k] for k in TEACHER_KEYS},
-            }
-        self._target = {
+        self._teacher = {
+            "role": "teacher", "format": FORMAT, "weights": [text],
+            "settings": {k: config[k] for k in TEACHER_KEYS},
+        }
+        if needs_vlm(config):
+            self._teacher["weights"].append(fingerprint(vlm_directory(config.vlm)))
+            self._teacher["settings"] |= {k: config[k] for k in VLM_KEYS}
+        self._latents = {
             "role": "target", "format": FORMAT, "weights": fingerprint(model, ("vae",)),
-            "settings": {k: config[k] for k in TARGET_KEYS},
+            "settings": {k: config[k] for k in IMAGE_KEYS},
         }
 
     def student(self, caption: str, where: str = "") -> Entry:
@@ -98,21 +107,42 @@ class Entries:
         return Entry(key, "student", where, caption)
 
     def teacher(self, row: int, caption: str, where: str = "") -> Entry:
-        key = entry_key(caption=caption, **self._image(row), **self._teacher)
-        return Entry(key, "teacher", where, caption, row)
+        """What the teacher reads for a caption of a row; with a VLM it shows the target."""
+        prompt = self._recipe.teacher_prompt(
+            caption, self._data.rows[row].enhanced, self._config.teacher_words
+        )
+        image = self._image(row, -1) if self._recipe.vlm else {}
+        return Entry(
+            entry_key(caption=prompt, **image, **self._teacher), "teacher", where, prompt, row
+        )
 
     def target(self, row: int, where: str = "") -> Entry:
-        return Entry(entry_key(**self._image(row), **self._target), "target", where, row=row)
+        return self._of_image(row, -1, where)
 
-    def _image(self, row: int) -> dict:
+    def references(self, row: int, role: str) -> list[Entry]:
+        """Of the images that a role sees of a row, in their order."""
+        images = self._data.rows[row].images
+        shown = self._recipe.shown(role, len(images) - 1)
+        # The target's latents are the same, whatever they serve for.
+        return [self._of_image(row, -1 if i == len(images) - 1 else i, self._data.rows[row].where)
+                for i in shown]
+
+    def _of_image(self, row: int, image: int, where: str) -> Entry:
+        key = entry_key(**self._image(row, image), **self._latents)
+        return Entry(key, "target" if image == -1 else "reference", where, row=row, image=image)
+
+    def _image(self, row: int, image: int) -> dict:
         bucket = self._data.bucket_of[row]
-        return {"image": self._data.image_digests[row], "bucket": [bucket.width, bucket.height]}
+        return {"image": self._data.image_digest(row, image),
+                "bucket": [bucket.width, bucket.height]}
 
     def all(self) -> list[Entry]:
         """Those of every distinct caption, (image, caption), image and sample prompt."""
         found: dict[str, Entry] = {}
         for i, row in enumerate(self._data.rows):
             made = [self.target(i, row.where)] if needs_targets(self._config) else []
+            for role in roles(self._config):
+                made += self.references(i, role)
             for name, caption in row.captions.items():
                 where = f"{row.where}, caption {name!r}"
                 made.append(self.student(caption, where))
@@ -137,12 +167,13 @@ class Encoders:
         """Raises ValueError for a caption or image that does not fit, with its name."""
         c = self._config
         try:
-            if entry.role == "target":
-                return contexts.image_latents(self._pipe, self._data.pixels(entry.row)[None])[0]
-            if entry.role == "student":
+            if entry.role in ("target", "reference"):
+                pixels = self._data.pixels(entry.row, entry.image)
+                return contexts.image_latents(self._pipe, pixels[None])[0]
+            if entry.role == "student" or self._vl is None:
                 ctx = contexts.text_context(
-                    self._pipe, [entry.caption], length=c.text_tokens,
-                    truncate=c.truncate_prompts,
+                    self._pipe, [entry.caption], truncate=c.truncate_prompts,
+                    length=c.text_tokens if entry.role == "student" else c.teacher_tokens,
                 )
             else:
                 ctx = contexts.vlm_context(
@@ -159,7 +190,7 @@ class Encoders:
 def load_encoders(config: ConfigDict, pipe: Pipeline, data: Data) -> Encoders:
     """The encoders of a run, around a pipeline that has its text encoder (and VAE) loaded."""
     vl = None
-    if needs_teacher(config):
+    if needs_vlm(config):
         vl = load_vision_language(config.vlm, pipe, dtype=config.dtype)
         log.info("vision tower loaded; %d of %d language tensors replaced", vl.matched, vl.matched)
     return Encoders(config, pipe, vl, data)
@@ -193,17 +224,27 @@ class Contexts:
             self._data.rows[r].captions[k]
             for r, k in zip(batch.rows, batch.caption_keys, strict=True)
         ]
+        student = self._with_references(self.prompts(captions), batch, contexts.STUDENT)
         teacher = targets = None
         if needs_teacher(self._config):
             pairs = zip(batch.rows, captions, strict=True)
             teacher = self._padded((self._entries.teacher(r, c) for r, c in pairs),
                                    self._config.teacher_tokens)
+            teacher = self._with_references(teacher, batch, TEACHER)
         if needs_targets(self._config):
             targets = np.stack([self._features[self._entries.target(r).key] for r in batch.rows])
-        return self.prompts(captions), teacher, targets
+        return student, teacher, targets
+
+    def _with_references(self, ctx: Context, batch: BatchRows, role: str) -> Context:
+        """All rows of a bucket have as many references, of one size."""
+        shown = zip(*(self._entries.references(r, role) for r in batch.rows), strict=True)
+        latents = [np.stack([self._features[e.key] for e in entries]) for entries in shown]
+        if not latents:
+            return ctx
+        return jax.tree.map(np.asarray, contexts.with_latents(ctx, latents))
 
     def prompts(self, prompts: Sequence[str]) -> Context:
-        """What the student sees of prompts that are captions or sample prompts, as NumPy."""
+        """What the student sees of captions or sample prompts alone, as NumPy."""
         return self._padded(map(self._entries.student, prompts), self._config.text_tokens)
 
     def _padded(self, entries: Iterable[Entry], length: int) -> Context:
@@ -244,7 +285,7 @@ def encode(config: ConfigDict) -> tuple[int, int]:
     if not config.cache:
         raise ValueError("cache: expected a folder or gs://.., got nothing (--config.cache=..)")
     check_config(config)
-    data = read_data(config)
+    data = read_data(config, RECIPES[config.recipe].needs)
     check_captions(config, data.rows, data.bucket_of)
     wanted = Entries(config, data).all()
     # A process's share does not depend on what others have written meanwhile.
@@ -256,7 +297,7 @@ def encode(config: ConfigDict) -> tuple[int, int]:
     if missing:
         writer = CacheWriter(config.cache)
         pipe = load_pipeline(config.model, dtype=config.dtype, vae_dtype=config.vae_dtype,
-                             parts=("text_encoder", *(["vae"] if needs_targets(config) else [])))
+                             parts=("text_encoder", *(["vae"] if needs_latents(config) else [])))
         try:
             encode_all(missing, load_encoders(config, pipe, data), writer.add)
         finally:

@@ -12,7 +12,7 @@ from absl import flags
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import cli
 from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.families import transformer_table
+from dopsd_jax.weights.families import lora_rules_of, transformer_table
 from dopsd_jax.weights.pipeline import load_pipeline
 from dopsd_jax.weights.save import write_component
 
@@ -45,7 +45,7 @@ def export(
         _export_full(workdir, fmt, out, step, role, overwrite)
         return
     tree, spec = workdir_lib.read_lora(workdir, step=step, role=role)
-    FORMATS[fmt](out, tree, spec, lora_files.Z_IMAGE_MODULES, overwrite=overwrite)
+    FORMATS[fmt](out, tree, spec, lora_rules_of(tree).modules, overwrite=overwrite)
 
 
 def _export_full(

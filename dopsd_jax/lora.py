@@ -7,7 +7,7 @@ The tree mirrors the parameter tree: `layers/attention/to_q/kernel` [L, in, out]
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +15,22 @@ import jax.numpy as jnp
 from dopsd_jax.core import trees
 from dopsd_jax.core.trees import Tree
 
-# Regexes over parameter names. "published" is what D-OPSD's target list matches in Z-Image: 238
-# linears, both refiners among them.
-TARGETS: dict[str, tuple[str, ...]] = {
-    "published": (
-        r".*/attention/(to_q|to_k|to_v|to_out)/kernel",
-        r".*/feed_forward/(w1|w2|w3)/kernel",
-    ),
-    "attention": (r".*/attention/(to_q|to_k|to_v|to_out)/kernel",),
-}
+# What D-OPSD's target list matches in a family; its attention; every Linear of its blocks but those
+# that modulate.
+PRESETS = ("published", "attention", "all")
 
 
-def parse_targets(targets: str | Sequence[str]) -> tuple[str, ...]:
-    """A preset's name, or regexes separated by commas or given as a sequence."""
+def parse_targets(
+    targets: str | Sequence[str], presets: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """A preset's name, or regexes separated by commas or given as a sequence.
+
+    Args:
+        targets: Of a config.
+        presets: Regexes over parameter names of a family, by PRESETS.
+    """
     if isinstance(targets, str):
-        return TARGETS.get(targets) or tuple(t.strip() for t in targets.split(",") if t.strip())
+        return presets.get(targets) or tuple(t.strip() for t in targets.split(",") if t.strip())
     return tuple(targets)
 
 
@@ -59,7 +60,7 @@ def match_targets(shapes: Tree, targets: Sequence[str]) -> list[str]:
         layers = sorted({re.sub(r"/kernel$", "", n) for n in kernels})
         raise ValueError(
             "LoRA targets: " + "; ".join(problems) + ". Expected one of the presets "
-            f"{sorted(TARGETS)} or regexes that match whole parameter names ending in /kernel; "
+            f"{PRESETS} or regexes that match whole parameter names ending in /kernel; "
             f"linear layers here: {', '.join(layers)}"
         )
     return sorted(chosen)

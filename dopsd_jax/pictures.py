@@ -14,6 +14,7 @@ from dopsd_jax.core import distributed, sharding, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import Metrics
 from dopsd_jax.data.batches import BatchRows
+from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.datasets import Data
 from dopsd_jax.data.images import to_uint8
 from dopsd_jax.encode import Contexts
@@ -43,9 +44,11 @@ def first_rows(data: Data, count: int, *, repeat: bool = False) -> BatchRows:
 class Artist:
     """Draws in the run's preview steps: (variables, noise, ctx) -> pictures, and x0 of row 0."""
 
-    def __init__(self, config, pipe: Pipeline, mesh: Mesh):
+    def __init__(self, config, pipe: Pipeline, mesh: Mesh, bucket: Bucket):
         self._pipe, self._everywhere = pipe, sharding.replicated(mesh)
-        self._sigmas = flow.sigmas_shifted(config.sample_steps, config.shift or pipe.shift)
+        steps = config.sample_steps
+        shift = config.shift or pipe.shift_at(steps, bucket.height, bucket.width)
+        self._sigmas = flow.sigmas_shifted(steps, shift)
 
     def __call__(self, variables, noise, ctx) -> tuple[np.ndarray, np.ndarray]:
         noise, ctx, sigmas = sharding.place((noise, ctx, self._sigmas), self._everywhere)
@@ -61,7 +64,7 @@ def run_preflight(config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Conte
     student_ctx, teacher_ctx, _ = ctxs.batch(rows)
     shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
     noise = sample.draw_noise([config.seed + 3000 + i for i in range(len(rows.rows))], shape)
-    draw = Artist(config, pipe, mesh)
+    draw = Artist(config, pipe, mesh, rows.bucket)
     student, teacher = (draw(variables, noise, ctx)[0] for ctx in (student_ctx, teacher_ctx))
     found = preflight.compare(student, teacher, targets)
     for words in found.words():
@@ -80,9 +83,12 @@ class Previews:
                  method: Method, base: trees.Tree, student: trees.Tree, mesh: Mesh):
         """`student`: the untrained one, which equals the base; drawn now, and not kept."""
         self._workdir, self._pipe, self._method, self._base = workdir, pipe, method, base
-        self._draw = Artist(config, pipe, mesh)
         rows = first_rows(data, config.sample_rows)
-        self._targets = to_uint8(np.stack([data.pixels(i) for i in rows.rows]))
+        self._draw = Artist(config, pipe, mesh, rows.bucket)
+        *self._references, self._targets = (
+            to_uint8(np.stack([data.pixels(i, image) for i in rows.rows]))
+            for image in range(rows.bucket.references + 1)
+        )
         self._student_ctx, self._teacher_ctx, _ = ctxs.batch(rows)
         shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
         self._noise = sample.draw_noise([config.seed + i for i in range(len(rows.rows))], shape)
@@ -118,7 +124,8 @@ class Previews:
             told["teacher_look"] = gauges.look_distance(theirs, self._targets).mean()
             walks.append(walk)
         self._write(metrics, step, "step", previews.grid(
-            [("target", self._targets), ("base", self._base_rows), *shown]
+            [*((f"reference {i}", pictures) for i, pictures in enumerate(self._references, 1)),
+             ("target", self._targets), ("base", self._base_rows), *shown]
         ))
         drawn = [sample.decode(self._pipe, jnp.asarray(w)) for w in walks]
         columns = [(f"x0, s = {s}", np.stack(at)) for s, at in enumerate(zip(*drawn, strict=True))]

@@ -77,7 +77,7 @@ def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Any, float]:
         tree, spec = workdir_lib.read_lora(path)
         workdir_lib.check_fits(tree, shapes, path)
     else:
-        tree, spec = lora_files.read_lora(path, lora_files.Z_IMAGE_MODULES, shapes)
+        tree, spec = lora_files.read_lora(path, pipe.lora.modules, shapes)
     return tree, spec.scale
 
 

@@ -21,10 +21,12 @@ from dopsd_jax import flow, gauges, loop, lora, preflight, sample
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.baselines import draw_sigma
 from dopsd_jax.caption_check import check_captions
-from dopsd_jax.config_check import check_config, needs_targets, needs_teacher
+from dopsd_jax.config_check import check_config, needs_latents, needs_teacher, needs_vlm
+from dopsd_jax.contexts import RECIPES
 from dopsd_jax.core import cli, distributed, sharding, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
+from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.datasets import read_data
 from dopsd_jax.encode import (
     Contexts,
@@ -69,12 +71,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         return stages.train(config, workdir)
     workdir = Path(workdir)
     method = check_config(config)
-    data = read_data(config)
+    data = read_data(config, RECIPES[config.recipe].needs)
     check_captions(config, data.rows, data.bucket_of)
     # Weights are identified without loading them: a wrong workdir fails now.
     identity = {"model": fingerprint(pipeline_directory(config.model)),
                 "data": data.fingerprint()}
-    if needs_teacher(config):
+    if needs_vlm(config):
         identity["vlm"] = fingerprint(vlm_directory(config.vlm))
     if config.base_lora:
         identity["base_lora"] = hashlib.sha256(Path(config.base_lora).read_bytes()).hexdigest()
@@ -90,7 +92,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     entries = Entries(config, data)
     features = open_cache(config.cache, entries) if config.cache else {}
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    encodes_images = needs_targets(config) and not config.cache
+    encodes_images = needs_latents(config) and not config.cache
     looks_ahead = (
         config.preflight == "on" and needs_teacher(config)
         and not (workdir / preflight.FILE).is_file()
@@ -102,7 +104,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=config.remat,
         parts=parts, mesh=mesh,
     )
-    targets = lora.parse_targets(config.lora.targets)
+    targets = lora.parse_targets(config.lora.targets, pipe.lora.targets)
     if method.trainable == "lora":
         lora.match_targets(pipe.params, targets)  # before the encoders run
     if not config.cache:
@@ -152,17 +154,18 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     )
     spread, size = sharding.batch_sharding(mesh), config.batch_size
     mine = sharding.local_rows(spread, size)
-    shift = config.shift or pipe.shift
 
-    @functools.partial(jax.jit, static_argnums=2, out_shardings=(spread, spread))
-    def draws(rng, step, shape):
+    @functools.partial(jax.jit, static_argnums=(2, 3), out_shardings=(spread, spread))
+    def draws(rng, step, shape, shift):
         rng = jax.random.wrap_key_data(rng)
         return draw_noise(rng, step, shape), draw_sigma(rng, step, size, shift)
 
-    sigmas = sharding.place(
-        flow.make_sigmas(config.schedule, config.num_steps, shift),
-        sharding.replicated(mesh),
-    )
+    @functools.cache
+    def schedule(bucket: Bucket):
+        """The shift of a bucket's pictures, and the rollout's sigmas."""
+        shift = config.shift or pipe.shift_at(config.num_steps, bucket.height, bucket.width)
+        sigmas = flow.make_sigmas(config.schedule, config.num_steps, shift)
+        return shift, sharding.place(sigmas, sharding.replicated(mesh))
 
     def make_batch(step: int, rng) -> Batch:
         rows = data.plan.at(step)
@@ -170,7 +173,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
             spread, size, mine, ctxs.batch(rows.take(mine))
         )
         shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
-        noise, sigma = draws(rng, step, (size, *shape))
+        shift, sigmas = schedule(rows.bucket)
+        noise, sigma = draws(rng, step, (size, *shape), shift)
         return Batch(
             noise, student_ctx, teacher_ctx, sigmas, latents,
             sigma if config.objective == "sft" else None,

@@ -16,6 +16,7 @@ from dopsd_jax.encode import encode
 from dopsd_jax.train_step import Batch, Method, sft
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import load_pipeline
+from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
 
 
 def linear(variables, x, sigma, ctx):
@@ -106,7 +107,7 @@ def test_a_base_lora_is_in_the_weights_while_training(short_run, tiny, tmp_path)
     file = tmp_path / "adapter.safetensors"
     rank = short_run.lora.rank
     lora_files.save_diffusers(
-        file, tree, lora_files.LoraSpec(rank, scale * rank, ""), lora_files.Z_IMAGE_MODULES
+        file, tree, lora_files.LoraSpec(rank, scale * rank, ""), Z_IMAGE_MODULES
     )
     short_run.base_lora = str(file)
     train_lib.train(short_run, tmp_path / "second")

@@ -21,6 +21,7 @@ from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.data.cache import Cache, CacheError
 from dopsd_jax.data.datasets import read_data
+from dopsd_jax.data.rows import Needs
 from dopsd_jax.weights import load, pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,8 @@ OTHER_KEYS = {
     "trainable", "num_steps", "schedule", "shift", "loss", "teacher", "ema_decay", "lora.rank",
     "lora.alpha", "lora.targets", "num_train_steps", "batch_size", "accumulation",
     "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm", "seed",
-    "objective", "states", "base_lora", "remat", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "objective", "states", "teacher_words", "base_lora", "remat",
+    "mesh.data", "mesh.fsdp", "mesh.tensor",
     "log_every", "sample_every", "sample_steps", "preflight", "moments_dtype", "ema_dtype",
     "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every", "keep_checkpoints",
 }
@@ -152,7 +154,7 @@ def test_a_second_encode_makes_nothing_and_loads_nothing(config, cache, monkeypa
 def made_anew(config, cache):
     """Roles and captions of what a config needs and the cache does not have."""
     have = Cache(cache)
-    wanted = encode_lib.Entries(config, read_data(config)).all()
+    wanted = encode_lib.Entries(config, read_data(config, Needs())).all()
     return sorted((e.role, e.caption)
                   for e in wanted if e.key not in have)
 
@@ -220,7 +222,8 @@ def test_another_tokenizer_or_chat_template_invalidates_all(config, cache, tiny,
 
 def test_every_config_key_is_known_to_matter_or_not():
     """A new key must be put in a list of encode.py or in OTHER_KEYS: else caches go stale."""
-    matter = {*encode_lib.STUDENT_KEYS, *encode_lib.TEACHER_KEYS, *encode_lib.TARGET_KEYS}
+    matter = {*encode_lib.STUDENT_KEYS, *encode_lib.TEACHER_KEYS, *encode_lib.VLM_KEYS,
+              *encode_lib.IMAGE_KEYS}
     assert not matter & OTHER_KEYS
     assert matter | OTHER_KEYS == set(workdir_lib.flat_config(common.base().to_dict()))
 

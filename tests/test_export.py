@@ -11,6 +11,7 @@ from dopsd_jax import export as export_lib
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.weights import lora_files
+from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
 
 CONFIG = {"model": "m", "trainable": "lora", "teacher": "ema", "lora": {"rank": 2, "alpha": 4.0}}
 
@@ -46,7 +47,7 @@ def test_our_own_export_is_replaced(run, tmp_path, fmt):
     out = place(tmp_path, fmt)
     export_lib.export(run, fmt, out)
     export_lib.export(run, fmt, out, role="teacher")
-    got, _ = lora_files.read_lora(out, lora_files.Z_IMAGE_MODULES)
+    got, _ = lora_files.read_lora(out, Z_IMAGE_MODULES)
     want, _ = workdir_lib.read_lora(run, role="teacher")
     pair = got["layers"]["attention"]["to_q"], want["layers"]["attention"]["to_q"]
     np.testing.assert_allclose(pair[0]["a"], pair[1]["a"])

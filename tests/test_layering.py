@@ -23,6 +23,9 @@ LAYERS = [
     ("train step, loop", ["train_step.py", "loop.py"]),
     ("commands", [""]),
 ]
+# The shipped mini model is of one family; the quickstart ends by printing a command for its users.
+FAMILY_PLACES = ("models/", "weights/", "contexts.py", "mini/", "quickstart.py")
+FAMILY_NAMES = r"z_?-?image|flux_?-?\.?2|klein"
 TRAINING_WORDS = r"student|teacher|(\b|_)loss(es)?(\b|_)"
 FOREIGN = {"torch", "tensorflow", "diffusers", "peft", "torchvision", "accelerate"}
 
@@ -123,6 +126,33 @@ def test_networks_read_no_files_and_know_no_training_words():
         for line, module in imported_modules(path):
             if module.split(".")[0] in {"optax", "orbax", "safetensors", "pathlib", "os", "io"}:
                 wrong.append(f"{relative(path)}:{line}: imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def named_in_code(path):
+    """(line, text) of names and texts in a file's code; comments and docstrings cite sources."""
+    tree = ast.parse(path.read_text())
+    docstrings = {
+        id(node.body[0].value) for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and ast.get_docstring(node) is not None
+    }
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and id(node) not in docstrings:
+            yield node.lineno, re.sub(r"configs/\w+\.py", "", text)  # an example in a message
+        for attribute in ("id", "attr", "name", "arg", "module"):
+            value = getattr(node, attribute, None)
+            if isinstance(value, str):
+                yield getattr(node, "lineno", 0), value
+
+
+def test_no_family_is_named_outside_networks_weights_and_contexts():
+    wrong = [
+        f"{relative(path)}:{line}: {text:.60}"
+        for path in source_files() if not relative(path).startswith(FAMILY_PLACES)
+        for line, text in named_in_code(path) if re.search(FAMILY_NAMES, text, re.IGNORECASE)
+    ]
     assert not wrong, "\n".join(wrong)
 
 

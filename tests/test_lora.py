@@ -7,7 +7,11 @@ import pytest
 
 from dopsd_jax import lora
 from dopsd_jax.core import trees
+from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.weights.flux2_names import FLUX2_TARGETS
+from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 TINY = ZImageConfig(
     in_channels=4, dim=32, n_layers=3, n_refiner_layers=1, n_heads=2, cap_feat_dim=16,
@@ -47,14 +51,14 @@ def network():
 
 def test_lora_that_was_just_initialised_changes_nothing(network):
     apply, params = network
-    fresh = lora.init(jax.random.key(0), params, lora.TARGETS["published"], 4)
+    fresh = lora.init(jax.random.key(0), params, Z_IMAGE_TARGETS["published"], 4)
     got = apply({"params": params, "lora": lora.scaled(fresh, 2.0)})
     np.testing.assert_array_equal(got, apply({"params": params}))
 
 
 def test_lora_beside_the_parameters_equals_lora_merged_into_them(network):
     apply, params = network
-    fresh = lora.init(jax.random.key(0), params, lora.TARGETS["published"], 4)
+    fresh = lora.init(jax.random.key(0), params, Z_IMAGE_TARGETS["published"], 4)
     trained = draw(fresh, 2, 0.1)
     beside = apply({"params": params, "lora": lora.scaled(trained, 2.0)})
     merged = apply({"params": lora.merge(params, trained, 2.0)})
@@ -67,7 +71,7 @@ def test_lora_beside_the_parameters_equals_lora_merged_into_them(network):
 def test_every_leaf_of_every_layer_matters(network):
     """Zeroing `b` of one layer of one linear alone changes the output."""
     apply, params = network
-    fresh = lora.init(jax.random.key(0), params, lora.TARGETS["published"], 4)
+    fresh = lora.init(jax.random.key(0), params, Z_IMAGE_TARGETS["published"], 4)
     trained = draw(fresh, 2, 0.1)
     whole = apply({"params": params, "lora": trained})
     flat = trees.flatten(trained)
@@ -95,26 +99,41 @@ def test_merge_keeps_dtypes_and_leaves_the_rest_alone():
     assert jax.tree.structure(merged) == jax.tree.structure(params)
 
 
-@pytest.mark.parametrize(
-    "preset,linears,parameters",
-    # The first line is D-OPSD's own count with peft at rank 64, refiners included.
-    [("published", 238, 158_760_960), ("attention", 136, 34 * 4 * 64 * 2 * 3840)],
+TURBO = (ZImageTransformer(ZImageConfig.turbo()), Z_IMAGE_TARGETS)
+KLEIN_4B, KLEIN_9B = (
+    (Flux2Transformer(config), FLUX2_TARGETS)
+    for config in (Flux2Config.klein_4b(), Flux2Config.klein_9b())
 )
-def test_presets_adapt_these_linears_of_the_full_network(preset, linears, parameters):
-    shapes = shapes_of(ZImageConfig.turbo())
-    adapters = jax.eval_shape(
-        lambda: lora.init(jax.random.key(0), shapes, lora.parse_targets(preset), 64)
-    )
+# Per two-stream block of width D: 4 D -> 6 D and 3 D -> D; per one-stream block D -> 9 D, 4 D -> D.
+DOUBLE_FF, SINGLE = 2 * (1 + 6 + 3 + 1), 1 + 9 + 4 + 1
+
+
+@pytest.mark.parametrize("model,preset,linears,parameters", [
+    # D-OPSD's own counts with peft at rank 64; in Z-Image both refiners are in it.
+    (TURBO, "published", 238, 158_760_960),
+    (TURBO, "attention", 136, 34 * 4 * 64 * 2 * 3840),
+    (TURBO, "all", 238, 158_760_960),
+    (KLEIN_4B, "published", 40, 15_728_640),
+    (KLEIN_9B, "published", 64, 33_554_432),
+    (KLEIN_4B, "attention", 40, 15_728_640),
+    (KLEIN_4B, "all", 40 + 5 * 4 + 20 * 2,
+     15_728_640 + 64 * 3072 * (5 * DOUBLE_FF + 20 * SINGLE)),
+])
+def test_presets_adapt_these_linears_of_the_full_network(model, preset, linears, parameters):
+    network, presets = model
+    assert set(presets) == set(lora.PRESETS)
+    shapes = transformer_shapes(network)
+    adapters = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, presets[preset], 64))
     assert lora.num_linears(adapters) == linears
     assert trees.count(adapters) == parameters
 
 
 def test_targets_are_a_preset_or_patterns():
-    assert lora.parse_targets("published") == lora.TARGETS["published"]
-    assert lora.parse_targets(" .*/to_q/kernel, .*/to_k/kernel ,") == (
+    assert lora.parse_targets("published", Z_IMAGE_TARGETS) == Z_IMAGE_TARGETS["published"]
+    assert lora.parse_targets(" .*/to_q/kernel, .*/to_k/kernel ,", Z_IMAGE_TARGETS) == (
         ".*/to_q/kernel", ".*/to_k/kernel"
     )
-    assert lora.parse_targets(["x"]) == ("x",)
+    assert lora.parse_targets(["x"], Z_IMAGE_TARGETS) == ("x",)
     names = lora.match_targets(shapes_of(TINY), [r"layers/.*/to_q/kernel", r".*/to_q/kernel"])
     assert names == [
         f"{stack}/attention/to_q/kernel"
@@ -132,14 +151,14 @@ def test_all_wrong_targets_are_named_together():
         "'(' is no regular expression: missing )",
         "'.*/norm_q/scale' matches context_refiner/attention/norm_q/scale, which is not a linear "
         "layer's kernel",
-        "Expected one of the presets ['attention', 'published']", "layers/feed_forward/w2",
+        "Expected one of the presets ('published', 'attention', 'all')", "layers/feed_forward/w2",
     ):
         assert part in text, text
     assert "to_q/kernel' matches" not in text
     with pytest.raises(ValueError, match="no LoRA target given"):
-        lora.match_targets(shapes_of(TINY), lora.parse_targets(" , "))
+        lora.match_targets(shapes_of(TINY), lora.parse_targets(" , ", Z_IMAGE_TARGETS))
     with pytest.raises(ValueError, match="LoRA rank: expected at least 1, got 0"):
-        lora.init(jax.random.key(0), shapes_of(TINY), lora.TARGETS["published"], 0)
+        lora.init(jax.random.key(0), shapes_of(TINY), Z_IMAGE_TARGETS["published"], 0)
 
 
 def test_init_is_gaussian_of_one_over_rank_and_a_function_of_the_key():

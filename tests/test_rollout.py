@@ -15,6 +15,7 @@ from dopsd_jax.models.denoiser import Context, Flux2Denoiser, ZImageDenoiser, re
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.layers import Dense
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 SCALE = 2.0
 SIGMAS = flow.sigmas_shifted(4, 3.0)
@@ -252,8 +253,8 @@ def lora_train_step(family):
         max_grad_norm=1.0,
     )
     state = jax.eval_shape(lambda: train_step.init_state(
-        lora.init(jax.random.key(0), base, lora.parse_targets(targets), 4), optimizer,
-        jax.random.key(0),
+        lora.init(jax.random.key(0), base, lora.parse_targets(targets, Z_IMAGE_TARGETS), 4),
+        optimizer, jax.random.key(0),
     ))
     step = train_step.make_train_step(
         train_step.Method(), optimizer, train_step.dopsd(train_step.Method(), denoiser.velocity)

@@ -9,6 +9,7 @@ from dopsd_jax import sample, weights
 from dopsd_jax.core import trees
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
 
 PROMPTS = ["a red fox", "a long description of a quiet harbour town, with boats and gulls, at dawn"]
 HEIGHT, WIDTH = 96, 64
@@ -71,7 +72,7 @@ def test_exported_lora_draws_the_same_picture_elsewhere(pipe, noise, tmp_path, f
     lora = trees.unflatten(flat)
     spec = lora_files.LoraSpec(4, 8.0)
     path = tmp_path / ("lora" if fmt == "peft" else "lora.safetensors")
-    lora_files.FORMATS[fmt](path, lora, spec, lora_files.Z_IMAGE_MODULES)
+    lora_files.FORMATS[fmt](path, lora, spec, Z_IMAGE_MODULES)
 
     size = dict(num_steps=4, height=HEIGHT, width=WIDTH, noise=noise)
     ours = sample.generate(pipe, PROMPTS, **size, lora=(lora, 2.0))

@@ -119,7 +119,10 @@ class BatchPlan:
     def _shuffle_epoch(self, index: int, epoch: int) -> np.ndarray:
         """A bucket's rows in the order of one epoch."""
         bucket, rows = self._buckets[index], self._rows[index]
-        return rows[self._permutation(len(rows), _ROWS, bucket.width, bucket.height, epoch)]
+        beside = (bucket.references,) if bucket.references else ()
+        return rows[
+            self._permutation(len(rows), _ROWS, bucket.width, bucket.height, epoch, *beside)
+        ]
 
     def _shuffle_cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
         """Per position of one cycle: index of its bucket, and that bucket's batches before it."""

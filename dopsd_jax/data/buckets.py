@@ -5,20 +5,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dopsd_jax.data.rows import DataError, Row
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """Width and height in pixels."""
+    """Rows of one shape.
+
+    Attributes:
+        width, height: Of the target in pixels, and of the references beside it.
+        references: How many images a row has beside the target.
+    """
 
     width: int
     height: int
+    references: int = 0
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}"
+        beside = f" with {self.references} reference(s)" if self.references else ""
+        return f"{self.width}x{self.height}{beside}"
 
 
 # Source: D-OPSD, the bucket list of the training scripts. The order decides ties.
@@ -95,14 +102,22 @@ def nearest_bucket(size: tuple[int, int], buckets: Sequence[Bucket]) -> Bucket:
 
 
 def assign_buckets(rows: Iterable[Row], buckets: Sequence[Bucket]) -> dict[Bucket, list[int]]:
-    """Indices of rows by bucket, in bucket order, without the empty buckets."""
-    assignment: dict[Bucket, list[int]] = {bucket: [] for bucket in buckets}
+    """Indices of rows by bucket, in bucket order, without the empty buckets.
+
+    The target's size chooses among `buckets`, the number of references splits what it chose.
+    """
+    assignment: dict[Bucket, list[int]] = {}
     nearest: dict[tuple[int, int], Bucket] = {}
     for index, row in enumerate(rows):
         if row.size not in nearest:
             nearest[row.size] = nearest_bucket(row.size, buckets)
-        assignment[nearest[row.size]].append(index)
-    return {bucket: indices for bucket, indices in assignment.items() if indices}
+        bucket = replace(nearest[row.size], references=len(row.references))
+        assignment.setdefault(bucket, []).append(index)
+    order = {(bucket.width, bucket.height): i for i, bucket in enumerate(buckets)}
+    return dict(sorted(
+        assignment.items(), key=lambda item: (order[item[0].width, item[0].height],
+                                              item[0].references)
+    ))
 
 
 def check_fillable(

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,7 +21,7 @@ from dopsd_jax.data.buckets import (
     parse_buckets,
 )
 from dopsd_jax.data.images import fit_image, read_image
-from dopsd_jax.data.rows import Row, read_rows
+from dopsd_jax.data.rows import Needs, Row, read_rows
 
 
 @dataclass
@@ -32,33 +33,48 @@ class Data:
     plan: BatchPlan
 
     @functools.cached_property
-    def image_digests(self) -> list[str]:
-        """Of every row: the target file's SHA-256, by content alone."""
-        files = dict.fromkeys(r.target for r in self.rows)
-        digests = {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-        return [digests[r.target] for r in self.rows]
+    def _digests(self) -> dict[Path, str]:
+        files = dict.fromkeys(file for r in self.rows for file in r.images)
+        return {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+    def image_digest(self, row: int, image: int = -1) -> str:
+        """SHA-256 of an image file of a row, by default of the target, by content alone."""
+        return self._digests[self.rows[row].images[image]]
 
     def fingerprint(self) -> str:
         """Identifies names, captions and image files by content, wherever they lie."""
-        rows = [
-            (r.target.name, r.captions, r.where, digest)
-            for r, digest in zip(self.rows, self.image_digests, strict=True)
-        ]
+        rows = []
+        for r in self.rows:
+            *references, target = (self._digests[file] for file in r.images)
+            beside = [references] if references else []
+            enhanced = [] if r.enhanced is None else [r.enhanced]
+            rows.append((r.target.name, r.captions, r.where, target, *beside, *enhanced))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
-    def pixels(self, row: int) -> np.ndarray:
-        """The target image of a row, float32 [H, W, 3] in [-1, 1], at its bucket's size."""
+    def pixels(self, row: int, image: int = -1) -> np.ndarray:
+        """An image of a row, by default the target, float32 [H, W, 3] in [-1, 1].
+
+        All images of a row have its bucket's size.
+
+        Source: D-OPSD, flux2-klein-edit: references are cut to the target's bucket. The sampler
+            of the published pipeline leaves them as large as they are.
+        """
         bucket = self.bucket_of[row]
-        return fit_image(read_image(self.rows[row].target), bucket.width, bucket.height)
+        file = self.rows[row].images[image]
+        return fit_image(read_image(file), bucket.width, bucket.height)
 
 
-def read_data(config: ConfigDict) -> Data:
+def read_data(config: ConfigDict, needs: Needs) -> Data:
     """Reads, checks and plans all data of a run.
+
+    Args:
+        config: Of the run.
+        needs: What the recipe reads of every row.
 
     Raises:
         DataError: Bad rows, or buckets that cannot fill a batch.
     """
-    rows = read_rows(config.data, root=config.data_root or None)
+    rows = read_rows(config.data, root=config.data_root or None, needs=needs)
     buckets = parse_buckets(config.buckets) if config.buckets else make_buckets(config.resolution)
     assignment = assign_buckets(rows, buckets)
     check_fillable(assignment, config.batch_size, config.small_buckets)

@@ -33,6 +33,9 @@ CAPTION_KEYS = tuple(
     for kind in ("short", "medium", "detailed", "user_prompt")
     for language in ("en", "zh")
 ) + ("caption", "prompt", "text")
+# What some recipes show the teacher in their place or beside them.
+SUBJECT_KEY = "subject_images"
+ENHANCED_KEY = "enhanced_prompt"
 SIZE_KEYS = ("h*w", "w*h")
 SIZE_PATTERN = re.compile(r"\s*[1-9]\d*\s*\*\s*[1-9]\d*\s*")
 
@@ -61,15 +64,37 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a recipe reads of every row.
+
+    Attributes:
+        images: Fewest and most images under an image key, the target last; None: no limit.
+        subject: Whether `subject_images` names other pictures of what the target shows.
+        enhanced: Whether `enhanced_prompt` holds the teacher's text.
+    """
+
+    images: tuple[int, int | None] = (1, 1)
+    subject: bool = False
+    enhanced: bool = False
+
+    @property
+    def one_pair(self) -> bool:
+        """Whether an image and a caption are all, as a folder has them."""
+        return self.images[0] == 1 and not self.subject and not self.enhanced
+
+
+@dataclass(frozen=True)
 class Row:
-    """One image-text pair, or for editing: references, target and instruction.
+    """One image-text pair, and what a recipe shows beside it.
 
     Attributes:
         where: "train.jsonl:3" or "cat.jpg", for messages.
-        images: Existing files; the last one is the target.
+        images: Existing files: references, or other pictures of the subject; the last one is the
+            target.
         captions: Caption by key, never empty, in the order of `CAPTION_KEYS`.
         size: (width, height) of the target in pixels, upright.
         class_name: What `[V]` stands for, or None.
+        enhanced: The teacher's text, of recipes that read one.
     """
 
     where: str
@@ -77,10 +102,15 @@ class Row:
     captions: dict[str, str]
     size: tuple[int, int]
     class_name: str | None
+    enhanced: str | None = None
 
     @property
     def target(self) -> Path:
         return self.images[-1]
+
+    @property
+    def references(self) -> tuple[Path, ...]:
+        return self.images[:-1]
 
 
 @dataclass
@@ -89,14 +119,16 @@ class _Draft:
 
     where: str
     paths: list[str] = field(default_factory=list)
+    subject: list[str] = field(default_factory=list)
     images: list[Path] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)
     class_name: str | None = None
+    enhanced: str | None = None
     problems: list[str] = field(default_factory=list)
 
 
 def read_rows(
-    data: str | Path, *, root: str | Path | None = None, num_images: int | None = 1
+    data: str | Path, *, root: str | Path | None = None, needs: Needs = Needs()
 ) -> list[Row]:
     """Reads and checks every row of a data set.
 
@@ -105,7 +137,7 @@ def read_rows(
             beside each (subfolders are not read).
         root: Folder that relative paths start from and that no image may lie outside of. By
             default the folder itself, or the folder of the JSONL file.
-        num_images: Images every row must have, references included; None for any number.
+        needs: What the recipe reads of every row; what else a row holds is ignored.
 
     Returns:
         Rows in file order (JSONL) or sorted by name (folder).
@@ -119,11 +151,16 @@ def read_rows(
         error, not cut to the first.
     """
     data = Path(data).expanduser()
+    if data.is_dir() and not needs.one_pair:
+        raise DataError(
+            f"{data}: expected a JSONL file, because this recipe reads {_words(needs)} of every "
+            "row, got a folder, whose rows are one image and one caption"
+        )
     if data.is_dir():
         drafts = _scan_folder(data)
         expected = f"an image ({', '.join(IMAGE_EXTENSIONS)}; subfolders are not read)"
     elif data.is_file():
-        drafts = _parse_jsonl(data)
+        drafts = _parse_jsonl(data, needs)
         expected = "a JSON object per line"
     else:
         raise DataError(
@@ -140,7 +177,7 @@ def read_rows(
         found = "is a file" if root.exists() else "does not exist"
         raise DataError(f"data_root: expected a folder, got {str(root)!r}, which {found}")
     for draft in drafts:
-        _resolve_images(draft, root, num_images)
+        _resolve_images(draft, root, needs)
     # Rows may share an image; each file is decoded once.
     sizes = _measure_all(dict.fromkeys(path for draft in drafts for path in draft.images))
     for draft in drafts:
@@ -148,8 +185,18 @@ def read_rows(
         draft.problems += [str(error) for error in broken if isinstance(error, DataError)]
     _raise_problems(data, drafts)
     return [
-        Row(d.where, tuple(d.images), d.captions, sizes[d.images[-1]], d.class_name) for d in drafts
+        Row(d.where, tuple(d.images), d.captions, sizes[d.images[-1]], d.class_name, d.enhanced)
+        for d in drafts
     ]
+
+
+def _words(needs: Needs) -> str:
+    """What a recipe reads of a row, for a message."""
+    low, high = needs.images
+    number = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+    order = " (references first, the target last)" if low > 1 else ""
+    beside = ((SUBJECT_KEY, needs.subject), (ENHANCED_KEY, needs.enhanced))
+    return f"{number} image(s){order}" + "".join(f" and {key}" for key, read in beside if read)
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -183,7 +230,7 @@ def open_image(path: str | Path) -> Image.Image:
     return image
 
 
-def _parse_jsonl(file: Path) -> list[_Draft]:
+def _parse_jsonl(file: Path, needs: Needs) -> list[_Draft]:
     """One draft per non-blank line."""
     drafts = []
     with file.open("rb") as lines:
@@ -191,12 +238,12 @@ def _parse_jsonl(file: Path) -> list[_Draft]:
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
                 draft = _Draft(f"{file.name}:{number}")
-                _parse_line(draft, line)
+                _parse_line(draft, line, needs)
                 drafts.append(draft)
     return drafts
 
 
-def _parse_line(draft: _Draft, line: bytes) -> None:
+def _parse_line(draft: _Draft, line: bytes, needs: Needs) -> None:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -219,6 +266,10 @@ def _parse_line(draft: _Draft, line: bytes) -> None:
         return
     _take_paths(draft, record)
     _take_captions(draft, record)
+    if needs.subject:
+        draft.subject = _read_paths(draft, SUBJECT_KEY, record.get(SUBJECT_KEY))
+    if needs.enhanced:
+        draft.enhanced = _read_text(draft, ENHANCED_KEY, record.get(ENHANCED_KEY))
     _check_sizes(draft, record)
     draft.class_name = record.get("class_name")
     if not isinstance(draft.class_name, str | None):
@@ -233,11 +284,16 @@ def _take_paths(draft: _Draft, record: dict) -> None:
             f"{', '.join(record) or '(none)'}"
         )
         return
-    value = record[key]
+    draft.paths = _read_paths(draft, key, record[key])
+
+
+def _read_paths(draft: _Draft, key: str, value: object) -> list[str]:
+    """The usable paths of a list, or of a single path."""
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not paths:
         draft.problems.append(f"{key}: expected a list of image paths, got {_shorten(value)}")
-        return
+        return []
+    usable = []
     for path in paths:
         if not isinstance(path, str) or not path.strip():
             draft.problems.append(f"{key}: expected an image path, got {_shorten(path)}")
@@ -246,7 +302,8 @@ def _take_paths(draft: _Draft, record: dict) -> None:
                 f"{key}: expected a local path, got {_shorten(path)}; download it and give the path"
             )
         else:
-            draft.paths.append(path)
+            usable.append(path)
+    return usable
 
 
 def _take_captions(draft: _Draft, record: dict) -> None:
@@ -257,17 +314,23 @@ def _take_captions(draft: _Draft, record: dict) -> None:
             f"expected a caption under at least one of the keys {', '.join(CAPTION_KEYS)}, got the "
             f"keys {', '.join(record) or '(none)'}"
         )
-    for key, text in present.items():
-        if not isinstance(text, str):
-            draft.problems.append(f"{key}: expected text, got {_shorten(text)}")
-        elif not text.strip():
-            draft.problems.append(
-                f"{key}: expected a caption, got {text!r}; write one or remove the key"
-            )
-        elif any("\ud800" <= char <= "\udfff" for char in text):
-            draft.problems.append(f"{key}: expected text, got half of a surrogate pair (\\ud8..)")
-        else:
-            draft.captions[key] = text
+    texts = {key: _read_text(draft, key, text) for key, text in present.items()}
+    draft.captions = {key: text for key, text in texts.items() if text is not None}
+
+
+def _read_text(draft: _Draft, key: str, text: object) -> str | None:
+    """The text, or None and a problem."""
+    if not isinstance(text, str):
+        draft.problems.append(f"{key}: expected text, got {_shorten(text)}")
+    elif not text.strip():
+        draft.problems.append(
+            f"{key}: expected a caption, got {text!r}; write one or remove the key"
+        )
+    elif any("\ud800" <= char <= "\udfff" for char in text):
+        draft.problems.append(f"{key}: expected text, got half of a surrogate pair (\\ud8..)")
+    else:
+        return text
+    return None
 
 
 def _check_sizes(draft: _Draft, record: dict) -> None:
@@ -333,14 +396,15 @@ def _read_caption(draft: _Draft, image: Path, file: Path | None) -> None:
         draft.problems.append(f"{file.name}: expected a caption, got an empty file; write one")
 
 
-def _resolve_images(draft: _Draft, root: Path, num_images: int | None) -> None:
-    """Turns written paths into files under the root."""
-    if draft.paths and num_images is not None and len(draft.paths) != num_images:
+def _resolve_images(draft: _Draft, root: Path, needs: Needs) -> None:
+    """Turns written paths into files under the root, the target last."""
+    low, high = needs.images
+    if draft.paths and not low <= len(draft.paths) <= (high or len(draft.paths)):
         draft.problems.append(
-            f"expected {num_images} image(s) per row for this recipe, got {len(draft.paths)}; list "
-            "that many, or choose another recipe"
+            f"expected {_words(Needs(needs.images))} per row for this recipe, got "
+            f"{len(draft.paths)}; list that many, or choose another recipe"
         )
-    for written in draft.paths:
+    for written in (*draft.subject, *draft.paths):
         try:
             # resolve() follows symlinks and "..", so what is compared is where the bytes lie.
             path = (root / written).resolve()
@@ -360,6 +424,8 @@ def _resolve_images(draft: _Draft, root: Path, num_images: int | None) -> None:
             )
         else:
             draft.images.append(path)
+    if draft.subject and draft.images and draft.images[-1] in draft.images[:-1]:
+        draft.problems.append(f"{SUBJECT_KEY}: expected other pictures than the target, got it too")
 
 
 def _measure_all(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | DataError]:

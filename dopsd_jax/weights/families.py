@@ -13,21 +13,34 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from dopsd_jax.core import trees
 from dopsd_jax.core.checks import POSITIVE, value_problems
 from dopsd_jax.core.log import log
+from dopsd_jax.core.trees import Tree
 from dopsd_jax.models.denoiser import Denoiser, Flux2Denoiser, ZImageDenoiser
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.flux2_vae import Flux2Vae, Flux2VaeConfig
 from dopsd_jax.models.qwen3 import Qwen3, Qwen3Config
 from dopsd_jax.models.vae import Vae, VaeConfig
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
-from dopsd_jax.weights.flux2_names import flux2_table
-from dopsd_jax.weights.names import Rule, WeightsError
+from dopsd_jax.weights.flux2_names import (
+    FLUX2_MODULES,
+    FLUX2_TARGETS,
+    flux2_bfl_table,
+    flux2_table,
+)
+from dopsd_jax.weights.names import Modules, Rule, WeightsError
 from dopsd_jax.weights.qwen3_names import qwen3_table
-from dopsd_jax.weights.vae_names import flux2_vae_table, vae_table
-from dopsd_jax.weights.z_image_names import z_image_table
+from dopsd_jax.weights.vae_names import (
+    decoder_table,
+    flux2_decoder_table,
+    flux2_vae_table,
+    vae_table,
+)
+from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES, Z_IMAGE_TARGETS, z_image_table
 
 FLUX2_TAPS = (9, 18, 27)
+DECODER = "vae_decoder"  # instead of "vae": latents to images alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +62,31 @@ class TextRules:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraRules:
+    """LoRA of a family.
+
+    Attributes:
+        targets: Regexes over parameter names by preset, see lora.PRESETS.
+        modules: How files name its Linears.
+    """
+
+    targets: dict[str, tuple[str, ...]]
+    modules: Modules
+
+
+LORA_RULES = (
+    LoraRules(Z_IMAGE_TARGETS, Z_IMAGE_MODULES), LoraRules(FLUX2_TARGETS, FLUX2_MODULES),
+)
+Z_IMAGE_LORA, FLUX2_LORA = LORA_RULES
+
+
+def lora_rules_of(tree: Tree) -> LoraRules:
+    """The rules of the family that a LoRA's names belong to, or most of them."""
+    paths = {name.rpartition("/")[0] for name in trees.flatten(tree)}
+    return max(LORA_RULES, key=lambda rules: len(paths & {r.target for r in rules.modules}))
+
+
+@dataclasses.dataclass(frozen=True)
 class Networks:
     """A pipeline without weights.
 
@@ -57,6 +95,7 @@ class Networks:
         text: Rules of its prompts.
         shift: The scheduler's static shift, or None where it depends on the picture's size.
         tables: Name table of each part.
+        lora: Targets and names of its LoRA.
     """
 
     denoiser: Denoiser
@@ -65,6 +104,7 @@ class Networks:
     text: TextRules
     shift: float | None
     tables: dict[str, list[Rule]]
+    lora: LoraRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +151,9 @@ def z_image(source: Source) -> Networks:
         text=TextRules((depth,), True, (64, 128, 256, 512), attends_pads=False),
         shift=source.read("scheduler", lambda values: _shift(values, dynamic=False)),
         tables={"transformer": z_image_table(config), "vae": vae_table(vae_config),
+                DECODER: decoder_table(vae_config),
                 "text_encoder": qwen3_table(text_config, depth)},
+        lora=Z_IMAGE_LORA,
     )
 
 
@@ -141,8 +183,11 @@ def flux2(source: Source) -> Networks:
         text_encoder=Qwen3(text_config, depth, source.dtype),
         text=TextRules(FLUX2_TAPS, False, (512,), attends_pads=True),
         shift=source.read("scheduler", lambda values: _shift(values, dynamic=True)),
-        tables={"transformer": flux2_table(config), "vae": flux2_vae_table(vae_config),
+        tables={"transformer": [*flux2_table(config), *flux2_bfl_table(config)],
+                "vae": flux2_vae_table(vae_config),
+                DECODER: flux2_decoder_table(vae_config),
                 "text_encoder": qwen3_table(text_config, depth)},
+        lora=FLUX2_LORA,
     )
 
 

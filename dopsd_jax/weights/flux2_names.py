@@ -1,14 +1,51 @@
-"""Tensor names of the FLUX.2 transformer in diffusers' layout."""
+"""Tensor names of the FLUX.2 transformer in diffusers' layout and in its makers' own."""
 
 from __future__ import annotations
 
 from dopsd_jax.models.flux2 import Flux2Config
-from dopsd_jax.weights.names import LINEAR, SAME, Rule, Transform, rule
+from dopsd_jax.weights.names import (
+    LINEAR,
+    LINEAR_SWAPPED,
+    SAME,
+    Modules,
+    Rule,
+    Transform,
+    rule,
+)
 
 MODULATIONS = (
     "double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation"
 )
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
+DOUBLE_ATTENTION = (
+    "to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+)
+# ComfyUI knows diffusers' module paths of this network behind "transformer." only.
+FLUX2_MODULES = Modules((
+    *(rule(f"{DOUBLE}.{{layer}}.attn.{p}{'.0' if p == 'to_out' else ''}", f"{DOUBLE}/attn/{p}")
+      for p in DOUBLE_ATTENTION),
+    *(rule(f"{DOUBLE}.{{layer}}.{ff}.{p}", f"{DOUBLE}/{ff}/{p}")
+      for ff in ("ff", "ff_context") for p in ("linear_in", "linear_out")),
+    *(rule(f"{SINGLE}.{{layer}}.attn.{p}", f"{SINGLE}/attn/{p}")
+      for p in ("to_qkv_mlp_proj", "to_out")),
+    *(rule(p, p) for p in ("x_embedder", "context_embedder", "proj_out")),
+    *(rule(f"time_guidance_embed.timestep_embedder.{p}", f"time_embedder/{p}")
+      for p in ("linear_1", "linear_2")),
+    *(rule(f"{p}.linear", p) for p in (*MODULATIONS.split("|"), "norm_out")),
+    # A list of modules, unused: PEFT refuses a suffix that hits it, see lora_files.
+    rule(f"{DOUBLE}.{{layer}}.attn.to_out", None),
+), "transformer.")
+ATTENTION = rf"{DOUBLE}/attn/({'|'.join(DOUBLE_ATTENTION)})/kernel"
+# LoRA targets by preset: regexes over parameter names. D-OPSD's list also names feed-forward layers
+# of FLUX.1, which match nothing; "published" is what is left: 8 linears per two-stream block.
+FLUX2_TARGETS = {
+    "published": (ATTENTION,),
+    "attention": (ATTENTION,),
+    "all": (
+        ATTENTION, rf"{DOUBLE}/(ff|ff_context)/(linear_in|linear_out)/kernel",
+        rf"{SINGLE}/attn/(to_qkv_mlp_proj|to_out)/kernel",
+    ),
+}
 
 
 def flux2_table(config: Flux2Config) -> list[Rule]:
@@ -41,4 +78,62 @@ def flux2_table(config: Flux2Config) -> list[Rule]:
                p="linear_in|linear_out"),
         layers(SINGLE, "attn.{p}", "attn/{p}/kernel", p="to_qkv_mlp_proj|to_out"),
         layers(SINGLE, "attn.{p}", "attn/{p}/scale", SAME, p="norm_q|norm_k"),
+    ]
+
+
+def flux2_bfl_table(config: Flux2Config) -> list[Rule]:
+    """The name table of the single file that Black Forest Labs ship, such as ComfyUI reads.
+
+    Projections to q, k and v are one tensor there. No name is one of `flux2_table`.
+
+    Source: diffusers `convert_flux2_transformer_checkpoint_to_diffusers`.
+    """
+    def linear(tensor: str, target: str, transform: Transform = LINEAR) -> Rule:
+        return rule(f"{tensor}.weight", f"{target}/kernel", transform)
+
+    def layers(stack: str, depth: int, tensor: str, target: str, leaf: str = "kernel",
+               **groups: str) -> Rule:
+        return rule(
+            f"{stack}.{{layer}}.{tensor}", f"{target}/{leaf}",
+            LINEAR if leaf == "kernel" else SAME,
+            layer="|".join(str(i) for i in range(depth)), **groups,
+        )
+
+    rules = [
+        linear("img_in", "x_embedder"), linear("txt_in", "context_embedder"),
+        linear("time_in.in_layer", "time_embedder/linear_1"),
+        linear("time_in.out_layer", "time_embedder/linear_2"),
+        *(linear(f"{p}.lin", p) for p in MODULATIONS.split("|")),
+        linear("final_layer.linear", "proj_out"),
+        linear("final_layer.adaLN_modulation.1", "norm_out", LINEAR_SWAPPED),
+    ]
+    streams = {
+        "img": ("to_q|to_k|to_v", "to_out", "norm_", "ff"),
+        "txt": ("add_q_proj|add_k_proj|add_v_proj", "to_add_out", "norm_added_", "ff_context"),
+    }
+    blocks = "double_blocks", config.num_layers
+    for stream, (qkv, out, norm, ff) in streams.items():
+        rules += [
+            layers(*blocks, f"{stream}_attn.qkv.weight#{{part}}", f"{DOUBLE}/attn/{{part}}",
+                   part=qkv),
+            layers(*blocks, f"{stream}_attn.proj.weight", f"{DOUBLE}/attn/{out}"),
+            layers(*blocks, f"{stream}_mlp.0.weight", f"{DOUBLE}/{ff}/linear_in"),
+            layers(*blocks, f"{stream}_mlp.2.weight", f"{DOUBLE}/{ff}/linear_out"),
+            *_bfl_norms(layers, blocks, f"{stream}_attn.norm", f"{DOUBLE}/attn/{norm}"),
+        ]
+    blocks = "single_blocks", config.num_single_layers
+    return [
+        *rules,
+        layers(*blocks, "linear1.weight", f"{SINGLE}/attn/to_qkv_mlp_proj"),
+        layers(*blocks, "linear2.weight", f"{SINGLE}/attn/to_out"),
+        *_bfl_norms(layers, blocks, "norm", f"{SINGLE}/attn/norm_"),
+    ]
+
+
+def _bfl_norms(layers, blocks: tuple[str, int], tensor: str, target: str) -> list[Rule]:
+    """Norms of q and k; files of some tools say `weight` where the makers say `scale`."""
+    return [
+        layers(*blocks, f"{tensor}.{long}_norm.{{kind}}", f"{target}{short}", "scale",
+               kind="scale|weight")
+        for long, short in (("query", "q"), ("key", "k"))
     ]

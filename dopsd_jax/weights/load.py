@@ -6,7 +6,7 @@ import functools
 import json
 import mmap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from dopsd_jax.core import trees
 from dopsd_jax.core.files import lfs_advice
 from dopsd_jax.core.sharding import place
-from dopsd_jax.weights.names import Rule, Slot, WeightsError, resolve
+from dopsd_jax.weights.names import Rule, Slot, WeightsError, fused_parts, resolve
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 DTYPES = {
@@ -125,6 +125,12 @@ class Stored:
         """The tensor over the mapped pages, read-only, no copy."""
         raw = np.frombuffer(self.file, np.uint8, self.stop - self.start, self.start)
         return raw.view(self.dtype).reshape(self.shape)
+
+    def split(self, parts: int) -> list[Stored]:
+        """Equal parts along the first axis, which lie one after the other in the file."""
+        shape, size = (self.shape[0] // parts, *self.shape[1:]), (self.stop - self.start) // parts
+        starts = [self.start + i * size for i in range(parts)]
+        return [replace(self, shape=shape, start=start, stop=start + size) for start in starts]
 
     def forget(self) -> None:
         """Takes the pages out of this process; the system may still cache the file."""
@@ -257,7 +263,8 @@ def load_tree(
     flat_shapes = trees.flatten(shapes)
     flat_shardings = trees.flatten(shardings) if shardings is not None else {}
     files = [Path(f) for f in files]
-    stored = _map_all(files)
+    table = list(table)
+    stored = _split_fused(table, _map_all(files))
     slots = _match(files, table, stored, flat_shapes)
     flat: dict[str, jax.Array | np.ndarray] = {}
     for done, (tensor, slot) in enumerate(slots.items()):
@@ -308,6 +315,19 @@ def _map_all(files: list[Path]) -> dict[str, Stored]:
     if problems:
         raise WeightsError("\n".join(problems))
     return stored
+
+
+def _split_fused(table: list[Rule], stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The same with every fused tensor in parts; one that cannot be stays, and fits no rule."""
+    fused = fused_parts(table, stored)
+    found = {}
+    for tensor, whole in stored.items():
+        parts = fused.get(tensor, ())
+        if parts and whole.shape and whole.shape[0] % len(parts) == 0:
+            found |= zip(parts, whole.split(len(parts)), strict=True)
+        else:
+            found[tensor] = whole
+    return found
 
 
 def _match(

@@ -9,7 +9,8 @@ alpha / rank (x a) b. Torch tools keep one transposed pair per layer, `lora_A (r
     diffusers   transformer.X.lora_A.weight             alpha / rank multiplied into lora_B
     ComfyUI     diffusion_model.X.lora_A.weight         alpha in a scalar diffusion_model.X.alpha
 
-X is the module path in diffusers' layout. ComfyUI maps it to its own fused layout while loading.
+X is the module path in diffusers' layout. ComfyUI maps it to its own fused layout while loading;
+for FLUX.2 it knows such paths behind `transformer.` only, and skips others without an error.
 """
 
 from __future__ import annotations
@@ -38,45 +39,12 @@ from dopsd_jax.weights.lora_reader import (
     read_lora,
     stack_of,
 )
-from dopsd_jax.weights.names import Rule, WeightsError, resolve, rule
+from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve
 
 __all__ = [
-    "FORMATS", "Z_IMAGE_MODULES", "LoraFileError", "LoraSpec", "check_replaceable", "read_lora",
+    "FORMATS", "LoraFileError", "LoraSpec", "check_replaceable", "read_lora",
     "save_comfyui", "save_diffusers", "save_peft",
 ]
-
-Z_IMAGE_BLOCK = {
-    "attention.to_q": "attention/to_q",
-    "attention.to_k": "attention/to_k",
-    "attention.to_v": "attention/to_v",
-    "attention.to_out.0": "attention/to_out",
-    "feed_forward.w1": "feed_forward/w1",
-    "feed_forward.w2": "feed_forward/w2",
-    "feed_forward.w3": "feed_forward/w3",
-    "adaLN_modulation.0": "adaLN_modulation",
-}
-Z_IMAGE_REST = {
-    "all_x_embedder.2-1": "x_embedder",
-    "all_final_layer.2-1.linear": "final_linear",
-    "all_final_layer.2-1.adaLN_modulation.1": "final_modulation",
-    "t_embedder.mlp.0": "t_embedder/mlp_0",
-    "t_embedder.mlp.2": "t_embedder/mlp_2",
-    "cap_embedder.1": "cap_embedder",
-}
-# Every Linear of Z-Image, torch module path <-> tree path. {layer} is the only group such a list
-# may use, so that its rules can be read in both directions.
-Z_IMAGE_MODULES: list[Rule] = [
-    *(
-        rule(f"{stack}.{{layer}}.{module}", f"{stack}/{path}")
-        for stack in ("layers", "noise_refiner", "context_refiner")
-        for module, path in Z_IMAGE_BLOCK.items()
-        if not (stack == "context_refiner" and path == "adaLN_modulation")
-    ),
-    *(rule(module, path) for module, path in Z_IMAGE_REST.items()),
-    # A SiLU, listed as unused: PEFT refuses a suffix that hits it, see _target_modules.
-    rule("all_final_layer.2-1.adaLN_modulation.0", None),
-]
-
 
 def check_replaceable(path: str | Path, *, overwrite: bool = False) -> None:
     """Refuses to replace a LoRA file or PEFT directory that was not written here.
@@ -106,7 +74,7 @@ def check_replaceable(path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def save_peft(
-    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule],
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
     *, overwrite: bool = False,
 ) -> None:
     """Writes a directory for `PeftModel.from_pretrained`; alpha stands in its config.
@@ -115,7 +83,7 @@ def save_peft(
         path: Directory, made if missing; an earlier adapter of ours there is replaced.
         lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
         spec: Rank, alpha and base model.
-        modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+        modules: Module names of the network, from its name table.
         overwrite: Replace an adapter of another origin too; never anything else.
 
     Raises:
@@ -172,7 +140,7 @@ def save_peft(
 
 
 def save_diffusers(
-    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule],
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
     *, overwrite: bool = False,
 ) -> None:
     """Writes one file for diffusers' `pipe.load_lora_weights`, with alpha / rank inside lora_B.
@@ -184,7 +152,7 @@ def save_diffusers(
         path: File, must end in .safetensors.
         lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
         spec: Rank, alpha and base model.
-        modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+        modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
 
     Raises:
@@ -199,18 +167,18 @@ def save_diffusers(
 
 
 def save_comfyui(
-    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Iterable[Rule],
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
     *, overwrite: bool = False,
 ) -> None:
     """Writes one file for ComfyUI's LoRA loader, with an alpha beside every pair.
 
-    diffusers reads it too for Z-Image, but refuses the alpha keys for FLUX.2.
+    diffusers reads it too for Z-Image; for FLUX.2 it must be given the file of `save_diffusers`.
 
     Args:
         path: File, must end in .safetensors.
         lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
         spec: Rank, alpha and base model.
-        modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+        modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
 
     Raises:
@@ -218,9 +186,10 @@ def save_comfyui(
     """
     tensors = {}
     for module, (a, b) in _torch_pairs(path, lora, spec, list(modules)).items():
-        tensors[f"diffusion_model.{module}.lora_A.weight"] = a
-        tensors[f"diffusion_model.{module}.lora_B.weight"] = b
-        tensors[f"diffusion_model.{module}.alpha"] = np.asarray(spec.alpha, np.float32)
+        key = f"{modules.comfyui}{module}"
+        tensors[f"{key}.lora_A.weight"] = a
+        tensors[f"{key}.lora_B.weight"] = b
+        tensors[f"{key}.alpha"] = np.asarray(spec.alpha, np.float32)
     _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite)
 
 

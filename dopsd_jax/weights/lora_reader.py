@@ -16,7 +16,7 @@ import numpy as np
 from dopsd_jax.core import trees
 from dopsd_jax.core.checks import COUNT, SCALE, TEXT, Kind, is_whole, value_problems
 from dopsd_jax.weights.load import PICKLES, open_safetensors
-from dopsd_jax.weights.names import Rule, Slot, WeightsError, resolve, rule
+from dopsd_jax.weights.names import Modules, Rule, Slot, WeightsError, resolve, rule
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -97,7 +97,7 @@ def stack_of(template: str) -> str:
 
 
 def read_lora(
-    path: str | Path, modules: Iterable[Rule], shapes: trees.Tree | None = None
+    path: str | Path, modules: Modules, shapes: trees.Tree | None = None
 ) -> tuple[trees.Tree, LoraSpec]:
     """Reads a LoRA of any of the three formats, told apart by content.
 
@@ -107,7 +107,7 @@ def read_lora(
 
     Args:
         path: A .safetensors file or a directory with one.
-        modules: Module names of the network, such as `Z_IMAGE_MODULES`.
+        modules: Module names of the network, from its name table.
         shapes: Params tree of the network (arrays or ShapeDtypeStruct) to check sizes and number
             of layers against; without it a stack has as many layers as the file's highest index.
 
@@ -189,7 +189,7 @@ def _locate(path: Path) -> Path:
 Keys = dict[tuple[str, int | None], dict[str, str]]
 
 
-def _match_keys(file: Path, names: Iterable[str], modules: Iterable[Rule]) -> tuple[Keys, list]:
+def _match_keys(file: Path, names: Iterable[str], modules: Modules) -> tuple[Keys, list]:
     """{(tree path, layer): {"a" | "b" | "alpha": key}}, and what is wrong with the names.
 
     Raises:

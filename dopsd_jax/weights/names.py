@@ -7,7 +7,7 @@ be filled exactly once; all violations are collected and raised together.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,10 @@ class Transform:
 
 SAME = Transform(lambda x: x, lambda x: x)
 LINEAR = Transform(lambda x: x.T, lambda x: x.T)  # (out, in) <-> (in, out)
+# Rows in two halves, one of which each layout writes first.
+LINEAR_SWAPPED = Transform(
+    lambda x: np.roll(x, len(x) // 2, 0).T, lambda x: np.roll(x.T, x.shape[1] // 2, 0)
+)
 CONV = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 
 
@@ -42,12 +46,18 @@ class Rule:
         transform: Layout change of one tensor (one layer of a stacked parameter).
         template: The tensor name as a format string with {layer} and the pattern's other groups,
             where the pattern is not simply the escaped template (see `rule`).
+        parts: Of a tensor that is several parameters, one after the other along its rows: the
+            values of the group `part`. The names it is resolved by are `tensor#part`.
     """
 
     pattern: str
     target: str | None
     transform: Transform = SAME
     template: str = ""
+    parts: tuple[str, ...] = ()
+
+
+PART = "#"
 
 
 def rule(template: str, target: str | None, transform: Transform = SAME, **groups: str) -> Rule:
@@ -55,6 +65,7 @@ def rule(template: str, target: str | None, transform: Transform = SAME, **group
 
     Args:
         template: Tensor name; {layer} matches digits, every other {group} its regex in `groups`.
+            One that ends in `#{part}` is of a fused tensor, whose parts `groups` lists: "q|k|v".
         target: Parameter name, may use the groups.
         transform: Layout change.
         **groups: Regex of each group but `layer`.
@@ -64,7 +75,36 @@ def rule(template: str, target: str | None, transform: Transform = SAME, **group
         re.escape(part) if i % 2 == 0 else f"(?P<{part}>{groups.get(part, '[0-9]+')})"
         for i, part in enumerate(parts)
     )
-    return Rule(pattern, target, transform, template)
+    fused = template.endswith(f"{PART}{{part}}")
+    return Rule(
+        pattern, target, transform, template, tuple(groups["part"].split("|")) if fused else ()
+    )
+
+
+def fused_parts(table: Iterable[Rule], tensor_names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Of every fused tensor, {tensor: names of its parts} as `resolve` takes them."""
+    fused = [(re.compile(r.pattern.rpartition(re.escape(PART))[0]), r) for r in table if r.parts]
+    return {
+        tensor: tuple(f"{tensor}{PART}{part}" for part in r.parts)
+        for tensor in tensor_names for pattern, r in fused if pattern.fullmatch(tensor)
+    }
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Every Linear of a network by its module path in torch, as LoRA files name it.
+
+    Attributes:
+        rules: Module path <-> tree path. {layer} is the only group they use, so that they can be
+            read in both directions.
+        comfyui: What ComfyUI expects before a module path of diffusers' layout.
+    """
+
+    rules: tuple[Rule, ...]
+    comfyui: str
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self.rules)
 
 
 @dataclass(frozen=True)
@@ -106,7 +146,10 @@ def export_names(
     table: Iterable[Rule], tensor_names: Iterable[str], flat: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The other direction: the tensors called `tensor_names`, taken from a flat parameter dict."""
-    slots, problems = resolve(table, tensor_names)
+    table, tensor_names = list(table), list(tensor_names)
+    fused = fused_parts(table, tensor_names)
+    names = [part for tensor in tensor_names for part in fused.get(tensor, (tensor,))]
+    slots, problems = resolve(table, names)
     if problems:
         raise WeightsError("\n".join(problems))
     tensors = {}
@@ -115,4 +158,6 @@ def export_names(
         tensors[tensor] = slot.transform.to_torch(
             value if slot.layer is None else value[slot.layer]
         )
+    for tensor, parts in fused.items():
+        tensors[tensor] = np.concatenate([tensors.pop(part) for part in parts])
     return tensors

@@ -25,15 +25,20 @@ from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
 from dopsd_jax.models.vae import Vae
-from dopsd_jax.weights.families import Networks, Source, TextRules, open_networks
+from dopsd_jax.weights.families import (
+    DECODER,
+    LoraRules,
+    Networks,
+    Source,
+    TextRules,
+    open_networks,
+)
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.names import WeightsError
 from dopsd_jax.weights.qwen3_names import check_language_match, vision_table
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
-from dopsd_jax.weights.vae_names import decoder_table
 
 PARTS = ("transformer", "vae", "text_encoder")
-DECODER = "vae_decoder"  # instead of "vae": latents to images alone
 DTYPES = ("bfloat16", "float16", "float32")  # of weights and compute
 C = TypeVar("C")
 
@@ -50,6 +55,7 @@ class Pipeline:
         text_encoder, text_params: Qwen3, as deep as the taps need.
         tokenizer: With the chat template.
         text: How prompts become features.
+        lora: Targets and file names of its LoRA.
         shift: The scheduler's static shift, or None where it depends on the picture's size.
         sample_size: Pixels per side that the model draws by itself.
     """
@@ -58,6 +64,7 @@ class Pipeline:
     denoiser: Denoiser
     tokenizer: Any
     text: TextRules
+    lora: LoraRules
     shift: float | None
     sample_size: int
     vae: Vae
@@ -186,7 +193,9 @@ def load_pipeline(
 
     Args:
         directory: Holds model_index.json, transformer/, vae/, text_encoder/, tokenizer/ and
-            scheduler/; or "mini", the model that comes with the package.
+            scheduler/; or "mini", the model that comes with the package. The transformer's
+            tensors may be a single file in the layout of its makers, in transformer/ or, if there
+            are none, beside it.
         dtype: Dtype of the transformer's and the text encoder's weights and compute.
         vae_dtype: The same for the VAE; float32 keeps the picture's last bit.
         remat: Rematerialisation policy of the transformer, see models/layers.py.
@@ -214,6 +223,7 @@ def load_pipeline(
         denoiser=dataclasses.replace(nets.denoiser, mesh=mesh),
         tokenizer=prompts.load_tokenizer(directory / "tokenizer"),
         text=nets.text,
+        lora=nets.lora,
         shift=nets.shift,
         sample_size=read_config(directory / "vae" / "config.json", _sample_size),
         vae=nets.vae,
@@ -223,7 +233,7 @@ def load_pipeline(
     if "transformer" in parts:
         shapes = transformer_shapes(pipe.denoiser.network)
         pipe.params = _load(
-            directory / "transformer", nets.tables["transformer"], shapes, dtype,
+            _transformer_folder(directory), nets.tables["transformer"], shapes, dtype,
             sharding.shard(mesh, shapes) if mesh is not None else None,
         )
     if "vae" in parts:
@@ -231,16 +241,22 @@ def load_pipeline(
             directory / "vae", nets.tables["vae"], vae_shapes(pipe.vae), vae_dtype
         )
     elif DECODER in parts:
-        pipe.vae_params = _load(
-            directory / "vae", decoder_table(nets.vae.config),
-            {"decoder": vae_shapes(pipe.vae)["decoder"]}, vae_dtype,
-        )
+        shapes = {name: tree for name, tree in vae_shapes(pipe.vae).items()
+                  if name not in ("encoder", "quant_conv")}
+        pipe.vae_params = _load(directory / "vae", nets.tables[DECODER], shapes, vae_dtype)
     if "text_encoder" in parts:
         pipe.text_params = _load(
             directory / "text_encoder", nets.tables["text_encoder"],
             text_shapes(pipe.text_encoder), dtype,
         )
     return pipe
+
+
+def _transformer_folder(directory: Path) -> Path:
+    """Where the transformer's tensors are."""
+    folder = directory / "transformer"
+    beside = not any(folder.glob("*.safetensors*")) and any(directory.glob("*.safetensors"))
+    return directory if beside else folder
 
 
 def _open(directory: Path, dtype: jnp.dtype, vae_dtype: jnp.dtype, remat: str) -> Networks:

@@ -9,7 +9,7 @@ from dopsd_jax.weights.names import CONV, LINEAR, SAME, Rule, Transform, rule
 SIDES = "encoder|decoder"
 
 
-def decoder_table(config: VaeConfig) -> list[Rule]:
+def decoder_table(config: VaeConfig | Flux2VaeConfig) -> list[Rule]:
     """As `vae_table`, but the encoder's tensors are left unused."""
     table = vae_table(config, "decoder")
     return [
@@ -20,9 +20,20 @@ def decoder_table(config: VaeConfig) -> list[Rule]:
 
 def flux2_vae_table(config: Flux2VaeConfig) -> list[Rule]:
     """The name table of an AutoencoderKLFlux2: the conv network, quant convs and statistics."""
-    convs = "quant_conv|post_quant_conv"
+    return [*vae_table(config), *_around("quant_conv|post_quant_conv")]
+
+
+def flux2_decoder_table(config: Flux2VaeConfig) -> list[Rule]:
+    """As `flux2_vae_table`, but what only encodes is left unused."""
     return [
-        *vae_table(config),
+        *decoder_table(config), *_around("post_quant_conv"),
+        rule("quant_conv.{p}", None, p="weight|bias"),
+    ]
+
+
+def _around(convs: str) -> list[Rule]:
+    """The 1 x 1 convolutions and the statistics around the conv network of FLUX.2."""
+    return [
         rule("{p}.weight", "{p}/kernel", CONV, p=convs),
         rule("{p}.bias", "{p}/bias", p=convs),
         rule("bn.running_{p}", "bn_{p}", p="mean|var"),

@@ -184,3 +184,13 @@ def test_a_million_rows_are_planned_quickly():
     for step in range(1000):
         plan.at(step)
     assert time.monotonic() - start < 10  # about 1 s; a slow machine may take longer
+
+
+def test_buckets_that_differ_in_references_alone_have_orders_of_their_own():
+    one, two = Bucket(64, 64, 1), Bucket(64, 64, 2)
+    plan = make_plan({one: list(range(0, 12)), two: list(range(12, 24))})
+    first, second = (
+        rows_of(plan, range(6), bucket) for bucket in (one, two)
+    )
+    assert sorted(first) == list(range(12)) and sorted(second) == list(range(12, 24))
+    assert first != [row - 12 for row in second]

@@ -143,3 +143,17 @@ def test_small_buckets_are_refused_with_their_counts_and_the_choices():
 def test_unknown_policy_is_refused():
     with pytest.raises(ValueError, match='expected "error" or "repeat", got \'drop\''):
         check_fillable({Bucket(64, 64): [0]}, 1, "drop")
+
+
+def test_the_number_of_references_splits_what_the_targets_size_chose():
+    def edit(width, height, references):
+        images = tuple(Path(f"{i}.jpg") for i in range(references + 1))
+        return Row("row", images, {"caption": "x"}, (width, height), None)
+
+    rows = [edit(512, 512, 2), edit(768, 512, 1), edit(500, 520, 1), edit(511, 512, 2)]
+    assignment = assign_buckets(rows, parse_buckets("768x512,512x512"))
+    assert list(assignment.items()) == [
+        (Bucket(768, 512, 1), [1]), (Bucket(512, 512, 1), [2]), (Bucket(512, 512, 2), [0, 3]),
+    ]
+    with pytest.raises(DataError, match=r"got 1 in 768x512 with 1 reference\(s\), 1 in 512x512 w"):
+        check_fillable(assignment, 2, "error")

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from skimage import data as photographs
 
 from dopsd_jax.data import rows
-from dopsd_jax.data.rows import DataError, read_rows
+from dopsd_jax.data.rows import DataError, Needs, read_rows
 
 
 @pytest.fixture(scope="session")
@@ -125,15 +125,15 @@ def test_byte_order_mark_crlf_blank_lines_and_null_captions_are_tolerated(folder
 
 def test_editing_rows_hold_references_then_target(folder):
     file = write_jsonl(folder, {"path": ["a.jpg", "b.jpg"], "prompt": "x", "h*w": ["1*2", "3 * 4"]})
-    (row,) = read_rows(file, num_images=2)
+    (row,) = read_rows(file, needs=Needs((2, 2)))
     assert row.images == (folder / "a.jpg", folder / "b.jpg") and row.target == row.images[1]
-    assert read_rows(file, num_images=None) == [row]
+    assert read_rows(file, needs=Needs((1, None))) == [row]
 
 
 def test_size_is_the_targets(folder):
     Image.new("RGB", (30, 20)).save(folder / "c.png")
     file = write_jsonl(folder, {"path": ["a.jpg", "c.png"], "prompt": "x"})
-    assert read_rows(file, num_images=2)[0].size == (30, 20)
+    assert read_rows(file, needs=Needs((2, 2)))[0].size == (30, 20)
 
 
 def test_relative_paths_start_at_the_given_root(folder):
@@ -233,7 +233,50 @@ def test_wrong_number_of_images_is_refused(folder):
         "train.jsonl:1: expected 1 image(s) per row for this recipe, got 2",
         write_jsonl(folder, {"path": ["a.jpg", "b.jpg"], "prompt": "x"}),
     )
-    assert_refused("a.jpg: expected 2 image(s) per row", folder, num_images=2)
+    assert_refused(
+        "train.jsonl:1: expected at least 2 image(s) (references first, the target last) per row "
+        "for this recipe, got 1; list that many, or choose another recipe",
+        write_jsonl(folder, record()), needs=Needs((2, None)),
+    )
+
+
+def test_a_folder_is_refused_where_a_row_must_hold_more(folder):
+    for needs, words in (
+        (Needs((2, None)), "reads at least 2 image(s) (references first, the target last) of"),
+        (Needs(subject=True), "reads 1 image(s) and subject_images of every row, got a folder"),
+        (Needs(enhanced=True), "reads 1 image(s) and enhanced_prompt of every row"),
+    ):
+        assert_refused(f"expected a JSONL file, because this recipe {words}", folder, needs=needs)
+
+
+def test_other_pictures_of_the_subject_come_before_the_target(folder):
+    for written in ("b.jpg", ["b.jpg"]):
+        file = write_jsonl(folder, record(subject_images=written))
+        (row,) = read_rows(file, needs=Needs(subject=True))
+        assert row.images == (folder / "b.jpg", folder / "a.jpg")
+        assert row.references == (folder / "b.jpg",) and row.target == folder / "a.jpg"
+        assert read_rows(file)[0].images == (folder / "a.jpg",)  # ignored by other recipes
+
+
+def test_bad_subject_images_are_refused(folder):
+    for written, words in (
+        (None, "subject_images: expected a list of image paths, got null"),
+        ([], "subject_images: expected a list of image paths, got []"),
+        ([3], "subject_images: expected an image path, got 3"),
+        (["c.jpg"], "'c.jpg': expected an image file, found none"),
+        (["b.jpg", "a.jpg"], "subject_images: expected other pictures than the target, got it too"),
+    ):
+        file = write_jsonl(folder, record(subject_images=written))
+        assert_refused(f"train.jsonl:1: {words}", file, needs=Needs(subject=True))
+
+
+def test_the_enhanced_prompt_is_the_teachers(folder):
+    file = write_jsonl(folder, record(enhanced_prompt="a tabby cat on a sofa"))
+    assert read_rows(file, needs=Needs(enhanced=True))[0].enhanced == "a tabby cat on a sofa"
+    assert read_rows(file)[0].enhanced is None
+    for written, words in ((None, "expected text, got null"), (" ", "expected a caption, got ' '")):
+        file = write_jsonl(folder, record(enhanced_prompt=written))
+        assert_refused(f"train.jsonl:1: enhanced_prompt: {words}", file, needs=Needs(enhanced=True))
 
 
 # What is refused: lines.

@@ -21,7 +21,6 @@ from safetensors.numpy import load_file, save_file
 from dopsd_jax.core import trees
 from dopsd_jax.weights.lora_files import (
     FORMATS,
-    Z_IMAGE_MODULES,
     LoraFileError,
     LoraSpec,
     read_lora,
@@ -29,6 +28,7 @@ from dopsd_jax.weights.lora_files import (
     save_diffusers,
     save_peft,
 )
+from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
 
 TINY = dict(
     all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=64, n_layers=2,
