@@ -28,6 +28,9 @@ FAMILY_PLACES = ("models/", "weights/", "contexts.py", "mini/", "quickstart.py")
 FAMILY_NAMES = r"z_?-?image|flux_?-?\.?2|klein"
 TRAINING_WORDS = r"student|teacher|(\b|_)loss(es)?(\b|_)"
 FOREIGN = {"torch", "tensorflow", "diffusers", "peft", "torchvision", "accelerate"}
+# Metrics of real models run in torch; score.py, which nothing imports, is the only way to them.
+TORCH_FILES = {"compare/features.py", "compare/lpips.py"}
+TORCH_COMMAND = "score.py"
 
 
 def source_files():
@@ -189,5 +192,19 @@ def test_nothing_imports_the_training_command():
 
 @pytest.mark.parametrize("path", source_files(), ids=relative)
 def test_no_module_imports_other_frameworks(path):
-    wrong = [f"{line}: {m}" for line, m in imported_modules(path) if m.split(".")[0] in FOREIGN]
+    allowed = {"torch"} if relative(path) in {TORCH_COMMAND, *TORCH_FILES} else set()
+    wrong = [f"{line}: {m}" for line, m in imported_modules(path)
+             if m.split(".")[0] in FOREIGN - allowed]
     assert not wrong
+
+
+def test_only_the_scoring_command_leads_to_torch():
+    edges = {(a, b) for a, _, b in own_imports()}
+    assert {a for a, b in edges if b in TORCH_FILES} == {TORCH_COMMAND}
+    assert not [a for a, b in edges if b == TORCH_COMMAND]
+    # Nothing outside a function of score.py needs torch: what it lacks is then said in words.
+    module = ast.parse((ROOT / PACKAGE / TORCH_COMMAND).read_text())
+    top = {a.name for n in module.body if isinstance(n, ast.Import) for a in n.names}
+    top |= {f"{n.module}{name}" for n in module.body if isinstance(n, ast.ImportFrom)
+            for name in ("", *(f".{a.name}" for a in n.names))}
+    assert not {m for m in top if m == "torch" or module_file(m) in TORCH_FILES}
