@@ -8,6 +8,7 @@ def base() -> ConfigDict:
     c = ConfigDict()
     # What to train on.
     c.model = ""              # pipeline directory (model_index.json, transformer/, vae/, ..)
+    c.published = "z_image_turbo"  # whose sizes are planned for where no model is given
     c.vlm = ""                # directory in the format of Qwen3-VL-4B-Instruct, for the teacher
     c.data = ""               # JSONL of the published format, or a folder of images and .txt; what
                               # a row holds depends on the recipe

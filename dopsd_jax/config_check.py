@@ -22,6 +22,7 @@ from dopsd_jax.data import prompts
 from dopsd_jax.data.buckets import make_buckets, parse_buckets
 from dopsd_jax.models.layers import REMAT_POLICIES
 from dopsd_jax.train_step import TEACHERS, TRAINABLE, Method
+from dopsd_jax.weights.families import PUBLISHED
 from dopsd_jax.weights.pipeline import (
     DTYPES,
     Pipeline,
@@ -60,7 +61,8 @@ TEXT = Rule("a text", lambda x: isinstance(x, str))
 TEXTS = Rule("texts", lambda x: all(isinstance(text, str) for text in x))
 
 RULES: dict[str, Rule] = {
-    "model": PATH, "vlm": PATH, "data": PATH, "data_root": ANY, "cache": TEXT,
+    "model": PATH, "published": one_of(*PUBLISHED), "vlm": PATH,
+    "data": PATH, "data_root": ANY, "cache": TEXT,
     "resolution": at_least(16), "buckets": ANY, "small_buckets": one_of("error", "repeat"),
     "text_tokens": TOKENS, "teacher_tokens": TOKENS, "truncate_prompts": ANY,
     "objective": one_of(*OBJECTIVES), "states": one_of(*rollout.STATES), "base_lora": TEXT,

@@ -12,8 +12,7 @@ import re
 import numpy as np
 
 from dopsd_jax.core import trees
-from dopsd_jax.models.denoiser import Denoiser, ZImageDenoiser
-from dopsd_jax.models.z_image import round_up
+from dopsd_jax.models.denoiser import Denoiser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,34 +34,6 @@ class Count:
         return self.base + self.lora + self.attention
 
 
-def _tokens(denoiser: Denoiser, image: int, text: int, references: int) -> list[tuple[str, int]]:
-    """(pattern of layer names, tokens that pass through them); the first match counts."""
-    if isinstance(denoiser, ZImageDenoiser):
-        padded = round_up(image)
-        return [
-            (r".*adaLN_modulation|t_embedder/.*|final_modulation", 1),
-            (r"layers/.*", padded + text), (r"noise_refiner/.*", padded),
-            (r"context_refiner/.*|cap_embedder", text), (r"x_embedder|final_linear", image),
-        ]
-    seen = image + references
-    return [
-        (r"time_embedder/.*|.*_modulation.*|norm_out", 1),
-        (r"transformer_blocks/attn/(add_._proj|to_add_out)|.*/ff_context/.*|context_embedder",
-         text),
-        (r"single_transformer_blocks/.*", seen + text), (r"transformer_blocks/.*|x_embedder", seen),
-        (r"proj_out", image),
-    ]
-
-
-def _attended(denoiser: Denoiser, image: int, text: int, references: int) -> dict[str, int]:
-    """Stack of layers -> the length of the sequence that attends to itself."""
-    if isinstance(denoiser, ZImageDenoiser):
-        padded = round_up(image)
-        return {"layers": padded + text, "noise_refiner": padded, "context_refiner": text}
-    whole = image + text + references
-    return {"transformer_blocks": whole, "single_transformer_blocks": whole}
-
-
 def forward(
     denoiser: Denoiser, params: trees.Tree, lora: trees.Tree | None, *, image: int, text: int,
     references: int = 0,
@@ -77,8 +48,7 @@ def forward(
     Raises:
         ValueError: Every layer of which it is not known what passes through.
     """
-    tokens = _tokens(denoiser, image, text, references)
-    unknown = []
+    passes, unknown = denoiser.passes(image, text, references), []
 
     def products(tree, leaves):
         total = 0.0
@@ -86,7 +56,7 @@ def forward(
             layer, _, leaf = name.rpartition("/")
             if leaf not in leaves:
                 continue
-            count = next((n for pattern, n in tokens if re.fullmatch(pattern, layer)), None)
+            count = next((n for pattern, n in passes.layers if re.fullmatch(pattern, layer)), None)
             if count is None:
                 unknown.append(name)
             else:
@@ -98,7 +68,7 @@ def forward(
     if unknown:
         raise ValueError(f"FLOPs: it is not known how many tokens pass through {unknown}")
     flat, attention = trees.flatten(params), 0.0
-    for stack, length in _attended(denoiser, image, text, references).items():
+    for stack, length in passes.attends.items():
         depth = next(x.shape[0] for n, x in flat.items() if n.startswith(f"{stack}/"))
         c = denoiser.network.config
         attention += depth * 4.0 * length**2 * c.dim

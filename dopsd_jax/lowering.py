@@ -19,8 +19,7 @@ from dopsd_jax import flow, lora
 from dopsd_jax.core import ahead, sharding, trees
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
-from dopsd_jax.models.denoiser import Context, Denoiser, ZImageDenoiser
-from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.models.denoiser import Context, Denoiser
 from dopsd_jax.train_step import (
     Batch,
     Method,
@@ -30,6 +29,7 @@ from dopsd_jax.train_step import (
     optimizer_of,
     sft,
 )
+from dopsd_jax.weights.families import lora_rules_of, published_denoiser
 from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
 
 
@@ -54,25 +54,20 @@ def planned_bucket(config: ConfigDict) -> Bucket:
 
 
 def denoiser_of(config: ConfigDict, mesh: Mesh | None = None) -> Denoiser:
-    """The network of config.model by its files; without a model, Z-Image-Turbo's."""
+    """The network of config.model by its files; without a model the one of config.published."""
     if config.model:
         return load_pipeline(
             config.model, dtype=config.dtype, remat=config.remat, parts=(), mesh=mesh
         ).denoiser
-    network = ZImageTransformer(ZImageConfig.turbo(), jnp.dtype(config.dtype), config.remat)
-    return ZImageDenoiser(network, mesh=mesh)
-
-
-def text_width(denoiser: Denoiser) -> int:
-    c = denoiser.network.config
-    return c.cap_feat_dim if isinstance(denoiser, ZImageDenoiser) else c.joint_attention_dim
+    denoiser = published_denoiser(config.published, jnp.dtype(config.dtype), config.remat)
+    return dataclasses.replace(denoiser, mesh=mesh)
 
 
 def trained_shapes(config: ConfigDict, params: Tree) -> Tree:
     """What trains, float32."""
     if config.trainable == "full":
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), params)
-    targets = lora.parse_targets(config.lora.targets)
+    targets = lora.parse_targets(config.lora.targets, lora_rules_of(params).targets)
     return jax.eval_shape(
         lambda: lora.init(jax.random.key(0), params, targets, config.lora.rank)
     )
@@ -107,7 +102,7 @@ def step_shapes(config: ConfigDict, mesh: Mesh, denoiser: Denoiser) -> Shapes:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def context(length):
-        B, D = config.batch_size, text_width(denoiser)
+        B, D = config.batch_size, denoiser.text_width
         return Context(array(B, length, D, dtype=jnp.dtype(config.dtype)),
                        array(B, length, dtype=bool))
 

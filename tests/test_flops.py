@@ -11,6 +11,7 @@ from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.train_step import Batch, Method, dopsd
 from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 # Wide enough that products are nearly all there is to count.
 Z_IMAGE = ZImageDenoiser(ZImageTransformer(ZImageConfig(
@@ -22,13 +23,11 @@ FLUX2 = Flux2Denoiser(Flux2Transformer(
 ))
 SIDE = {"z_image": 16, "flux2": 8}
 CASES = {"z_image": Z_IMAGE, "flux2": FLUX2}
-TARGETS = {"z_image": lora.TARGETS["published"], "flux2": (r".*_blocks/attn/.*/kernel",)}
+TARGETS = {"z_image": Z_IMAGE_TARGETS["published"], "flux2": (r".*_blocks/attn/.*/kernel",)}
 
 
 def context(denoiser, length):
-    c = denoiser.network.config
-    width = c.cap_feat_dim if isinstance(denoiser, ZImageDenoiser) else c.joint_attention_dim
-    return Context(jax.ShapeDtypeStruct((1, length, width), jnp.float32),
+    return Context(jax.ShapeDtypeStruct((1, length, denoiser.text_width), jnp.float32),
                    jax.ShapeDtypeStruct((1, length), bool))
 
 
@@ -53,7 +52,7 @@ def test_a_step_is_counted_as_xla_counts_it(trainable):
     low_rank = None
     if trainable == "lora":
         low_rank = jax.eval_shape(
-            lambda: lora.init(jax.random.key(0), params, lora.TARGETS["published"], 16)
+            lambda: lora.init(jax.random.key(0), params, Z_IMAGE_TARGETS["published"], 16)
         )
     trained, base = (low_rank, params) if low_rank is not None else (params, None)
     noise = jax.ShapeDtypeStruct((1, 16, 16, 16), jnp.float32)

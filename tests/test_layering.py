@@ -24,12 +24,14 @@ LAYERS = [
     ("commands", [""]),
 ]
 # The shipped mini model is of one family; the quickstart ends by printing a command for its users.
-FAMILY_PLACES = ("models/", "weights/", "contexts.py", "mini/", "quickstart.py")
+# bench/ renders the published loop of one family in torch.
+FAMILY_PLACES = ("models/", "weights/", "contexts.py", "mini/", "quickstart.py", "bench/")
 FAMILY_NAMES = r"z_?-?image|flux_?-?\.?2|klein"
 TRAINING_WORDS = r"student|teacher|(\b|_)loss(es)?(\b|_)"
 FOREIGN = {"torch", "tensorflow", "diffusers", "peft", "torchvision", "accelerate"}
 # Metrics of real models run in torch; score.py, which nothing imports, is the only way to them.
 TORCH_FILES = {"compare/features.py", "compare/lpips.py"}
+TORCH_LOOP = "bench/torch_loop.py"  # what the package's speed is compared with
 TORCH_COMMAND = "score.py"
 
 
@@ -193,6 +195,8 @@ def test_nothing_imports_the_training_command():
 @pytest.mark.parametrize("path", source_files(), ids=relative)
 def test_no_module_imports_other_frameworks(path):
     allowed = {"torch"} if relative(path) in {TORCH_COMMAND, *TORCH_FILES} else set()
+    if relative(path) == TORCH_LOOP:
+        allowed = {"torch", "diffusers", "peft"}
     wrong = [f"{line}: {m}" for line, m in imported_modules(path)
              if m.split(".")[0] in FOREIGN - allowed]
     assert not wrong
@@ -200,6 +204,7 @@ def test_no_module_imports_other_frameworks(path):
 
 def test_only_the_scoring_command_leads_to_torch():
     edges = {(a, b) for a, _, b in own_imports()}
+    assert not [a for a, b in edges if b == TORCH_LOOP]  # a process of its own
     assert {a for a, b in edges if b in TORCH_FILES} == {TORCH_COMMAND}
     assert not [a for a, b in edges if b == TORCH_COMMAND]
     # Nothing outside a function of score.py needs torch: what it lacks is then said in words.

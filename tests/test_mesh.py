@@ -17,6 +17,7 @@ from dopsd_jax.models.denoiser import Context, ZImageDenoiser
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.train_step import Batch, Method, dopsd, init_state, make_optimizer, make_train_step
 from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 ROOT = Path(__file__).parents[1]
 ROWS = 8
@@ -52,7 +53,7 @@ def make(sizes, trainable, remat):
     base, student = None, params
     if trainable == "lora":
         base = sharding.place(params, sharding.shard(mesh, params))
-        targets = lora.TARGETS["published"]
+        targets = Z_IMAGE_TARGETS["published"]
         student = jax.tree.map(
             lambda x: x + 0.02, lora.init(jax.random.key(0), params, targets, 4)
         )

@@ -23,7 +23,7 @@ from dopsd_jax.flow import sigmas_shifted
 from dopsd_jax.models.denoiser import Context, ZImageDenoiser
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.weights.load import load_tree, weight_files
-from dopsd_jax.weights.z_image_names import z_image_table
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS, z_image_table
 
 TINY = dict(
     all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=64, n_layers=2,
@@ -205,7 +205,7 @@ class OurRun:
         self.base = load_tree(weight_files(directory), z_image_table(config), shapes)
         # The published list of names and our preset must select the same linear layers.
         paths = {n.rsplit("/", 1)[0] for n in trees.flatten(student)}
-        matched = lora.match_targets(shapes, lora.parse_targets("published"))
+        matched = lora.match_targets(shapes, lora.parse_targets("published", Z_IMAGE_TARGETS))
         assert {n.removesuffix("/kernel") for n in matched} == paths
         keep_grads = optax.GradientTransformation(
             lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, state, p: (g, g)

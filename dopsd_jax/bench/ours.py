@@ -20,6 +20,7 @@ from dopsd_jax.core.trees import Tree, map_named
 from dopsd_jax.models.denoiser import Context, ZImageDenoiser
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 
 def random_weights(shapes: Tree) -> Tree:
@@ -58,7 +59,7 @@ def measure(case: Case) -> Measured:
         learning_rate=1e-4, warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01,
         max_grad_norm=1.0,
     )
-    targets = lora.parse_targets("published")
+    targets = Z_IMAGE_TARGETS["published"]
     trained = lora.init(jax.random.key(3), shapes, targets, RANK)
     state = train_step.init_state(trained, optimizer, jax.random.key_data(jax.random.key(4)))
     step = jax.jit(

@@ -13,6 +13,7 @@ from dopsd_jax.bench.case import MODELS, RANK, STEPS, Case, Measured
 from dopsd_jax.models.denoiser import ZImageDenoiser
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 # Dense bfloat16 FLOP/s, from the makers' data sheets, by a part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -33,9 +34,8 @@ def useful_flops(case: Case) -> float:
     """Of one update, without what is computed a second time; the same for every program."""
     denoiser = ZImageDenoiser(ZImageTransformer(ZImageConfig.from_json(MODELS[case.model])))
     shapes = transformer_shapes(denoiser.network)
-    trained = jax.eval_shape(
-        lambda: lora.init(jax.random.key(0), shapes, lora.parse_targets("published"), RANK)
-    )
+    targets = Z_IMAGE_TARGETS["published"]
+    trained = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, targets, RANK))
     image = (case.side // denoiser.pixel_multiple) ** 2
     student, teacher = (
         flops.forward(denoiser, shapes, trained, image=image, text=text)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dopsd_jax.core import sharding
 from dopsd_jax.core.checks import check_shapes
 from dopsd_jax.models.flux2 import Flux2Transformer, image_ids
-from dopsd_jax.models.z_image import ZImageTransformer
+from dopsd_jax.models.z_image import ZImageTransformer, round_up
 
 Variables = dict[str, Any]
 
@@ -35,6 +35,19 @@ class Context:
     text_mask: jax.Array
     ref_tokens: jax.Array | None = None
     ref_ids: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """How many tokens pass where in one evaluation for one picture; for counting FLOPs.
+
+    Attributes:
+        layers: (regex of the names of layers, tokens); the first match counts.
+        attends: Stack of layers -> length of the sequence that attends to itself in each.
+    """
+
+    layers: tuple[tuple[str, int], ...]
+    attends: dict[str, int]
 
 
 def _latent_shape(denoiser: Denoiser, height: int, width: int) -> tuple[int, int, int]:
@@ -65,6 +78,24 @@ class ZImageDenoiser:
     def pixel_multiple(self) -> int:
         """Image sides must be multiples of this: one token is so many pixels."""
         return self.pixels_per_latent * self.network.config.patch_size
+
+    @property
+    def text_width(self) -> int:
+        """D of the text features."""
+        return self.network.config.cap_feat_dim
+
+    def passes(self, image: int, text: int, references: int = 0) -> Passes:
+        """Where so many tokens of an image and its text pass; it takes no references."""
+        del references
+        padded = round_up(image)
+        return Passes(
+            (
+                (r".*adaLN_modulation|t_embedder/.*|final_modulation", 1),
+                (r"layers/.*", padded + text), (r"noise_refiner/.*", padded),
+                (r"context_refiner/.*|cap_embedder", text), (r"x_embedder|final_linear", image),
+            ),
+            {"layers": padded + text, "noise_refiner": padded, "context_refiner": text},
+        )
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape [h, w, C] of the latents of one image.
@@ -135,6 +166,25 @@ class Flux2Denoiser:
     def pixel_multiple(self) -> int:
         """Image sides must be multiples of this: one token is so many pixels."""
         return self.pixels_per_latent
+
+    @property
+    def text_width(self) -> int:
+        """D of the text features."""
+        return self.network.config.joint_attention_dim
+
+    def passes(self, image: int, text: int, references: int = 0) -> Passes:
+        """Where so many tokens of an image, its text and its references pass."""
+        seen, whole = image + references, image + references + text
+        return Passes(
+            (
+                (r"time_embedder/.*|.*_modulation.*|norm_out", 1),
+                (r"transformer_blocks/attn/(add_._proj|to_add_out)|.*/ff_context/.*|"
+                 r"context_embedder", text),
+                (r"single_transformer_blocks/.*", whole),
+                (r"transformer_blocks/.*|x_embedder", seen), (r"proj_out", image),
+            ),
+            {"transformer_blocks": whole, "single_transformer_blocks": whole},
+        )
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape [h, w, C] of the latents of one image.

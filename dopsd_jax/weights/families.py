@@ -245,3 +245,22 @@ def _shift(values: dict, *, dynamic: bool) -> float | None:
     if wrong:
         raise WeightsError("; ".join(wrong))
     return None if dynamic else float(values["shift"])
+
+
+# Networks of published checkpoints, for plans without their files.
+PUBLISHED: dict[str, Callable[[jnp.dtype, str], Denoiser]] = {
+    "z_image_turbo": lambda dtype, remat: ZImageDenoiser(
+        ZImageTransformer(ZImageConfig.turbo(), dtype, remat)
+    ),
+    "flux2_klein_4b": lambda dtype, remat: Flux2Denoiser(
+        Flux2Transformer(Flux2Config.klein_4b(), dtype, remat)
+    ),
+    "flux2_klein_9b": lambda dtype, remat: Flux2Denoiser(
+        Flux2Transformer(Flux2Config.klein_9b(), dtype, remat)
+    ),
+}
+
+
+def published_denoiser(name: str, dtype: jnp.dtype, remat: str) -> Denoiser:
+    """The network of a published checkpoint, by a name of PUBLISHED; it has no weights."""
+    return PUBLISHED[name](dtype, remat)

@@ -22,6 +22,7 @@ from dopsd_jax.weights.pipeline import (
     vae_shapes,
     vision_shapes,
 )
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 Z_IMAGE = ZImageTransformer(ZImageConfig.turbo(), jnp.bfloat16)
 
@@ -78,7 +79,7 @@ def test_trained_trees_moments_and_averages_lie_like_their_parameters():
     def state(trained):
         return init_state(trained, optimizer, jnp.zeros(2, jnp.uint32))
 
-    targets = lora.TARGETS["published"]
+    targets = Z_IMAGE_TARGETS["published"]
     low_rank = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, targets, 64))
     for trained in (shapes, low_rank):
         placed = sharding.shard(mesh(), jax.eval_shape(state, trained))

@@ -12,6 +12,7 @@ from dopsd_jax.core import sharding
 from dopsd_jax.models import layers
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 CONFIG = ZImageConfig(
     in_channels=4, dim=48, n_layers=5, n_refiner_layers=1, n_heads=4, cap_feat_dim=32,
@@ -30,7 +31,7 @@ def kept(remat, monkeypatch):
     network = ZImageTransformer(CONFIG, jnp.bfloat16, remat)
     params = transformer_shapes(network)
     low_rank = jax.eval_shape(
-        lambda: lora.init(jax.random.key(0), params, lora.TARGETS["published"], 2)
+        lambda: lora.init(jax.random.key(0), params, Z_IMAGE_TARGETS["published"], 2)
     )
     mesh = AbstractMesh((1, 4, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
