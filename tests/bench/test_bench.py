@@ -1,0 +1,90 @@
+"""The bench's table and order, without measuring; one real run on a small size: slow."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dopsd_jax.bench import __main__ as bench
+from dopsd_jax.bench.case import MODELS, Case, Measured
+from dopsd_jax.bench.table import Result, as_markdown, useful_flops, utilisation
+
+SMALL = Case("small", 64, 1)
+
+
+def measured(seconds, device="NVIDIA H100 80GB HBM3"):
+    return Measured(30.0, seconds, 1.5 * seconds, 12 * 2**30, 0.5, device)
+
+
+def test_flops_grow_with_the_batch_and_are_those_of_the_published_size():
+    one = Case("z-image", 1024, 1, student_tokens=512, teacher_tokens=512)
+    dim, mlp, text, image, rank = 3840, 10240, 512, 4096, 64
+    linears = 4 * dim * dim + 3 * dim * mlp
+    low_rank = rank * (4 * 2 * dim + 3 * (dim + mlp))
+    sequences = [text + image] * 30 + [image] * 2 + [text] * 2  # a layer each
+    attention = sum(4 * n * n * dim for n in sequences)
+    base, lora = (sum(2 * n * size for n in sequences) for size in (linears, low_rank))
+    forward, backward = base + lora + attention, base + 2 * lora + 2 * attention
+    assert useful_flops(one) == pytest.approx(4 * (2 * forward + backward), rel=0.01)
+    two = Case("z-image", 1024, 2, student_tokens=512, teacher_tokens=512)
+    assert useful_flops(two) == 2 * useful_flops(one)
+
+
+def test_utilisation_needs_a_device_whose_peak_is_known():
+    assert utilisation(SMALL, measured(2.0)) == pytest.approx(useful_flops(SMALL) / 2 / 989e12)
+    assert utilisation(SMALL, measured(2.0, "cpu")) is None
+
+
+def test_a_row_per_measurement_and_the_ratio_to_torch_on_the_same_case():
+    larger = Case("small", 64, 2)
+    text = as_markdown([
+        Result("dopsd_jax", SMALL, measured(0.5)), Result("torch", SMALL, measured(1.0)),
+        Result("dopsd_jax", larger, "out of memory"),
+    ])
+    rows = [line for line in text.splitlines() if line.startswith("| 64")]
+    assert len({row.count("|") for row in rows}) == 1 and "H100" in text
+    assert "| 0.500 | 0.750 | 2 | 2.00 | 12.0 |" in rows[0] and "| 1.00 |" in rows[1]
+    assert rows[2].startswith("| 64 | 2 | dopsd_jax | out of memory |")
+
+
+def test_the_batch_doubles_while_it_fits_and_torch_gets_the_largest(tmp_path, monkeypatch):
+    asked = []
+
+    def child(program, case, seconds, cache):
+        asked.append((program, case.side, case.batch, case.compiled))
+        return measured(1.0) if case.batch <= 4 else "out of memory"
+
+    monkeypatch.setattr(bench, "_child", child)
+    run = bench.Bench(tmp_path, 1000)
+    run.everything([64, 32], SMALL)
+    assert asked[:6] == [
+        ("dopsd_jax", 64, 1, False), ("torch", 64, 1, False), ("dopsd_jax", 32, 1, False),
+        ("torch", 32, 1, False), (bench.AGAIN, 64, 1, False), (bench.COMPILED, 64, 1, True),
+    ]
+    assert asked[6:10] == [("dopsd_jax", 64, b, False) for b in (2, 4, 8)] + [
+        ("torch", 64, 4, False)]
+    assert len(json.loads((tmp_path / "bench.json").read_text())) == len(asked)
+    assert (tmp_path / "bench.md").read_text() == as_markdown(run.results)
+
+
+def test_what_a_child_cannot_do_is_told(tmp_path, monkeypatch):
+    wrong = bench._child("dopsd_jax", Case("no_such", 64, 1), 100, tmp_path)
+    assert wrong.startswith("failed: KeyError: 'no_such'")
+    assert bench._child("dopsd_jax", SMALL, 0.01, tmp_path) == "no time left"
+    monkeypatch.setitem(bench.MODULES, "full", "no_such_module")
+    assert bench._child("full", SMALL, 100, tmp_path).startswith("failed: ")
+
+
+@pytest.mark.slow
+def test_both_programs_run_on_a_small_size(tmp_path):
+    assert "small" in MODELS
+    done = subprocess.run(
+        [sys.executable, "-m", "dopsd_jax.bench", "--model", "small", "--sides", "32", "--updates",
+         "1", "--student_tokens", "32", "--teacher_tokens", "32", "--out", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    found = {r["program"] for r in rows if isinstance(r["found"], dict)}
+    assert {"dopsd_jax", "dopsd_jax, second start", "torch"} <= found
