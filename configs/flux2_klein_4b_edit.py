@@ -14,6 +14,7 @@ from configs.common import base
 def get_config():
     c = base()
     c.published = "flux2_klein_4b"
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 1
     c.recipe = "edit"
     c.teacher_tokens = 512
     c.learning_rate = 2e-5

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dopsd_jax import flow, lora
+from dopsd_jax import contexts, flow, lora
 from dopsd_jax.core import ahead, sharding, trees
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
@@ -63,6 +63,14 @@ def denoiser_of(config: ConfigDict, mesh: Mesh | None = None) -> Denoiser:
     return dataclasses.replace(denoiser, mesh=mesh)
 
 
+def references_of(config: ConfigDict, denoiser: Denoiser, role: str) -> int:
+    """Tokens of the references a role sees, rows having one reference each where the recipe takes
+    the row's; each of the size of the target."""
+    bucket = planned_bucket(config)
+    h, w, _ = denoiser.latent_shape(bucket.height, bucket.width)
+    return len(contexts.RECIPES[config.recipe].shown(role, 1)) * h * w
+
+
 def trained_shapes(config: ConfigDict, params: Tree) -> Tree:
     """What trains, float32."""
     if config.trainable == "full":
@@ -101,16 +109,19 @@ def step_shapes(config: ConfigDict, mesh: Mesh, denoiser: Denoiser) -> Shapes:
     def array(*shape, dtype=jnp.float32, where=rows):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    def context(length):
-        B, D = config.batch_size, denoiser.text_width
-        return Context(array(B, length, D, dtype=jnp.dtype(config.dtype)),
-                       array(B, length, dtype=bool))
+    def context(role, length):
+        B, D, M = config.batch_size, denoiser.text_width, references_of(config, denoiser, role)
+        return Context(
+            array(B, length, D, dtype=jnp.dtype(config.dtype)), array(B, length, dtype=bool),
+            array(B, M, latent[-1]) if M else None,
+            array(B, M, 4, dtype=jnp.int32) if M else None,
+        )
 
     plain = config.objective == "sft"
     targets = plain or config.states == "noised"
     batch = Batch(
-        array(*latent), context(config.text_tokens),
-        None if plain else context(config.teacher_tokens),
+        array(*latent), context(contexts.STUDENT, config.text_tokens),
+        None if plain else context(contexts.TEACHER, config.teacher_tokens),
         array(config.num_steps + 1, where=sharding.replicated(mesh)),
         array(*latent) if targets else None, array(config.batch_size) if plain else None,
     )

@@ -20,7 +20,7 @@ from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax import flops, lowering
+from dopsd_jax import contexts, flops, lowering
 from dopsd_jax.core import ahead, cli, hlo, sharding
 from dopsd_jax.core.chips import ATTENTION, GIB, chip_of, count_chips
 from dopsd_jax.weights.pipeline import transformer_shapes
@@ -144,8 +144,13 @@ def step_flops(config: ConfigDict) -> flops.Step:
     side = denoiser.pixel_multiple
     image = (bucket.height // side) * (bucket.width // side)
     student, teacher = (
-        flops.forward(denoiser, params, trained, image=image, text=text)
-        for text in (config.text_tokens, config.teacher_tokens)
+        flops.forward(
+            denoiser, params, trained, image=image, text=text,
+            references=lowering.references_of(config, denoiser, role),
+        )
+        for role, text in (
+            (contexts.STUDENT, config.text_tokens), (contexts.TEACHER, config.teacher_tokens)
+        )
     )
     return flops.train_step(
         student, teacher if config.objective == "dopsd" else None,
