@@ -8,4 +8,6 @@ from configs import flux2_klein_4b_edit
 
 
 def get_config():
-    return flux2_klein_4b_edit.get_config()
+    c = flux2_klein_4b_edit.get_config()
+    c.published = "flux2_klein_9b"
+    return c
