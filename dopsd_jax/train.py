@@ -127,12 +127,15 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         pipe.params = None
         log.info("full fine-tuning: %s parameters", f"{trees.count(student):,}")
     optimizer = optimizer_of(config)
-    state = init_state(
-        student, optimizer, jax.random.key_data(jax.random.fold_in(rng, 2)),
-        jnp.dtype(config.ema_dtype),
-    )
-    placed = sharding.shard(mesh, state)
-    state = sharding.place(state, placed)
+    def make_state(student):
+        rng_data = jax.random.key_data(jax.random.fold_in(rng, 2))
+        return init_state(student, optimizer, rng_data, jnp.dtype(config.ema_dtype))
+
+    placed = sharding.shard(mesh, jax.eval_shape(make_state, student))
+    if base is not None:
+        state = sharding.place(make_state(student), placed)
+    else:  # copies and moments of all weights come into being where they belong
+        state = jax.jit(make_state, out_shardings=placed)(student)
     del student  # placing may have copied it
 
     if looks_ahead:

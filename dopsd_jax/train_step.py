@@ -289,7 +289,7 @@ def make_train_step(
             if method.ema_warmup:
                 decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
             averaged = lora.ema(cast_floats(state.teacher, jnp.float32), student, decay)
-            rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+            rng = jax.random.fold_in(jax.random.key(1), state.step)
             next_teacher = round_like(averaged, state.teacher, rng)
         metrics |= {
             "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)

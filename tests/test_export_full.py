@@ -74,9 +74,9 @@ def test_diffusers_computes_the_same_with_the_exported_weights(run, pipe, traine
 def test_shards_have_an_index_and_read_back_bit_for_bit(pipe, trained, tmp_path):
     out, table = tmp_path / "transformer", transformer_table(pipe.denoiser)
     files = write_component(
-        out, pipe.directory / "transformer", table, trained, shard_bytes=300_000
+        out, pipe.directory / "transformer", table, trained, shard_bytes=1_100_000
     )
-    assert len(files) > 2 and all(f.stat().st_size < 400_000 for f in files)
+    assert len(files) > 1 and all(f.stat().st_size < 1_200_000 for f in files)
     index = json.loads((out / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {f.name for f in files}
     back = load_tree(weight_files(out), table, transformer_shapes(pipe.denoiser.network))

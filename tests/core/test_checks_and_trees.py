@@ -80,3 +80,15 @@ def test_only_floats_are_cast():
     assert {k: str(v.dtype) for k, v in got.items()} == {
         "f": "bfloat16", "h": "bfloat16", "i": "int32", "m": "bool"
     }
+
+
+def test_bfloat16_averages_and_moments_move_by_less_than_their_resolution():
+    x = {"a": jnp.full((100_000,), 1.0 + 2**-12, jnp.float32), "n": jnp.zeros((), jnp.int32)}
+    like = {"a": jnp.zeros((1,), jnp.bfloat16), "n": jnp.zeros((), jnp.int32)}
+    got = trees.round_like(x, like, jax.random.key(0))
+    assert got["a"].dtype == jnp.bfloat16 and got["n"].dtype == jnp.int32
+    values, counts = np.unique(np.asarray(got["a"], np.float32), return_counts=True)
+    np.testing.assert_array_equal(values, [1.0, 1.0 + 2**-7])  # neighbours in bfloat16
+    assert counts[1] / counts.sum() == pytest.approx(2**-5, rel=0.1)
+    assert np.isposinf(np.asarray(trees.round_like(
+        jnp.full((1,), jnp.inf), jnp.zeros((1,), jnp.bfloat16), jax.random.key(0)), np.float32))
