@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from dopsd_jax.core import distributed
 from dopsd_jax.core.log import show
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
@@ -33,6 +34,7 @@ def run_command(
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected arguments {argv[1:]}; is a text not quoted?")
+            distributed.skip_missing_tpu()
             main()
         except (ValueError, OSError, *errors) as e:
             raise SystemExit(f"error: {e}") from e

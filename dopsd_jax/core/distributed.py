@@ -26,6 +26,26 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 MESSAGE_BYTES = 4096
 
 
+GOOGLE = "0x1ae0"  # PCI vendor of every TPU
+
+
+def skip_missing_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> None:
+    """Keeps JAX from looking for a TPU that is not there.
+
+    Plans need the package libtpu on machines without one, and wherever it is installed it looks for
+    chips first and prints errors at length. Where JAX_PLATFORMS is set, or JAX can use NVIDIA GPUs,
+    nothing is changed.
+    """
+    def installed(name: str) -> bool:
+        return importlib.util.find_spec(name) is not None
+
+    cuda = installed("jax_cuda12_plugin") or installed("jax_cuda13_plugin")
+    if jax.config.jax_platforms or cuda or not installed("libtpu"):
+        return
+    if GOOGLE not in [f.read_text().strip() for f in devices.glob("*/vendor")]:
+        jax.config.update("jax_platforms", "cpu")
+
+
 def define_flags() -> None:
     """--coordinator, --num_processes and --process_id; none is needed on TPU."""
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if there are several; or "

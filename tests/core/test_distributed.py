@@ -140,3 +140,29 @@ def test_a_process_makes_the_rows_of_its_own_devices_alone(monkeypatch):
     sharding.place_rows(Half(), 8, rows, whole[rows])
     for got, want in zip(asked, (whole[6:], whole[:2], whole[:2]), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_a_tpu_is_looked_for_only_where_there_is_one(tmp_path, monkeypatch):
+    modules = {"libtpu": None}
+    monkeypatch.setattr(
+        distributed.importlib.util, "find_spec", lambda name: name if name in modules else None
+    )
+    (tmp_path / "0000:00:01.0").mkdir()
+    vendor = tmp_path / "0000:00:01.0" / "vendor"
+    before = jax.config.jax_platforms
+
+    def chosen(given=""):
+        jax.config.update("jax_platforms", given)
+        distributed.skip_missing_tpu(tmp_path)
+        return jax.config.jax_platforms
+
+    try:
+        vendor.write_text("0x10de\n")
+        assert chosen() == "cpu" and chosen("tpu") == "tpu"
+        vendor.write_text("0x1ae0\n")
+        assert chosen() == ""
+        vendor.write_text("0x10de\n")
+        modules["jax_cuda12_plugin"] = None
+        assert chosen() == ""
+    finally:
+        jax.config.update("jax_platforms", before)
