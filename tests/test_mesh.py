@@ -126,7 +126,8 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(found, case):
     trainable, sizes, remat = case
     got = found[f"{trainable} {sizes} {remat}"]
     assert got["metrics"] < 2e-5 and got["student"] < 1e-4 and got["teacher"] < 1e-4, got
-    assert got["split"] > (0.9 if trainable == "lora" else 0.4), got
+    # Of the arrays; the MLP's width, 170, does not divide by 8, nor do norms by anything.
+    assert got["split"] > (0.75 if trainable == "lora" else 0.4), got
 
 
 if __name__ == "__main__":
