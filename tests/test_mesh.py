@@ -30,9 +30,8 @@ OPTIMIZER = make_optimizer(
     max_grad_norm=1.0,
 )
 CASES = [
-    *(("lora", (1, 8, 1), remat) for remat in ("full", "matmuls", "activations")),
-    *((trainable, sizes, "full") for trainable, sizes in (
-        ("lora", (2, 2, 2)), ("full", (1, 8, 1)), ("full", (2, 2, 2)))),
+    ("lora", (1, 8, 1), "matmuls"), ("lora", (1, 8, 1), "activations"), ("lora", (2, 2, 2), "full"),
+    ("full", (1, 8, 1), "full"),
 ]
 
 
@@ -128,7 +127,8 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(found, case):
     trainable, sizes, remat = case
     got = found[f"{trainable} {sizes} {remat}"]
     assert got["metrics"] < 2e-5 and got["student"] < 1e-4 and got["teacher"] < 1e-4, got
-    assert got["split"] > (0.9 if trainable == "lora" else 0.4), got
+    # Of the arrays; the MLP's width, 170, does not divide by 8, nor do norms by anything.
+    assert got["split"] > (0.75 if trainable == "lora" else 0.4), got
 
 
 if __name__ == "__main__":
