@@ -1,5 +1,6 @@
 """The README's commands, run as printed on the tiny pipeline under the real names."""
 
+import json
 import os
 import re
 import shlex
@@ -22,6 +23,10 @@ SMALLER = {
     "dopsd_jax.sample": ["--num_steps=2", "--height=64", "--width=64"],
     "dopsd_jax.export": [],
 }
+SMALLER_FLUX2 = SMALLER | {"dopsd_jax.train": [
+    "--config.buckets=64x64", "--config.num_train_steps=2", "--config.sample_every=0",
+    "--config.lora.rank=4", "--config.batch_size=2", "--config.preflight=off",
+]}
 
 
 def block(mark: str) -> str:
@@ -41,11 +46,15 @@ def home(tiny, tmp_path_factory):
     for name in ("astronaut", "chelsea", "coffee", "rocket"):
         Image.fromarray(getattr(photographs, name)()).save(home / "photos" / f"{name}.png")
         (home / "photos" / f"{name}.txt").write_text(f"a photograph of {name}\n")
-    for line in block("tested").strip().splitlines():
+    run_block(home, "tested", SMALLER)
+    return home
+
+
+def run_block(home, mark, smaller):
+    for line in block(mark).strip().splitlines():
         python, _, module, *rest = shlex.split(line)
         assert python == "python"
-        run(home, "-m", module, *rest, *SMALLER[module])
-    return home
+        run(home, "-m", module, *rest, *smaller[module])
 
 
 def run(home, *args):
@@ -61,6 +70,24 @@ def test_the_commands_train_sample_and_export(home):
     (picture,) = (home / "runs/a/drawn").glob("*.png")
     assert np.asarray(Image.open(picture)).shape == (64, 64, 3)
     assert (home / "runs/a/lora.safetensors").stat().st_size > 10_000
+
+
+def test_the_commands_of_the_other_family_train_edit_and_export(tiny_flux2, tmp_path):
+    (tmp_path / "FLUX.2-klein-4B").symlink_to(tiny_flux2)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "photos").mkdir()
+    edits = []
+    for name in ("astronaut", "chelsea"):
+        Image.fromarray(getattr(photographs, name)()).save(tmp_path / "photos" / f"{name}.png")
+        (tmp_path / "photos" / f"{name}.txt").write_text(f"a photograph of {name}\n")
+        edits.append({"image_paths": ["house.png", f"photos/{name}.png"], "caption": "change it"})
+    Image.fromarray(photographs.coffee()).save(tmp_path / "house.png")
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, edits)))
+    run_block(tmp_path, "tested flux2", SMALLER_FLUX2)
+    assert (tmp_path / "runs/b/checkpoints/2").is_dir()
+    (picture,) = (tmp_path / "runs/e/drawn").glob("*.png")
+    assert np.asarray(Image.open(picture)).std() > 5
+    assert (tmp_path / "runs/e/lora.safetensors").stat().st_size > 10_000
 
 
 def test_the_python_lines_draw_with_the_lora(home):
