@@ -10,6 +10,8 @@ def get_config():
     c.num_steps = 2           # denoiser calls of the finished model
     c.substeps = 4            # of the teacher within each of them
     c.guidance = 2.5          # of the teacher; becomes part of the student
+    c.matching = 4.0          # weight of the matching of distributions; 0 for none
+    c.critic_rate = 3.0       # learning rate of the critic that this takes, in the student's
     c.rank = 16               # of the LoRA that is folded in when done
     c.batch_size = 24
     c.num_train_steps = 2000

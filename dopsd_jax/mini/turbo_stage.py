@@ -7,12 +7,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from dopsd_jax import loop, lora
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
-from dopsd_jax.distill import DistillBatch, distill_loss_and_grad, segments
+from dopsd_jax.distill import CRITIC, STUDENT, DistillBatch, distill_loss_and_grad, segments
 from dopsd_jax.guidance import pad_context
 from dopsd_jax.mini import encoding
 from dopsd_jax.mini.base_stage import Gallery, Rows, World, context, load
@@ -23,6 +24,13 @@ from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
 
 TARGETS = (r".*/(attention|feed_forward)/.*/kernel", r".*/adaLN_modulation/kernel")
 UNDO = "undistilled_lora.safetensors"  # what turns the distilled transformer back into the base
+
+
+def _optimizer(config: ConfigDict, rate: float) -> optax.GradientTransformation:
+    """The config's optimizer, with its learning rate times `rate`."""
+    settings = config.optimizer.to_dict()
+    settings["learning_rate"] *= rate
+    return make_optimizer(**settings, num_train_steps=config.num_train_steps)
 
 
 def prepare(config: ConfigDict, workdir: Path):
@@ -38,16 +46,22 @@ def prepare(config: ConfigDict, workdir: Path):
         trainable="lora", lora_scale=1.0, teacher="ema", ema_decay=config.ema_decay,
         ema_warmup=True,
     )
-    optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
     rng = jax.random.key(config.seed)
-    state = init_state(
-        lora.init(jax.random.fold_in(rng, 1), pipe.params, TARGETS, config.rank), optimizer,
-        jax.random.key_data(jax.random.fold_in(rng, 2)),
+    rates = {STUDENT: 1.0} | ({CRITIC: config.critic_rate} if config.matching else {})
+    trained = {
+        name: lora.init(jax.random.fold_in(rng, i), pipe.params, TARGETS, config.rank)
+        for i, name in ((1, STUDENT), (3, CRITIC)) if name in rates
+    }
+    optimizer = optax.partition(
+        {name: _optimizer(config, rate) for name, rate in rates.items()},
+        {name: name for name in rates},
     )
-    log.info("LoRA: %s parameters", f"{trees.count(state.student):,}")
+    state = init_state(trained, optimizer, jax.random.key_data(jax.random.fold_in(rng, 2)))
+    log.info("LoRA: %s parameters", f"{trees.count(state.student[STUDENT]):,}")
     sigmas = segments(config.num_steps, config.substeps, pipe.shift)
 
-    def objective(student, average, base, rows: tuple[Rows, Rows]):
+    def objective(trained, average, base, batch: tuple[Rows, Rows, jax.Array]):
+        *rows, step = batch
         text, pair = (
             pad_context(context(pipe, vl, encoders, r), encoding.PAIR_TOKENS) for r in rows
         )
@@ -59,31 +73,33 @@ def prepare(config: ConfigDict, workdir: Path):
         batch = DistillBatch(
             noise, latents, from_data=jnp.arange(len(noise)) % 3 == 0, ctx=ctx,
             empty=jax.tree.map(lambda x: jnp.repeat(x, len(noise), 0), empty),
+            key=jax.random.fold_in(rng, step),
         )
         return distill_loss_and_grad(
-            student, base, batch, sigmas, velocity=pipe.denoiser.velocity,
-            assemble=method.assemble, guidance=config.guidance,
+            trained, base, batch, sigmas, velocity=pipe.denoiser.velocity,
+            assemble=method.assemble, guidance=config.guidance, matching=config.matching,
         )
 
     step_fn = jax.jit(make_train_step(method, optimizer, objective), donate_argnums=0)
     pair_rows = config.batch_size // 3
 
-    def make_batch(step: int, rng) -> tuple[Rows, Rows]:
+    def make_batch(step: int, rng) -> tuple[Rows, Rows, jax.Array]:
         draw = np.random.default_rng([config.seed, step])
         rows = world.rows(draw, config.batch_size - pair_rows)
-        return jax.tree.map(jnp.asarray, (rows, world.pair_rows(draw, pair_rows)))
+        batch = rows, world.pair_rows(draw, pair_rows), np.int32(step)
+        return jax.tree.map(jnp.asarray, batch)
 
     gallery = Gallery(config, workdir, pipe, vl)
     merge = jax.jit(lambda base, trained: lora.merge(base, trained, method.lora_scale))
 
     def preview(step: int, state, metrics) -> None:
-        params = {"transformer": merge(pipe.params, state.teacher)} | encoders
+        params = {"transformer": merge(pipe.params, state.teacher[STUDENT])} | encoders
         gallery.save(step, params, metrics, ((config.num_steps, 1.0), (2 * config.num_steps, 1.0)))
 
     def finish(state) -> None:
-        merged = jax.tree.map(np.asarray, merge(pipe.params, state.teacher))
+        merged = jax.tree.map(np.asarray, merge(pipe.params, state.teacher[STUDENT]))
         save_models(config.model, config.vlm, workdir, {"transformer": merged})
-        undo = jax.tree.map(np.asarray, lora.scaled(state.teacher, -1.0))
+        undo = jax.tree.map(np.asarray, lora.scaled(state.teacher[STUDENT], -1.0))
         spec = lora_files.LoraSpec(config.rank, float(config.rank), "")
         lora_files.save_diffusers(workdir / UNDO, undo, spec, Z_IMAGE_MODULES)
 
