@@ -123,16 +123,22 @@ def _all_but_weights(prim, *_, **__) -> bool:
     return prim.name not in WEIGHT_PRIMITIVES
 
 
+def _linears(prim, *inputs, **params) -> bool:
+    """Products of linear layers, which flatten their rows; not that of `rotate_interleaved`."""
+    plain = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *inputs, **params)
+    return plain and inputs[0].ndim == 2
+
+
 # What a rematerialised layer keeps for its backward pass, from least memory to least compute.
 # "full" recomputes everything, "attention" keeps attention's output, "matmuls" also the inputs of
-# attention and of the MLP's second half, "dots" every matrix product (base and LoRA apart),
+# attention and of the MLP's second half, "dots" every linear layer's product (base and LoRA apart),
 # "activations" all but gathered weights; "none" unrolls the layers and keeps all.
 _names = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": _names(attention.NAME),
     "matmuls": _names(attention.NAME, *MATMULS),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _linears,
     "activations": _all_but_weights,
     "none": None,
 }

@@ -28,20 +28,32 @@ def gather_cos_sin(tables: Sequence[np.ndarray], ids: jax.Array) -> tuple[jax.Ar
         ids: int32 [B, N, axes]; every id must be below its table's length.
 
     Returns:
-        cos, sin: float32 [B, N, d / 2] with d the sum of the axes' dims.
+        cos, sin: float32 [B, N, d] with d the sum of the axes' dims: an angle's for both numbers
+            of its pair, the sine of the first negated, as `rotate_interleaved` takes them.
     """
-    cos = [jnp.asarray(np.cos(t), jnp.float32)[ids[..., i]] for i, t in enumerate(tables)]
-    sin = [jnp.asarray(np.sin(t), jnp.float32)[ids[..., i]] for i, t in enumerate(tables)]
+    cos = [_both(np.cos(t), 1)[ids[..., i]] for i, t in enumerate(tables)]
+    sin = [_both(np.sin(t), -1)[ids[..., i]] for i, t in enumerate(tables)]
     return jnp.concatenate(cos, axis=-1), jnp.concatenate(sin, axis=-1)
 
 
+def _both(table: np.ndarray, first: int) -> jax.Array:
+    """Every column twice, the first times `first`."""
+    return jnp.asarray(np.stack([first * table, table], -1).reshape(len(table), -1), jnp.float32)
+
+
 def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates pairs (2j, 2j+1) of x [B, N, K, d] by angles [B, N, d / 2]; float32 inside."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    """Rotates pairs (2j, 2j+1) of x [B, N, K, d]; cos, sin [B, N, d] of `gather_cos_sin`.
+
+    float32 inside. Neighbours change places in a product with a permutation matrix, which is exact:
+    cutting the last axis into pairs costs a TPU more than all products of an attention layer.
+    """
+    d = x.shape[-1]
+    swap = np.zeros((d, d), np.float32)
+    swap[np.arange(d) ^ 1, np.arange(d)] = 1
+    swapped = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST,
+                         preferred_element_type=jnp.float32)
+    rotated = x.astype(jnp.float32) * cos[:, :, None] + swapped * sin[:, :, None]
+    return rotated.astype(x.dtype)
 
 
 def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

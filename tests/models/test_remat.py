@@ -84,6 +84,15 @@ def test_matmuls_keeps_sums_of_base_and_lora_once(monkeypatch):
     assert weights(found) == 0
 
 
+def test_dots_keeps_products_of_linears_and_no_other(monkeypatch):
+    """That of the rotation's swap of neighbours, in float32, costs less than to keep it."""
+    found = kept("dots", monkeypatch)
+    assert found["bfloat16", (CONFIG.n_layers, 4 * TOKENS, F)] == 4 and of_heads(found) == 0
+    plain = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    monkeypatch.setitem(layers.REMAT_POLICIES, "dots", plain)
+    assert of_heads(kept("dots", monkeypatch)) == 2
+
+
 def test_activations_keeps_no_whole_weight(monkeypatch):
     found = kept("activations", monkeypatch)
     assert of_tokens(found, F) >= 2 and weights(found) == 0
