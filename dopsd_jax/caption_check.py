@@ -10,8 +10,9 @@ from dopsd_jax.config_check import needs_teacher, needs_vlm, roles
 from dopsd_jax.contexts import RECIPES, vlm_ids
 from dopsd_jax.core.checks import noted
 from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.files import DataError
 from dopsd_jax.data.prompts import encode_prompts, load_tokenizer, smart_resize
-from dopsd_jax.data.rows import DataError, Row
+from dopsd_jax.data.rows import Row
 from dopsd_jax.weights.pipeline import Pipeline, load_pipeline, read_vl_config
 from dopsd_jax.weights.shipped import vlm_directory
 

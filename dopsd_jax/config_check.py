@@ -20,6 +20,7 @@ from dopsd_jax.core import sharding
 from dopsd_jax.core.checks import noted
 from dopsd_jax.data import prompts
 from dopsd_jax.data.buckets import make_buckets, parse_buckets
+from dopsd_jax.data.rows import Needs
 from dopsd_jax.models.layers import REMAT_POLICIES
 from dopsd_jax.train_step import TEACHERS, TRAINABLE, Method
 from dopsd_jax.weights.families import PUBLISHED
@@ -101,6 +102,13 @@ def needs_vlm(config: ConfigDict) -> bool:
 def needs_targets(config: ConfigDict) -> bool:
     """Whether a run's objective reads the target images themselves."""
     return config.objective == "sft" or config.states == "noised"
+
+
+def needs_of_rows(config: ConfigDict) -> Needs:
+    """What a run reads of every row: its recipe's needs, and the target of an objective."""
+    needs = contexts.RECIPES[config.recipe].needs
+    fewest, most = needs.images
+    return dataclasses.replace(needs, images=(max(fewest, int(needs_targets(config))), most))
 
 
 def roles(config: ConfigDict) -> tuple[str, ...]:

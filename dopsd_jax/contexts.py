@@ -77,7 +77,7 @@ RECIPES: dict[str, Recipe] = {
         "as similar as the last reference image, based on the first reference image and the "
         "editing instructions.",
     ),
-    "text": Recipe(Needs(enhanced=True)),
+    "text": Recipe(Needs(images=(0, 1), enhanced=True)),
     "subject_ref": Recipe(
         Needs(subject=True), (TEACHER,),
         words="Make the main subject (facial/ip details) consistent with the reference images.",

@@ -24,6 +24,7 @@ from dopsd_jax.caption_check import check_captions
 from dopsd_jax.config_check import (
     check_config,
     needs_latents,
+    needs_of_rows,
     needs_targets,
     needs_teacher,
     needs_vlm,
@@ -285,7 +286,7 @@ def encode(config: ConfigDict) -> tuple[int, int]:
     if not config.cache:
         raise ValueError("cache: expected a folder or gs://.., got nothing (--config.cache=..)")
     check_config(config)
-    data = read_data(config, RECIPES[config.recipe].needs)
+    data = read_data(config, needs_of_rows(config))
     check_captions(config, data.rows, data.bucket_of)
     wanted = Entries(config, data).all()
     # A process's share does not depend on what others have written meanwhile.

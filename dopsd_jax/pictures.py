@@ -41,6 +41,11 @@ def first_rows(data: Data, count: int, *, repeat: bool = False) -> BatchRows:
     )
 
 
+def have_pictures(data: Data, rows: BatchRows) -> bool:
+    """Whether every one of the rows has a target."""
+    return all(data.rows[i].target for i in rows.rows)
+
+
 class Artist:
     """Draws in the run's preview steps: (variables, noise, ctx) -> pictures, and x0 of row 0."""
 
@@ -60,6 +65,9 @@ def run_preflight(config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Conte
                   variables: trees.Tree, mesh: Mesh) -> None:
     """Says what the untrained teacher is ahead in; writes preflight.json and its pictures."""
     rows = first_rows(data, PREFLIGHT_PICTURES, repeat=True)
+    if not have_pictures(data, rows):
+        log.info("preflight: left out; rows without pictures leave it nothing to compare with")
+        return
     targets = to_uint8(np.stack([data.pixels(i) for i in rows.rows]))
     student_ctx, teacher_ctx, _ = ctxs.batch(rows)
     shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
@@ -85,10 +93,12 @@ class Previews:
         self._workdir, self._pipe, self._method, self._base = workdir, pipe, method, base
         rows = first_rows(data, config.sample_rows)
         self._draw = Artist(config, pipe, mesh, rows.bucket)
-        *self._references, self._targets = (
-            to_uint8(np.stack([data.pixels(i, image) for i in rows.rows]))
-            for image in range(rows.bucket.references + 1)
-        )
+        self._targets, self._references = None, []
+        if have_pictures(data, rows):
+            *self._references, self._targets = (
+                to_uint8(np.stack([data.pixels(i, image) for i in rows.rows]))
+                for image in range(rows.bucket.references + 1)
+            )
         self._student_ctx, self._teacher_ctx, _ = ctxs.batch(rows)
         shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
         self._noise = sample.draw_noise([config.seed + i for i in range(len(rows.rows))], shape)
@@ -104,6 +114,10 @@ class Previews:
         # Now, because full fine-tuning keeps no base and a resumed run's student has moved.
         untrained = method.assemble(base, student)
         self._base_rows, _ = self._draw(untrained, self._noise, self._student_ctx)
+        self._target_name = "target"
+        if self._targets is None:  # then what the untrained teacher draws is what to become
+            self._target_name = "untrained teacher"
+            self._targets, _ = self._draw(untrained, self._noise, self._teacher_ctx)
         if self._prompt_ctx is not None:
             self._base_prompts, _ = self._draw(untrained, self._prompt_noise, self._prompt_ctx)
         if self._gauge_ctx is not None:
@@ -125,7 +139,7 @@ class Previews:
             walks.append(walk)
         self._write(metrics, step, "step", previews.grid(
             [*((f"reference {i}", pictures) for i, pictures in enumerate(self._references, 1)),
-             ("target", self._targets), ("base", self._base_rows), *shown]
+             (self._target_name, self._targets), ("base", self._base_rows), *shown]
         ))
         drawn = [sample.decode(self._pipe, jnp.asarray(w)) for w in walks]
         columns = [(f"x0, s = {s}", np.stack(at)) for s, at in enumerate(zip(*drawn, strict=True))]

@@ -21,8 +21,13 @@ from dopsd_jax import flow, gauges, loop, lora, preflight, sample
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.baselines import draw_sigma
 from dopsd_jax.caption_check import check_captions
-from dopsd_jax.config_check import check_config, needs_latents, needs_teacher, needs_vlm
-from dopsd_jax.contexts import RECIPES
+from dopsd_jax.config_check import (
+    check_config,
+    needs_latents,
+    needs_of_rows,
+    needs_teacher,
+    needs_vlm,
+)
 from dopsd_jax.core import cli, distributed, sharding, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
@@ -71,7 +76,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         return stages.train(config, workdir)
     workdir = Path(workdir)
     method = check_config(config)
-    data = read_data(config, RECIPES[config.recipe].needs)
+    data = read_data(config, needs_of_rows(config))
     check_captions(config, data.rows, data.bucket_of)
     # Weights are identified without loading them: a wrong workdir fails now.
     identity = {"model": fingerprint(pipeline_directory(config.model)),

@@ -18,7 +18,7 @@ from dopsd_jax.core import trees
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.datasets import read_data
-from dopsd_jax.data.rows import DataError
+from dopsd_jax.data.files import DataError
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.flux2_names import FLUX2_MODULES
 from dopsd_jax.weights.pipeline import load_pipeline
@@ -269,6 +269,29 @@ def test_text_needs_no_vlm_in_the_other_family(tiny, rows, tmp_path):
     assert int(train_lib.train(config, tmp_path).step) == 1
     assert read_metrics(tmp_path)[0]["loss"] > 0
     assert set(json.loads((tmp_path / "identity.json").read_text())) == {"model", "data"}
+
+
+def test_text_needs_no_pictures(tiny, tmp_path):
+    """What the untrained teacher draws takes the target's place in previews and gauges."""
+    data = tmp_path / "text.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in (
+        {"caption": "a cat", "enhanced_prompt": "a tabby cat on a mat", "w*h": "96*64"},
+        {"caption": "a dog", "enhanced_prompt": "a black dog in the snow", "h*w": "64*96"},
+    )))
+    config = make_config(tiny.pipeline, tmp_path, "text")
+    config.update({
+        "data": str(data), "num_train_steps": 1, "text_tokens": 64, "teacher_tokens": 96,
+        "vlm": "", "preflight": "on", "sample_every": 1, "checkpoint_every": 1,
+    })
+    assert int(train_lib.train(config, tmp_path / "run").step) == 1
+    assert not (tmp_path / "run" / "preflight.json").exists()
+    before, _ = read_metrics(tmp_path / "run", "gauges.jsonl")
+    assert before["look"] > 0 and before["teacher_look"] == 0
+    with Image.open(tmp_path / "run" / "samples" / "step_000000.png") as grid:
+        assert grid.width > 4 * 96  # target, base, student, teacher
+    config.objective = "sft"
+    with pytest.raises(DataError, match="text.jsonl:1: expected an image under one of the keys"):
+        train_lib.train(config, tmp_path / "sft")
 
 
 def test_lengths_that_would_change_the_picture_are_refused(config):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dopsd_jax.core.checks import noted
-from dopsd_jax.data.rows import IMAGE_EXTENSIONS, MAX_LISTED, open_image
+from dopsd_jax.data.files import IMAGE_EXTENSIONS, open_image
+from dopsd_jax.data.rows import MAX_LISTED
 
 PAIRINGS = {
     "name": "the reference of the same name without extension; every picture and every reference "

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dopsd_jax.data.rows import DataError, Row
+from dopsd_jax.data.files import DataError
+from dopsd_jax.data.rows import Row
 
 
 @dataclass(frozen=True, order=True)

@@ -45,10 +45,11 @@ class Data:
         """Identifies names, captions and image files by content, wherever they lie."""
         rows = []
         for r in self.rows:
-            *references, target = (self._digests[file] for file in r.images)
+            *references, target = [self._digests[file] for file in r.images] or [r.size]
             beside = [references] if references else []
             enhanced = [] if r.enhanced is None else [r.enhanced]
-            rows.append((r.target.name, r.captions, r.where, target, *beside, *enhanced))
+            name = r.target.name if r.target else None
+            rows.append((name, r.captions, r.where, target, *beside, *enhanced))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
     def pixels(self, row: int, image: int = -1) -> np.ndarray:

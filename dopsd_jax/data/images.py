@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dopsd_jax.data.rows import IMAGE_MODES_16, open_image
+from dopsd_jax.data.files import IMAGE_MODES_16, open_image
 
 
 def read_image(path: str | Path) -> Image.Image:

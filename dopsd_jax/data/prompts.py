@@ -16,9 +16,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import PreTrainedTokenizerFast
 
 from dopsd_jax.core.files import lfs_advice
+from dopsd_jax.data.files import MAX_ASPECT
 
 IMAGE_TOKEN = "<|image_pad|>"
-MAX_ASPECT = 200
 EMPTY = "is empty"
 
 

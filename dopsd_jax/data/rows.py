@@ -7,16 +7,19 @@ reported together.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from dopsd_jax.data.files import (
+    FOREIGN_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MAX_ASPECT,
+    DataError,
+    measure_all,
+)
 
 # In order of precedence: published files may carry a local list and the remote one it came from.
 IMAGE_KEYS = (
@@ -37,30 +40,13 @@ CAPTION_KEYS = tuple(
 SUBJECT_KEY = "subject_images"
 ENHANCED_KEY = "enhanced_prompt"
 SIZE_KEYS = ("h*w", "w*h")
+SQUARE = (1, 1)  # size of a row that says nothing
 SIZE_PATTERN = re.compile(r"\s*[1-9]\d*\s*\*\s*[1-9]\d*\s*")
-
-# A closed list: PIL's other decoders are rarely exercised, and EPS would run Ghostscript.
-IMAGE_FORMATS = ("AVIF", "BMP", "JPEG", "PNG", "TIFF", "WEBP")
-IMAGE_EXTENSIONS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Images PIL cannot open at all, but which a user takes for part of the data.
-FOREIGN_EXTENSIONS = (".heic", ".heif", ".jxl", ".dng")
-IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-IMAGE_MODES_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 
 # Text files that live beside images without being captions.
 NOT_CAPTIONS = ("readme", "license", "licence", "copying", "notice")
 
 MAX_LISTED = 20
-LOG_EVERY_S = 10.0
-
-logger = logging.getLogger(__name__)
-
-
-MAX_ASPECT = 200  # beyond it the vision tower refuses, and resizing would fill the memory
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +55,7 @@ class Needs:
 
     Attributes:
         images: Fewest and most images under an image key, the target last; None: no limit.
+            Where the fewest is 0, a row may say how large its picture is instead.
         subject: Whether `subject_images` names other pictures of what the target shows.
         enhanced: Whether `enhanced_prompt` holds the teacher's text.
     """
@@ -90,9 +77,10 @@ class Row:
     Attributes:
         where: "train.jsonl:3" or "cat.jpg", for messages.
         images: Existing files: references, or other pictures of the subject; the last one is the
-            target.
+            target. Empty where a recipe needs none.
         captions: Caption by key, never empty, in the order of `CAPTION_KEYS`.
-        size: (width, height) of the target in pixels, upright.
+        size: (width, height) of the target in pixels, upright; without one as the row says it, or
+            SQUARE.
         class_name: What `[V]` stands for, or None.
         enhanced: The teacher's text, of recipes that read one.
     """
@@ -105,8 +93,8 @@ class Row:
     enhanced: str | None = None
 
     @property
-    def target(self) -> Path:
-        return self.images[-1]
+    def target(self) -> Path | None:
+        return self.images[-1] if self.images else None
 
     @property
     def references(self) -> tuple[Path, ...]:
@@ -122,6 +110,7 @@ class _Draft:
     subject: list[str] = field(default_factory=list)
     images: list[Path] = field(default_factory=list)
     captions: dict[str, str] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
     class_name: str | None = None
     enhanced: str | None = None
     problems: list[str] = field(default_factory=list)
@@ -179,13 +168,14 @@ def read_rows(
     for draft in drafts:
         _resolve_images(draft, root, needs)
     # Rows may share an image; each file is decoded once.
-    sizes = _measure_all(dict.fromkeys(path for draft in drafts for path in draft.images))
+    sizes = measure_all(dict.fromkeys(path for draft in drafts for path in draft.images))
     for draft in drafts:
         broken = (sizes[path] for path in dict.fromkeys(draft.images))
         draft.problems += [str(error) for error in broken if isinstance(error, DataError)]
     _raise_problems(data, drafts)
     return [
-        Row(d.where, tuple(d.images), d.captions, sizes[d.images[-1]], d.class_name, d.enhanced)
+        Row(d.where, tuple(d.images), d.captions,
+            sizes[d.images[-1]] if d.images else d.size or SQUARE, d.class_name, d.enhanced)
         for d in drafts
     ]
 
@@ -197,37 +187,6 @@ def _words(needs: Needs) -> str:
     order = " (references first, the target last)" if low > 1 else ""
     beside = ((SUBJECT_KEY, needs.subject), (ENHANCED_KEY, needs.enhanced))
     return f"{number} image(s){order}" + "".join(f" and {key}" for key, read in beside if read)
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Decodes one image file fully and turns it upright; several frames: the first.
-
-    Returns:
-        An image with a mode of `IMAGE_MODES` or `IMAGE_MODES_16`.
-
-    Raises:
-        DataError: The file is missing, no image, truncated, too large or of an unusual bit depth.
-    """
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-    except Image.DecompressionBombError as error:
-        raise DataError(
-            f"{path}: expected at most {2 * Image.MAX_IMAGE_PIXELS} pixels, got an image PIL takes "
-            f"for a decompression bomb ({error}); save it smaller"
-        ) from error
-    except Exception as error:  # On corrupted bytes PIL's decoders raise nearly anything.
-        raise DataError(
-            f"{path}: expected a whole {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} "
-            f"image, got {type(error).__name__}: {error}; download or export it again"
-        ) from error
-    if image.mode not in IMAGE_MODES + IMAGE_MODES_16:
-        raise DataError(
-            f"{path}: expected 8 or 16 bits per channel, got PIL mode {image.mode!r}; export it as "
-            "8-bit RGB"
-        )
-    return image
 
 
 def _parse_jsonl(file: Path, needs: Needs) -> list[_Draft]:
@@ -264,20 +223,22 @@ def _parse_line(draft: _Draft, line: bytes, needs: Needs) -> None:
     if not isinstance(record, dict):
         draft.problems.append(f"expected a JSON object {{...}}, got {_shorten(record)}")
         return
-    _take_paths(draft, record)
+    _take_paths(draft, record, needs)
     _take_captions(draft, record)
     if needs.subject:
         draft.subject = _read_paths(draft, SUBJECT_KEY, record.get(SUBJECT_KEY))
     if needs.enhanced:
         draft.enhanced = _read_text(draft, ENHANCED_KEY, record.get(ENHANCED_KEY))
-    _check_sizes(draft, record)
+    _take_size(draft, record)
     draft.class_name = record.get("class_name")
     if not isinstance(draft.class_name, str | None):
         draft.problems.append(f"class_name: expected text, got {_shorten(draft.class_name)}")
 
 
-def _take_paths(draft: _Draft, record: dict) -> None:
+def _take_paths(draft: _Draft, record: dict, needs: Needs) -> None:
     key = next((key for key in IMAGE_KEYS if record.get(key) is not None), None)
+    if key is None and needs.images[0] == 0:
+        return
     if key is None:
         draft.problems.append(
             f"expected an image under one of the keys {', '.join(IMAGE_KEYS)}, got the keys "
@@ -333,14 +294,22 @@ def _read_text(draft: _Draft, key: str, text: object) -> str | None:
     return None
 
 
-def _check_sizes(draft: _Draft, record: dict) -> None:
-    # Differs from reference: the written size is checked for syntax only; the file's own size
-    # chooses the bucket, since files get resized or rotated after their size was written down.
+def _take_size(draft: _Draft, record: dict) -> None:
+    # Differs from reference: where there is an image, the written size is checked for syntax only;
+    # the file's own size chooses the bucket, since files get resized or rotated after their size
+    # was written down.
     for key in SIZE_KEYS:
         sizes = record.get(key)
         for size in sizes if isinstance(sizes, list) else [] if sizes is None else [sizes]:
             if not isinstance(size, str) or not SIZE_PATTERN.fullmatch(size):
                 draft.problems.append(f'{key}: expected "832*1264", got {_shorten(size)}')
+                continue
+            sides = [int(side) for side in size.split("*")]
+            if max(sides) > MAX_ASPECT * min(sides):
+                draft.problems.append(
+                    f"{key}: expected sides of at most {MAX_ASPECT} to 1, got {_shorten(size)}"
+                )
+            draft.size = tuple(sides if key == "w*h" else reversed(sides))
 
 
 def _scan_folder(folder: Path) -> list[_Draft]:
@@ -426,38 +395,6 @@ def _resolve_images(draft: _Draft, root: Path, needs: Needs) -> None:
             draft.images.append(path)
     if draft.subject and draft.images and draft.images[-1] in draft.images[:-1]:
         draft.problems.append(f"{SUBJECT_KEY}: expected other pictures than the target, got it too")
-
-
-def _measure_all(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | DataError]:
-    """Decodes every file; returns its upright (width, height), or what is wrong with it."""
-    paths, sizes = list(paths), {}
-    start = logged = time.monotonic()
-    # Threads suffice: PIL's decoders release the GIL.
-    with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
-        for path, size in zip(paths, pool.imap(_measure, paths, chunksize=8), strict=True):
-            sizes[path] = size
-            now = time.monotonic()
-            if now - logged > LOG_EVERY_S:
-                logged = now
-                rate = len(sizes) / (now - start)
-                logger.info(
-                    "checked %d of %d images, %.0f/s, %.0f s left",
-                    len(sizes), len(paths), rate, (len(paths) - len(sizes)) / rate,
-                )  # fmt: skip
-    return sizes
-
-
-def _measure(path: Path) -> tuple[int, int] | DataError:
-    try:
-        width, height = open_image(path).size
-    except DataError as error:
-        return error
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        return DataError(
-            f"{path}: expected sides of at most {MAX_ASPECT} to 1, got {width}x{height} pixels; "
-            "crop it"
-        )
-    return width, height
 
 
 def _raise_problems(data: Path, drafts: list[_Draft]) -> None:

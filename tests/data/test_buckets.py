@@ -13,7 +13,8 @@ from dopsd_jax.data.buckets import (
     nearest_bucket,
     parse_buckets,
 )
-from dopsd_jax.data.rows import DataError, Row
+from dopsd_jax.data.files import DataError
+from dopsd_jax.data.rows import Row
 
 PUBLISHED = (
     "1024x1024,1152x896,896x1152,1152x864,864x1152,1248x832,832x1248,"

@@ -8,8 +8,8 @@ from PIL import Image
 from skimage import data as photographs
 
 from dopsd_jax.data.buckets import PUBLISHED
+from dopsd_jax.data.files import DataError
 from dopsd_jax.data.images import fit_image, read_image, to_uint8
-from dopsd_jax.data.rows import DataError
 
 
 def read_pixels(image, path, **options):

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 from skimage import data as photographs
 
-from dopsd_jax.data import rows
-from dopsd_jax.data.rows import DataError, Needs, read_rows
+from dopsd_jax.data import files, rows
+from dopsd_jax.data.files import DataError
+from dopsd_jax.data.rows import Needs, read_rows
 
 
 @pytest.fixture(scope="session")
@@ -154,15 +155,15 @@ def test_size_is_that_of_the_upright_image(folder, photograph):
 
 def test_shared_image_is_decoded_once(folder, monkeypatch):
     opened = []
-    measure = rows._measure
-    monkeypatch.setattr(rows, "_measure", lambda path: opened.append(path) or measure(path))
+    measure = files._measure
+    monkeypatch.setattr(files, "_measure", lambda path: opened.append(path) or measure(path))
     assert len(read_rows(write_jsonl(folder, record(), record(), record("b.jpg")))) == 3
     assert sorted(opened) == [folder / "a.jpg", folder / "b.jpg"]
 
 
 def test_long_reads_log_their_progress(folder, monkeypatch, caplog):
-    monkeypatch.setattr(rows, "LOG_EVERY_S", -1.0)
-    with caplog.at_level(logging.INFO, logger=rows.__name__):
+    monkeypatch.setattr(files, "LOG_EVERY_S", -1.0)
+    with caplog.at_level(logging.INFO, logger=files.__name__):
         read_rows(folder)
     assert re.search(r"checked 1 of 2 images, \d+/s, \d+ s left", caplog.text)
 
@@ -419,3 +420,19 @@ def test_what_is_neither_file_nor_folder_is_told_from_what_is_missing(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError, match=r"data_root: expected a folder, got .*a.txt', which is a"):
         read_rows(tmp_path, root=tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("size,expected", [
+    ({}, rows.SQUARE), ({"w*h": "96*64"}, (96, 64)), ({"h*w": ["96 * 64"]}, (64, 96)),
+])
+def test_a_row_that_needs_no_image_says_its_size_or_is_square(folder, size, expected):
+    needs = Needs(images=(0, 1), enhanced=True)
+    words = {"caption": "a cat", "enhanced_prompt": "a tabby cat"}
+    file = write_jsonl(folder, words | size, words | size | {"image_path": "a.jpg"})
+    without, beside = read_rows(file, needs=needs)
+    assert (without.target, without.images, without.size) == (None, (), expected)
+    assert beside.target == folder / "a.jpg" and beside.size == (128, 96)
+    with pytest.raises(DataError, match="expected an image under one of the keys"):
+        read_rows(file, needs=Needs(enhanced=True))
+    with pytest.raises(DataError, match="w.h: expected sides of at most 200 to 1, got '1.201'"):
+        read_rows(write_jsonl(folder, words | {"w*h": "1*201"}), needs=needs)

@@ -1,0 +1,92 @@
+"""Image files, opened in full or refused with the reason."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+# A closed list: PIL's other decoders are rarely exercised, and EPS would run Ghostscript.
+IMAGE_FORMATS = ("AVIF", "BMP", "JPEG", "PNG", "TIFF", "WEBP")
+IMAGE_EXTENSIONS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Images PIL cannot open at all, but which a user takes for part of the data.
+FOREIGN_EXTENSIONS = (".heic", ".heif", ".jxl", ".dng")
+IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+IMAGE_MODES_16 = ("I;16", "I;16L", "I;16B", "I;16N")
+
+LOG_EVERY_S = 10.0
+MAX_ASPECT = 200  # beyond it the vision tower refuses, and resizing would fill the memory
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on."""
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decodes one image file fully and turns it upright; several frames: the first.
+
+    Returns:
+        An image with a mode of `IMAGE_MODES` or `IMAGE_MODES_16`.
+
+    Raises:
+        DataError: The file is missing, no image, truncated, too large or of an unusual bit depth.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{path}: expected at most {2 * Image.MAX_IMAGE_PIXELS} pixels, got an image PIL takes "
+            f"for a decompression bomb ({error}); save it smaller"
+        ) from error
+    except Exception as error:  # On corrupted bytes PIL's decoders raise nearly anything.
+        raise DataError(
+            f"{path}: expected a whole {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} "
+            f"image, got {type(error).__name__}: {error}; download or export it again"
+        ) from error
+    if image.mode not in IMAGE_MODES + IMAGE_MODES_16:
+        raise DataError(
+            f"{path}: expected 8 or 16 bits per channel, got PIL mode {image.mode!r}; export it as "
+            "8-bit RGB"
+        )
+    return image
+
+
+def measure_all(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | DataError]:
+    """Decodes every file; returns its upright (width, height), or what is wrong with it."""
+    paths, sizes = list(paths), {}
+    start = logged = time.monotonic()
+    # Threads suffice: PIL's decoders release the GIL.
+    with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
+        for path, size in zip(paths, pool.imap(_measure, paths, chunksize=8), strict=True):
+            sizes[path] = size
+            now = time.monotonic()
+            if now - logged > LOG_EVERY_S:
+                logged = now
+                rate = len(sizes) / (now - start)
+                logger.info(
+                    "checked %d of %d images, %.0f/s, %.0f s left",
+                    len(sizes), len(paths), rate, (len(paths) - len(sizes)) / rate,
+                )  # fmt: skip
+    return sizes
+
+
+def _measure(path: Path) -> tuple[int, int] | DataError:
+    try:
+        width, height = open_image(path).size
+    except DataError as error:
+        return error
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return DataError(
+            f"{path}: expected sides of at most {MAX_ASPECT} to 1, got {width}x{height} pixels; "
+            "crop it"
+        )
+    return width, height
