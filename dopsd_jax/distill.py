@@ -104,6 +104,7 @@ def distill_loss_and_grad(
     assemble: Callable[[Tree, Tree], Tree],
     guidance: float,
     matching: float = 0.0,
+    last_regression: float = 1.0,
 ) -> tuple[dict[str, Tree], dict[str, jax.Array]]:
     """Gradient of one on-policy walk, and its metrics.
 
@@ -117,19 +118,23 @@ def distill_loss_and_grad(
         guidance: Scale of the guidance of the base.
         matching: Weight of the matching of the last step's pictures, beside the mean of the S
             squared differences of velocities; 0 for none.
+        last_regression: Weight of the last step's own share of that mean. 0 saves its path: with
+            matching it can do without.
 
     Returns:
         grads, like `trained`, and {loss, step_loss [S]}: mean squared differences of mean
-        velocities; with matching also {critic_loss}.
+        velocities, of S - 1 steps where the last has no weight; with matching also {critic_loss}.
     """
     num_steps = sigmas.shape[0]
     led = GuidedContext(batch.ctx, batch.empty, jnp.float32(guidance))
 
+    def state_at(x, sigma):
+        noised = flow.noised(batch.latents, batch.noise, sigma)
+        return jnp.where(batch.from_data[:, None, None, None], noised, x)
+
     def target_at(x, fine):
-        noised = flow.noised(batch.latents, batch.noise, fine[0])
-        x = jnp.where(batch.from_data[:, None, None, None], noised, x)
         end, _ = trajectory({"params": base}, x, led, fine, velocity=guided(velocity))
-        return x, jax.lax.stop_gradient((end - x) / (fine[-1] - fine[0]))
+        return jax.lax.stop_gradient((end - x) / (fine[-1] - fine[0]))
 
     def loss_at(student, x, target, sigma):
         v = velocity(assemble(base, student), x, sigma, batch.ctx)
@@ -137,7 +142,8 @@ def distill_loss_and_grad(
 
     def step(carry, fine):
         x, grads = carry
-        x, target = target_at(x, fine)
+        x = state_at(x, fine[0])
+        target = target_at(x, fine)
         (value, v), g = jax.value_and_grad(loss_at, has_aux=True)(
             trained[STUDENT], x, target, fine[0]
         )
@@ -147,19 +153,22 @@ def distill_loss_and_grad(
     def last(trained, x, target, sigma):
         value, v = loss_at(trained[STUDENT], x, target, sigma)
         if not matching:
-            return value, (value, {})
+            return last_regression * value, (value, {})
         pulled, own = _matching_losses(
             flow.x0_from_velocity(x, v, sigma), trained[CRITIC], base, batch, led, velocity,
             assemble,
         )
-        return value + matching * pulled + own, (value, {"critic_loss": own})
+        total = last_regression * value + matching * pulled + own
+        return total, (value, {"critic_loss": own})
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained[STUDENT])
     (x, grads), values = jax.lax.scan(step, (batch.noise, zeros), sigmas[:-1])
-    x, target = target_at(x, sigmas[-1])
+    x = state_at(x, sigmas[-1, 0])
+    target = target_at(x, sigmas[-1]) if last_regression else jnp.zeros_like(x)
     (_, (value, metrics)), last_grads = jax.value_and_grad(last, has_aux=True)(
         trained, x, target, sigmas[-1, 0]
     )
     grads = last_grads | {STUDENT: jax.tree.map(jnp.add, grads, last_grads[STUDENT])}
-    values = jnp.append(values, value)
+    if last_regression:
+        values = jnp.append(values, value)
     return grads, {"loss": jnp.sum(values), "step_loss": values * num_steps} | metrics

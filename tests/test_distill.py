@@ -143,6 +143,29 @@ def test_a_critic_that_guesses_as_the_base_pulls_nowhere(setting):
     assert np.abs(other[0][STUDENT]["mix"]["b"] - alone["mix"]["b"]).max() > 1e-2
 
 
+def test_without_its_regression_the_last_step_matches_alone(setting):
+    base, batch = setting
+    low_rank = {"mix": {"a": 0.1 * jnp.ones((3, 2)), "b": 0.2 * jnp.ones((2, 3))}}
+
+    def grads(matching, last_regression):
+        grads, metrics = distill_loss_and_grad(
+            {STUDENT: low_rank, CRITIC: low_rank}, base, batch, segments(2, 2, 3.0),
+            velocity=velocity, assemble=assemble, guidance=2.0, matching=matching,
+            last_regression=last_regression,
+        )
+        assert metrics["step_loss"].shape == (2 if last_regression else 1,)
+        return grads[STUDENT]
+
+    both, one, alone = grads(3.0, 1.0), grads(0.0, 1.0), grads(3.0, 0.0)
+    first = grads(0.0, 0.0)  # what is left is the first step's
+    jax.tree.map(
+        lambda b, o, a, f: np.testing.assert_allclose(b - o, a - f, rtol=1e-4, atol=1e-6),
+        both, one, alone, first,
+    )
+    assert np.abs(alone["mix"]["b"] - first["mix"]["b"]).max() > 1e-2
+    assert np.abs(one["mix"]["b"] - first["mix"]["b"]).max() > 1e-2
+
+
 def test_the_direction_leads_from_the_bases_guess_in_units_of_its_distance():
     x0, real, fake = (jnp.full((2, 1, 1, 2), v) for v in (1.0, 3.0, -1.0))
     np.testing.assert_allclose(matching_direction(x0, real, fake), (-1 - 3) / 2)

@@ -11,6 +11,7 @@ def get_config():
     c.substeps = 3            # of the teacher within each of them
     c.guidance = 3.5          # of the teacher; becomes part of the student
     c.matching = 4.0          # weight of the matching of distributions; 0 for none
+    c.last_regression = 1.0   # weight of the last step's path, beside that matching
     c.critic_rate = 3.0       # learning rate of the critic that this takes, in the student's
     c.rank = 32               # of the LoRA that is folded in when done
     c.batch_size = 16

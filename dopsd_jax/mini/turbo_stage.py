@@ -78,6 +78,7 @@ def prepare(config: ConfigDict, workdir: Path):
         return distill_loss_and_grad(
             trained, base, batch, sigmas, velocity=pipe.denoiser.velocity,
             assemble=method.assemble, guidance=config.guidance, matching=config.matching,
+            last_regression=config.last_regression,
         )
 
     step_fn = jax.jit(make_train_step(method, optimizer, objective), donate_argnums=0)
