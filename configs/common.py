@@ -64,8 +64,8 @@ def base() -> ConfigDict:
     # The machine.
     c.dtype = "bfloat16"      # frozen weights and compute; LoRA, EMA, moments are float32
     c.vae_dtype = "float32"
-    c.remat = "full"          # full | attention | matmuls | dots | activations | none: from least
-                              # memory to least compute, see models/layers.py
+    c.remat = "full"          # full | attention | matmuls | linears | dots | activations | none:
+                              # from least memory to least compute, see models/layers.py
     c.mesh = ConfigDict()
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 1, 1
 

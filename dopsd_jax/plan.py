@@ -29,7 +29,7 @@ FLAGS = flags.FLAGS
 DOES_NOT_FIT = 2  # exit status
 HEADROOM = 0.10  # of the memory, below which a plan warns
 SWEEP_BATCHES = (1, 2, 4)
-SWEEP_REMAT = ("full", "attention", "matmuls")
+SWEEP_REMAT = ("full", "attention", "matmuls", "linears")
 NEEDS_LIBTPU = (
     "planning for TPU needs its compiler, the package libtpu: pip install -e '.[tpu]' (it plans on "
     "any Linux machine); without --topology this machine's devices are planned for"

@@ -72,8 +72,8 @@ def test_all_problems_are_told_and_each_once(config):
     ("lora.alpha", float("nan"), "a number above 0, got nan"),
     ("sample_rows", 0, "at least 1, got 0"),
     ("sample_every", -1, "at least 0, got -1"),
-    ("remat", "some", "one of ('full', 'attention', 'matmuls', 'dots', 'activations', 'none'), "
-                      "got 'some'"),
+    ("remat", "some", "one of ('full', 'attention', 'matmuls', 'linears', 'dots', 'activations', "
+                      "'none'), got 'some'"),
     ("dtype", "float12", "one of ('bfloat16', 'float16', 'float32'), got 'float12'"),
     ("vae_dtype", "int8", "one of ('bfloat16', 'float16', 'float32'), got 'int8'"),
     ("learning_rate", 0.0, "a number above 0, got 0.0"),

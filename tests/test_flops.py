@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dopsd_jax import flops, lora
+from dopsd_jax.core import trees
 from dopsd_jax.models.denoiser import Context, Flux2Denoiser, ZImageDenoiser
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
@@ -31,6 +32,18 @@ def context(denoiser, length):
                    jax.ShapeDtypeStruct((1, length), bool))
 
 
+def swaps(denoiser, text):
+    """FLOPs of the products with a permutation by which queries and keys are rotated."""
+    c = denoiser.network.config
+    head = c.head_dim if denoiser is Z_IMAGE else c.attention_head_dim
+    names = {"layers": "n_layers", "transformer_blocks": "num_layers",
+             "single_transformer_blocks": "num_single_layers"}
+    return sum(
+        getattr(c, names.get(stack, "n_refiner_layers")) * 2 * 2 * length * c.dim * head
+        for stack, length in denoiser.passes(64, text).attends.items()
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_forward_pass_is_counted_as_xla_counts_it(name):
     denoiser, side = CASES[name], SIDE[name]
@@ -41,6 +54,7 @@ def test_the_forward_pass_is_counted_as_xla_counts_it(name):
     ).cost_analysis()["flops"]
     ours = flops.forward(denoiser, params, None, image=64, text=64)
     assert ours.lora == 0
+    counted -= swaps(denoiser, 64)
     assert ours.total == pytest.approx(counted, rel=0.03)
     assert ours.total < counted  # what is no product is left out
 
@@ -64,6 +78,7 @@ def test_a_step_is_counted_as_xla_counts_it(trainable):
         flops.forward(Z_IMAGE, params, low_rank, image=64, text=n) for n in (64, 96)
     )
     step = flops.train_step(student, teacher, 1, trainable, "none")
+    counted -= 2 * swaps(Z_IMAGE, 64) + swaps(Z_IMAGE, 96)  # student and its gradient; teacher
     # Nothing needs the gradient of the first layers' inputs, which a formula per layer counts.
     assert step.useful == step.computed == pytest.approx(counted, rel=0.08)
 
@@ -80,6 +95,21 @@ def test_steps_multiply_and_what_is_done_twice_is_no_use():
     full = flops.train_step(student, None, 4, "full", "none")
     assert full.parts["student backward"] == 4 * (110 + 100 + 60)
     assert full.parts["teacher forward"] == full.parts["recomputed"] == 0
+
+
+def test_matmuls_computes_again_what_a_norm_of_z_image_takes():
+    full, matmuls, linears = (
+        flops.train_step(flops.Count(36.0, 0.0, 0.0), None, 1, "lora", remat).parts["recomputed"]
+        for remat in ("full", "matmuls", "linears")
+    )
+    kernels = {
+        name.split("/")[-2]: x.size for name, x in
+        trees.flatten(transformer_shapes(ZImageTransformer(ZImageConfig()))["layers"]).items()
+        if name.endswith("kernel") and "adaLN" not in name
+    }
+    again = kernels["to_out"] + kernels["w2"]
+    assert full == 36 and linears == 0
+    assert matmuls == pytest.approx(36 * again / sum(kernels.values()))
 
 
 def test_a_layer_of_which_nothing_is_known_is_named():

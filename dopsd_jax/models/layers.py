@@ -105,12 +105,14 @@ def sinusoid(t: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-# The linears whose outputs the policy "matmuls" keeps: all but those whose output is added to the
-# residual stream, which nothing but that sum needs.
+# The linears whose outputs the policy "matmuls" keeps: all but the last of attention and of MLPs.
 MATMULS = (
     "to_q", "to_k", "to_v", "w1", "w3", "add_q_proj", "add_k_proj", "add_v_proj", "linear_in",
     "to_qkv_mlp_proj",
 )
+# Those, which Z-Image norms before it adds them up: a norm's gradient needs what went in. FLUX.2
+# adds them as they are, and its gates need them only if they train.
+LAST = ("to_out", "w2", "to_add_out", "linear_out", "adaLN_modulation")
 # What brings a whole weight into being: a policy that keeps any of these values, the cast before
 # the gather included, keeps a whole weight per layer.
 WEIGHT_PRIMITIVES = (
@@ -131,13 +133,15 @@ def _linears(prim, *inputs, **params) -> bool:
 
 # What a rematerialised layer keeps for its backward pass, from least memory to least compute.
 # "full" recomputes everything, "attention" keeps attention's output, "matmuls" also the inputs of
-# attention and of the MLP's second half, "dots" every linear layer's product (base and LoRA apart),
-# "activations" all but gathered weights; "none" unrolls the layers and keeps all.
+# attention and of the MLP's second half, "linears" what every linear layer gives, "dots" that too,
+# but products with base and with LoRA apart, "activations" all but gathered weights; "none" unrolls
+# the layers and keeps all.
 _names = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES: dict[str, Callable | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": _names(attention.NAME),
     "matmuls": _names(attention.NAME, *MATMULS),
+    "linears": _names(attention.NAME, *MATMULS, *LAST),
     "dots": _linears,
     "activations": _all_but_weights,
     "none": None,

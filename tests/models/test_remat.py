@@ -84,6 +84,13 @@ def test_matmuls_keeps_sums_of_base_and_lora_once(monkeypatch):
     assert weights(found) == 0
 
 
+def test_linears_keeps_what_every_linear_gives(monkeypatch):
+    found = kept("linears", monkeypatch)
+    # Beside those of "matmuls", to_out and w2, which a norm follows, and the modulation.
+    assert of_tokens(found, D) == 6 and of_tokens(found, F) == 2 and of_heads(found) == 1
+    assert found["bfloat16", (CONFIG.n_layers, 4, 4 * D)] == 1 and weights(found) == 0
+
+
 def test_dots_keeps_products_of_linears_and_no_other(monkeypatch):
     """That of the rotation's swap of neighbours, in float32, costs less than to keep it."""
     found = kept("dots", monkeypatch)
