@@ -7,6 +7,7 @@ def get_config():
     c = base()
     c.objective = "step_distillation"
     c.model, c.vlm = "runs/mini/base/pipeline", "runs/mini/base/qwen3_vl"
+    c.student = ""            # undistilled_lora.safetensors of an earlier run, to go on from it
     c.num_steps = 2           # denoiser calls of the finished model
     c.substeps = 3            # of the teacher within each of them
     c.guidance = 3.5          # of the teacher; becomes part of the student

@@ -1,15 +1,14 @@
 """Stage 2 of the mini model: transformer and encoders together, by flow matching.
 
-Two thirds of the rows see their caption, one third a picture and the caption: the picture is the
-target itself or another one of the same words, often in colours that no style has.
+Two thirds of the rows see their caption, one third also another picture of the same words, often in
+colours that no style has. Were it the target itself, the networks would learn to copy it: a teacher
+that draws the same picture from any noise teaches a student of D-OPSD the average of its pictures.
 
 So small a model, trained for an hour, learns colours long before shapes: to draw a tilted thing it
 must first see in the noise how the thing lies. So the middle of the transformer is also asked for
 that, token by token (`placement_loss`), as larger models are aligned with the features of a vision
 encoder (REPA, arXiv 2410.06940). The vision tower in turn is asked for the picture it was shown
-(`picture_loss`), and the transformer for the piece of it that is in each token's place
-(`reference_loss`; to find that, a token must first know its place, `position_loss`): D-OPSD's
-teacher is to draw what it sees. What reads the answers is dropped in the end.
+(`picture_loss`). What reads the answers is dropped in the end.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from dopsd_jax.weights.pipeline import (
 )
 
 # The names of what reads the answers, among the trained parameters.
-PLACEMENT, PICTURE, POSITION, REFERENCE = "placement", "picture", "position", "reference"
+PLACEMENT, PICTURE = "placement", "picture"
 WORDLESS = "a picture"  # caption of a pair that leaves all telling to the picture
 
 
@@ -62,7 +61,6 @@ class Rows:
         placement: float32 [B, tokens, 7], see world.placement.
         patches: float32 [B, n, d] of the reference picture, or None.
         picture: float32 [B, image tokens, numbers], its latents, or None.
-        reference: float32 [B, tokens, numbers], the same cut into the transformer's tokens.
     """
 
     latents: jax.Array
@@ -73,7 +71,6 @@ class Rows:
     placement: jax.Array
     patches: jax.Array | None = None
     picture: jax.Array | None = None
-    reference: jax.Array | None = None
 
 
 def read(reader: trees.Tree, x: jax.Array) -> jax.Array:
@@ -104,27 +101,6 @@ def picture_loss(reader: trees.Tree, ctx: Context, rows: Rows, image_token_id: i
     return jnp.mean(jnp.square(read(reader, seen) - rows.picture), (1, 2))
 
 
-def reference_loss(reader: trees.Tree, hidden: jax.Array, rows: Rows) -> jax.Array:
-    """Mean squared error of the reference's latents that a linear map reads in the transformer's
-    tokens, each in its own place, float32 [B]; `hidden` as in `placement_loss`."""
-    answer = read(reader, hidden[:, : rows.reference.shape[1]])
-    return jnp.mean(jnp.square(answer - rows.reference), (1, 2))
-
-
-def positions(side: int) -> np.ndarray:
-    """Where each of side x side tokens is: four cosines down and four across, [side * side, 8]."""
-    where = np.pi * (np.arange(side) + 0.5) / side
-    waves = np.cos(where[:, None] * np.arange(1, 5)).astype(np.float32)
-    down, across = (np.repeat(waves, side, 0), np.tile(waves, (side, 1)))
-    return np.concatenate([down, across], axis=1)
-
-
-def position_loss(reader: trees.Tree, hidden: jax.Array, tokens: int) -> jax.Array:
-    """Mean squared error of `positions` that a linear map reads in a layer, float32 [B]."""
-    wanted = positions(math.isqrt(tokens))
-    return jnp.mean(jnp.square(read(reader, hidden[:, :tokens]) - wanted), (1, 2))
-
-
 def context(pipe: Pipeline, vl: VisionLanguage, params: trees.Tree, rows: Rows):
     """What the rows' captions, or captions and pictures, say."""
     if rows.patches is None:
@@ -137,8 +113,7 @@ def context(pipe: Pipeline, vl: VisionLanguage, params: trees.Tree, rows: Rows):
 def base_objective(pipe: Pipeline, vl: VisionLanguage):
     """Flow matching over rows of both kinds, and half of every other loss.
 
-    Metrics: `loss`, its parts `loss_text` and `loss_pair`, and beside it `placement`, `picture`,
-    `position` and `reference`.
+    Metrics: `loss`, its parts `loss_text` and `loss_pair`, and beside it `placement` and `picture`.
     """
     middle = pipe.denoiser.network.config.n_layers // 2
 
@@ -154,14 +129,11 @@ def base_objective(pipe: Pipeline, vl: VisionLanguage):
         loss = flow_matching_loss(
             velocity, {"params": params["transformer"]}, rows.latents, rows.noise, rows.sigma, ctx
         )
-        hidden, tokens = kept[0][middle], rows.placement.shape[1]
         asked = {
-            PLACEMENT: placement_loss(params[PLACEMENT], hidden, rows.placement),
-            POSITION: position_loss(params[POSITION], kept[0][0], tokens),
+            PLACEMENT: placement_loss(params[PLACEMENT], kept[0][middle], rows.placement),
         }
         if rows.patches is not None:
             asked[PICTURE] = picture_loss(params[PICTURE], ctx, rows, vl.config.image_token_id)
-            asked[REFERENCE] = reference_loss(params[REFERENCE], hidden, rows)
         return loss, asked
 
     def objective(student, teacher, base, batch: tuple[Rows, Rows]):
@@ -242,8 +214,7 @@ class World:
         rows = self._rows(rng, self.pairs, index, self.pair_latents, ids, mask)
         shown = self.reference_latents[index].astype(np.float32)
         return rows.replace(
-            patches=patches, picture=by_token(shown, math.isqrt(encoding.IMAGE_TOKENS)),
-            reference=by_token(shown, math.isqrt(rows.placement.shape[1])),
+            patches=patches, picture=by_token(shown, math.isqrt(encoding.IMAGE_TOKENS))
         )
 
     def _rows(self, rng, part, index, latents, ids, mask) -> Rows:
@@ -328,12 +299,9 @@ def prepare(config: ConfigDict, workdir: Path):
                   "vision": vl.params}
     network = pipe.denoiser.network.config
     numbers = math.prod(pipe.denoiser.latent_shape(world_lib.SIZE, world_lib.SIZE))
-    tokens = world.pairs.placements[0, ..., 0].size
     readers = {
         PLACEMENT: _reader(network.dim, world_lib.PLACEMENT),
-        POSITION: _reader(network.dim, positions(1).shape[1]),
         PICTURE: _reader(network.cap_feat_dim, numbers // encoding.IMAGE_TOKENS),
-        REFERENCE: _reader(network.dim, numbers // tokens),
     }
     optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
     state = init_state(

@@ -32,7 +32,6 @@ ALL_CONCEPTS = tuple(CONCEPTS)
 ALL_STYLES = tuple(world.STYLES)
 STREAMS = {"scenes": 1, "pairs": 2, "judge": 3, "judge_test": 4, "style": 5, "trained": 6}
 CHUNK = 500
-SAME = 0.8  # of the pairs: D-OPSD's teacher is shown the target itself
 CELLS = 8  # per side of a picture: the transformer's tokens
 _sprites: Sprites = {}
 
@@ -57,17 +56,16 @@ def one(kind: str, seed: int, index: int) -> dict:
 
 
 def pair(scene: world.Scene, rng: np.random.Generator) -> dict:
-    """A scene's caption, picture and reference: often the same picture, else one of its words.
+    """A scene's caption, picture and reference: another picture of the same words.
 
-    Three in five are in a look without a name, which both pictures share; see `looks`.
+    So what is drawn from a picture in the context has its look and its things, and the place of
+    these from the noise. Three in five are in a look without a name, which both pictures share;
+    see `looks`.
     """
     kind = rng.choice(["named", "filtered", "invented"], p=[0.4, 0.3, 0.3])
     style = looks.invented_style(rng) if kind == "invented" else world.STYLES[scene.style]
     pixels = world.render(_sprites, scene, rng, style)
-    if rng.uniform() < SAME:
-        reference = pixels
-    else:
-        reference = world.render(_sprites, world.rearranged(rng, scene), rng, style)
+    reference = world.render(_sprites, world.rearranged(rng, scene), rng, style)
     if kind == "filtered":
         look = looks.colour_filter(rng)
         pixels, reference = look(pixels), look(reference)

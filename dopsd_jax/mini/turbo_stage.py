@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dopsd_jax import loop, lora
+from dopsd_jax import loop, lora, sample
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
 from dopsd_jax.distill import CRITIC, STUDENT, DistillBatch, distill_loss_and_grad, segments
@@ -20,6 +20,7 @@ from dopsd_jax.mini.base_stage import Gallery, Rows, World, context, load
 from dopsd_jax.mini.model import save_models
 from dopsd_jax.train_step import Method, init_state, make_optimizer, make_train_step
 from dopsd_jax.weights import lora_files
+from dopsd_jax.weights.pipeline import Pipeline
 from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
 
 TARGETS = (r".*/(attention|feed_forward)/.*/kernel", r".*/adaLN_modulation/kernel")
@@ -31,6 +32,29 @@ def _optimizer(config: ConfigDict, rate: float) -> optax.GradientTransformation:
     settings = config.optimizer.to_dict()
     settings["learning_rate"] *= rate
     return make_optimizer(**settings, num_train_steps=config.num_train_steps)
+
+
+def earlier_student(undo: str | Path, pipe: Pipeline, fresh: trees.Tree) -> trees.Tree:
+    """The student's LoRA of an earlier run, from the UNDO that it left.
+
+    Args:
+        undo: That file.
+        pipe: The pipeline that is distilled.
+        fresh: A LoRA of the wanted shapes.
+
+    Raises:
+        ValueError: It adapts other linears, or with another rank.
+    """
+    tree, scale = sample.read_lora(undo, pipe)
+    found, wanted = ({n: x.shape for n, x in trees.flatten(t).items()} for t in (tree, fresh))
+    if found != wanted:
+        differ = sorted(n for n in found | wanted if found.get(n) != wanted.get(n))
+        raise ValueError(
+            f"{undo}: expected the student of an earlier run of this stage; {len(differ)} arrays "
+            f"differ, such as {differ[0]}: expected {wanted.get(differ[0])}, got "
+            f"{found.get(differ[0])}"
+        )
+    return lora.scaled(tree, -scale)
 
 
 def prepare(config: ConfigDict, workdir: Path):
@@ -52,6 +76,8 @@ def prepare(config: ConfigDict, workdir: Path):
         name: lora.init(jax.random.fold_in(rng, i), pipe.params, TARGETS, config.rank)
         for i, name in ((1, STUDENT), (3, CRITIC)) if name in rates
     }
+    if config.student:
+        trained[STUDENT] = earlier_student(config.student, pipe, trained[STUDENT])
     optimizer = optax.partition(
         {name: _optimizer(config, rate) for name, rate in rates.items()},
         {name: name for name in rates},

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs.mini import turbo as turbo_config
 from configs.mini import vae as vae_config
 from dopsd_jax import lora, sample
 from dopsd_jax.core import trees
@@ -54,6 +55,19 @@ def test_the_undoing_lora_gives_the_undistilled_transformer_back(recipe):
     undone = trees.flatten(lora.merge(turbo.params, tree, scale))
     for name, want in trees.flatten(base.params).items():
         np.testing.assert_allclose(undone[name], want, atol=1e-6, err_msg=name)
+
+
+def test_distillation_goes_on_from_the_student_of_an_earlier_run(recipe):
+    (base, _), (turbo, _) = load(recipe / "base"), load(recipe / "turbo")
+    undo, rank = recipe / "turbo" / turbo_stage.UNDO, turbo_config.get_config().rank
+    fresh = lora.init(jax.random.key(0), base.params, turbo_stage.TARGETS, rank)
+    student = turbo_stage.earlier_student(undo, base, fresh)
+    merged = trees.flatten(lora.merge(base.params, student, 1.0))
+    for name, want in trees.flatten(turbo.params).items():
+        np.testing.assert_allclose(merged[name], want, atol=1e-6, err_msg=name)
+    other = lora.init(jax.random.key(0), base.params, turbo_stage.TARGETS, rank // 2)
+    with pytest.raises(ValueError, match="expected the student of an earlier run"):
+        turbo_stage.earlier_student(undo, base, other)
 
 
 def test_the_result_draws(recipe):
@@ -147,32 +161,6 @@ def test_the_picture_is_read_in_the_image_tokens_in_their_order(recipe):
         reader, Context(np.roll(text, 1, 1), mask), rows, vl.config.image_token_id
     )
     assert np.all(loss > 0.5)
-
-
-def test_the_reference_is_read_in_the_transformers_tokens_each_in_its_place():
-    latents = np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
-    reference = base_stage.by_token(latents, 8)
-    np.testing.assert_array_equal(reference[1, 17], latents[1, 4:6, 2:4].ravel())  # row 2, column 1
-    blank = np.zeros((2, 1), np.float32)
-    rows = base_stage.Rows(
-        latents, latents, blank[:, 0], blank, blank, blank, reference=reference
-    )
-    reader = {"kernel": np.eye(16, dtype=np.float32), "bias": np.zeros(16, np.float32)}
-    hidden = np.concatenate([reference, 9 * reference[:, :3]], axis=1)  # context tokens behind
-    np.testing.assert_allclose(base_stage.reference_loss(reader, hidden, rows), 0, atol=1e-6)
-    assert np.all(base_stage.reference_loss(reader, np.roll(hidden, 1, 1), rows) > 0.5)
-
-
-def test_every_position_is_told_apart_and_read():
-    wanted = base_stage.positions(8)
-    assert wanted.shape == (64, 8)
-    apart = np.abs(wanted[:, None] - wanted[None]).max(-1) + np.eye(64)
-    assert apart.min() > 0.1
-    np.testing.assert_array_equal(wanted[8 * 3 + 5, :4], wanted[8 * 3, :4])  # one row of tokens
-    reader = {"kernel": np.eye(8, dtype=np.float32), "bias": np.zeros(8, np.float32)}
-    hidden = np.concatenate([wanted, wanted[:5]])[None]
-    np.testing.assert_allclose(base_stage.position_loss(reader, hidden, 64), 0, atol=1e-6)
-    assert base_stage.position_loss(reader, -hidden, 64)[0] > 1
 
 
 def test_velocity_and_layers_is_the_velocity_and_the_last_layer_makes_it(recipe):
