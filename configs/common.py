@@ -10,10 +10,15 @@ def base() -> ConfigDict:
     c.model = ""              # pipeline directory (model_index.json, transformer/, vae/, ..)
     c.published = "z_image_turbo"  # whose sizes are planned for where no model is given
     c.vlm = ""                # directory in the format of Qwen3-VL-4B-Instruct, for the teacher
-    c.data = ""               # JSONL of the published format, or a folder of images and .txt; what
-                              # a row holds depends on the recipe
+    c.data = ""               # JSONL of the published format, a folder of images and .txt, Parquet
+                              # or ArrayRecord files, or several, "a.jsonl,b.parquet"; what a row
+                              # holds depends on the recipe
+    c.data_weights = ""       # shares of the pictures from each of several, "3,1"; by default each
+                              # row is seen equally often
     c.data_root = ""          # images may not lie outside; default: where the JSONL is
     c.cache = ""              # folder (or gs://..) of dopsd_jax.encode; training loads no encoder
+    c.encode = "ahead"        # ahead: all data is checked and encoded before the run | online: an
+                              # index is made, the rest is done when a row's turn comes
     c.resolution = 1024       # pixels; buckets are the published ones at this area
     c.buckets = ""            # or own ones, "512x512,768x512" (width x height)
     c.small_buckets = "error"  # bucket with fewer rows than batch_size: error | repeat

@@ -26,8 +26,8 @@ def get_config():
         "sft": {"objective": "sft"},
         "sft on the undistilled": {"objective": "sft", "base_lora": str(UNDISTILLED)},
     })
-    c.learning_rates = (1e-4, 3e-4, 1e-3, 3e-3)
-    c.num_train_steps = 100
+    c.learning_rates = (2e-4, 4e-4, 8e-4, 1.6e-3)
+    c.num_train_steps = 50
     c.measure_every = 25     # updates; every learning rate is measured as often
     c.training_seeds = 3     # of the chosen rates; the sweep has one
     c.generation_seeds = 8   # noises per prompt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -10,6 +10,7 @@ from dopsd_jax.config_check import needs_teacher, needs_vlm, roles
 from dopsd_jax.contexts import RECIPES, vlm_ids
 from dopsd_jax.core.checks import noted
 from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.datasets import Data
 from dopsd_jax.data.files import DataError
 from dopsd_jax.data.prompts import encode_prompts, load_tokenizer, smart_resize
 from dopsd_jax.data.rows import Row
@@ -19,15 +20,12 @@ from dopsd_jax.weights.shipped import vlm_directory
 MAX_LISTED = 20
 
 
-def check_captions(
-    config: ConfigDict, rows: Sequence[Row], bucket_of: Mapping[int, Bucket]
-) -> None:
+def check_captions(config: ConfigDict, data: Data) -> None:
     """Refuses captions that do not fit, and rows with more references than the model takes.
 
     Args:
         config: Of the run.
-        rows: All rows.
-        bucket_of: Row number -> bucket, which says how many tokens the teacher's image takes.
+        data: All rows; the bucket of each says how many tokens the teacher's image takes.
 
     Raises:
         DataError: Every caption that is too long for the student, or with what stands beside it
@@ -39,7 +37,7 @@ def check_captions(
     if needs_teacher(config):
         teacher_fits = (_vlm_rule if needs_vlm(config) else _text_rule)(config, pipe)
     problems: list[str] = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(data.rows):
         shown = max(len(recipe.shown(role, len(row.references))) for role in roles(config))
         if shown > most:
             problems.append(f"{row.where}: {shown} references, this model takes at most {most}")
@@ -51,7 +49,7 @@ def check_captions(
                                truncate=config.truncate_prompts)
             if teacher_fits is not None:
                 with noted(problems, f"{where}, teacher_tokens = {config.teacher_tokens}"):
-                    teacher_fits(row, caption, bucket_of[i])
+                    teacher_fits(row, caption, data.bucket(i))
     if problems:
         rest = len(problems) - MAX_LISTED
         listed = problems[:MAX_LISTED] + ([f"and {rest} more"] if rest > 0 else [])

@@ -20,7 +20,8 @@ from dopsd_jax.core import sharding
 from dopsd_jax.core.checks import noted
 from dopsd_jax.data import prompts
 from dopsd_jax.data.buckets import make_buckets, parse_buckets
-from dopsd_jax.data.rows import Needs
+from dopsd_jax.data.datasets import parse_data
+from dopsd_jax.data.drafts import Needs
 from dopsd_jax.models.layers import REMAT_POLICIES
 from dopsd_jax.train_step import TEACHERS, TRAINABLE, Method
 from dopsd_jax.weights.families import PUBLISHED
@@ -63,7 +64,8 @@ TEXTS = Rule("texts", lambda x: all(isinstance(text, str) for text in x))
 
 RULES: dict[str, Rule] = {
     "model": PATH, "published": one_of(*PUBLISHED), "vlm": PATH,
-    "data": PATH, "data_root": ANY, "cache": TEXT,
+    "data": PATH, "data_weights": TEXT, "data_root": ANY, "cache": TEXT,
+    "encode": one_of("ahead", "online"),
     "resolution": at_least(16), "buckets": ANY, "small_buckets": one_of("error", "repeat"),
     "text_tokens": TOKENS, "teacher_tokens": TOKENS, "truncate_prompts": ANY,
     "objective": one_of(*OBJECTIVES), "states": one_of(*rollout.STATES), "base_lora": TEXT,
@@ -150,6 +152,11 @@ def check_config(config: ConfigDict) -> Method:
             problems.append("base_lora: expected nothing with trainable = full, which has no base")
         elif not Path(config.base_lora).is_file():
             problems.append(f"base_lora: expected a LoRA file, found none at {config.base_lora}")
+    if good("data", "data_weights"):
+        with noted(problems):
+            parse_data(config.data, config.data_weights)
+    if good("encode", "cache") and config.encode == "online" and config.cache:
+        problems.append("encode: expected ahead with a cache, which holds all that is encoded")
     if good("schedule", "num_steps", "shift"):
         with noted(problems):
             flow.make_sigmas(config.schedule, config.num_steps, config.shift or 1.0)

@@ -18,9 +18,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from dopsd_jax.core import sharding
 from dopsd_jax.data import prompts as prompts_lib
-from dopsd_jax.data.rows import Needs
+from dopsd_jax.data.drafts import Needs
 from dopsd_jax.models.denoiser import Context, reference_tokens
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import VisionTower, multimodal_features
@@ -111,9 +113,10 @@ def check_length(text: TextRules, length: int) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _text_features(encoder: Qwen3, text: TextRules, params, ids, mask):
-    features = encoder.apply({"params": params}, ids, mask, text.taps)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _text_features(encoder: Qwen3, text: TextRules, mesh: Mesh | None, params, ids, mask):
+    with sharding.on(mesh):
+        features = encoder.apply({"params": params}, ids, mask, text.taps)
     return features if text.attends_pads else jnp.where(mask[..., None], features, 0)
 
 
@@ -125,12 +128,13 @@ def _latents(vae: Vae, params, image):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _image_features(encoder: Qwen3, vision: VisionTower, static, params, vision_params, *arrays):
     ids, mask, patches = arrays
-    grid, image_token_id, mrope_section, rope_theta = static
-    features = multimodal_features(
-        encoder, {"params": params}, vision, {"params": vision_params}, ids=ids, mask=mask,
-        patches=patches, grid=grid, image_token_id=image_token_id, mrope_section=mrope_section,
-        rope_theta=rope_theta, tap=encoder.depth,
-    )
+    grid, image_token_id, mrope_section, rope_theta, mesh = static
+    with sharding.on(mesh):
+        features = multimodal_features(
+            encoder, {"params": params}, vision, {"params": vision_params}, ids=ids, mask=mask,
+            patches=patches, grid=grid, image_token_id=image_token_id,
+            mrope_section=mrope_section, rope_theta=rope_theta, tap=encoder.depth,
+        )
     return jnp.where(mask[..., None], features, 0)
 
 
@@ -157,7 +161,9 @@ def text_context(
     ids, mask = prompts_lib.encode_prompts(
         pipe.tokenizer, prompts, length, enable_thinking=text.enable_thinking, truncate=truncate
     )
-    features = _text_features(pipe.text_encoder, text, pipe.text_params, ids, mask)
+    features = _text_features(
+        pipe.text_encoder, text, pipe.encoder_mesh, pipe.text_params, ids, mask
+    )
     return Context(features, np.ones_like(mask) if text.attends_pads else mask)
 
 
@@ -258,7 +264,7 @@ def vlm_context(
         length=length, double_template=double_template, truncate=truncate,
     )
     static = (grid, vl.config.image_token_id, vl.config.mrope_section,
-              rope_theta or vl.config.rope_theta)
+              rope_theta or vl.config.rope_theta, pipe.encoder_mesh)
     features = _image_features(
         pipe.text_encoder, vl.vision, static, pipe.text_params, vl.params, ids, mask,
         np.stack([patches for patches, _ in cut]),

@@ -31,7 +31,7 @@ from dopsd_jax.config_check import (
     roles,
 )
 from dopsd_jax.contexts import RECIPES, TEACHER
-from dopsd_jax.core import cli, distributed
+from dopsd_jax.core import cli, distributed, sharding
 from dopsd_jax.core.log import log
 from dopsd_jax.data.batches import BatchRows
 from dopsd_jax.data.cache import Cache, CacheError, CacheWriter, entry_key
@@ -55,6 +55,7 @@ VLM_KEYS = ("vlm_rope_theta", "vlm_min_pixels", "vlm_max_pixels", "double_templa
 IMAGE_KEYS = ("vae_dtype",)
 FORMAT = 1  # raised when the encoders' code changes what they compute
 LISTED = 10
+ONLINE_BYTES = 1 << 30  # of host memory for what is encoded during a run
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Entries:
         return Entry(key, "target" if image == -1 else "reference", where, row=row, image=image)
 
     def _image(self, row: int, image: int) -> dict:
-        bucket = self._data.bucket_of[row]
+        bucket = self._data.bucket(row)
         return {"image": self._data.image_digest(row, image),
                 "bucket": [bucket.width, bucket.height]}
 
@@ -209,11 +210,37 @@ def encode_all(
             log.info("encoded: %d of %d, %.0f s", done, len(entries), shown - began)
 
 
-class Contexts:
-    """Contexts of a run, out of host memory or a cache."""
+Features = Callable[[Entry], np.ndarray]
 
-    def __init__(self, config: ConfigDict, data: Data, entries: Entries,
-                 features: Mapping[str, np.ndarray]):
+
+def kept(arrays: Mapping[str, np.ndarray]) -> Features:
+    """What was made before, in host memory or a cache."""
+    return lambda entry: arrays[entry.key]
+
+
+class Online:
+    """Makes an entry when it is asked for; keeps the latest in host memory."""
+
+    def __init__(self, encoders: Encoders, kept_bytes: int = ONLINE_BYTES):
+        self._encoders, self._kept_bytes, self._bytes = encoders, kept_bytes, 0
+        self._made: dict[str, np.ndarray] = {}
+
+    def __call__(self, entry: Entry) -> np.ndarray:
+        """Raises ValueError for a caption or image that does not fit, with its name."""
+        array = self._made.pop(entry.key, None)
+        if array is None:
+            array = self._encoders(entry)
+            self._bytes += array.nbytes
+        self._made[entry.key] = array  # the latest comes last
+        while self._bytes > self._kept_bytes and len(self._made) > 1:
+            self._bytes -= self._made.pop(next(iter(self._made))).nbytes
+        return array
+
+
+class Contexts:
+    """What student and teacher see of a run's rows."""
+
+    def __init__(self, config: ConfigDict, data: Data, entries: Entries, features: Features):
         self._config, self._data, self._entries, self._features = config, data, entries, features
 
     def batch(self, batch: BatchRows) -> tuple[Context, Context | None, np.ndarray | None]:
@@ -221,25 +248,27 @@ class Contexts:
 
         None for what the objective does not need.
         """
-        captions = [
-            self._data.rows[r].captions[k]
-            for r, k in zip(batch.rows, batch.caption_keys, strict=True)
-        ]
-        student = self._with_references(self.prompts(captions), batch, contexts.STUDENT)
+        rows = [self._data.rows[r] for r in batch.rows]
+        captions = [row.captions[k] for row, k in zip(rows, batch.caption_keys, strict=True)]
+        of_rows = list(zip(batch.rows, captions, [row.where for row in rows], strict=True))
+        student = self._padded((self._entries.student(c, where) for _, c, where in of_rows),
+                               self._config.text_tokens)
+        student = self._with_references(student, batch, contexts.STUDENT)
         teacher = targets = None
         if needs_teacher(self._config):
-            pairs = zip(batch.rows, captions, strict=True)
-            teacher = self._padded((self._entries.teacher(r, c) for r, c in pairs),
+            teacher = self._padded((self._entries.teacher(*entry) for entry in of_rows),
                                    self._config.teacher_tokens)
             teacher = self._with_references(teacher, batch, TEACHER)
         if needs_targets(self._config):
-            targets = np.stack([self._features[self._entries.target(r).key] for r in batch.rows])
+            targets = np.stack([
+                self._features(self._entries.target(r, where)) for r, _, where in of_rows
+            ])
         return student, teacher, targets
 
     def _with_references(self, ctx: Context, batch: BatchRows, role: str) -> Context:
         """All rows of a bucket have as many references, of one size."""
         shown = zip(*(self._entries.references(r, role) for r in batch.rows), strict=True)
-        latents = [np.stack([self._features[e.key] for e in entries]) for entries in shown]
+        latents = [np.stack([self._features(e) for e in entries]) for entries in shown]
         if not latents:
             return ctx
         return jax.tree.map(np.asarray, contexts.with_latents(ctx, latents))
@@ -249,7 +278,7 @@ class Contexts:
         return self._padded(map(self._entries.student, prompts), self._config.text_tokens)
 
     def _padded(self, entries: Iterable[Entry], length: int) -> Context:
-        return contexts.padded([self._features[e.key] for e in entries], length)
+        return contexts.padded([self._features(e) for e in entries], length)
 
 
 def open_cache(directory: str, entries: Entries) -> Cache:
@@ -287,7 +316,7 @@ def encode(config: ConfigDict) -> tuple[int, int]:
         raise ValueError("cache: expected a folder or gs://.., got nothing (--config.cache=..)")
     check_config(config)
     data = read_data(config, needs_of_rows(config))
-    check_captions(config, data.rows, data.bucket_of)
+    check_captions(config, data)
     wanted = Entries(config, data).all()
     # A process's share does not depend on what others have written meanwhile.
     wanted = wanted[jax.process_index() :: jax.process_count()]
@@ -298,7 +327,8 @@ def encode(config: ConfigDict) -> tuple[int, int]:
     if missing:
         writer = CacheWriter(config.cache)
         pipe = load_pipeline(config.model, dtype=config.dtype, vae_dtype=config.vae_dtype,
-                             parts=("text_encoder", *(["vae"] if needs_latents(config) else [])))
+                             parts=("text_encoder", *(["vae"] if needs_latents(config) else [])),
+                             encoder_mesh=sharding.own_mesh())
         try:
             encode_all(missing, load_encoders(config, pipe, data), writer.add)
         finally:

@@ -54,7 +54,7 @@ from dopsd_jax.weights.pipeline import load_pipeline
 from dopsd_jax.weights.shipped import JUDGE
 
 FLAGS = flags.FLAGS
-CONTROL_GUIDANCE, CONTROL_STEPS = 2.5, 24
+CONTROL_GUIDANCE, CONTROL_STEPS = 2.5, 12
 GRID_ROWS = 6
 
 
@@ -132,8 +132,9 @@ def sweep(evaluation: Evaluation) -> dict[str, list[Point]]:
     rates = dict.fromkeys(c.methods, tuple(c.learning_rates))
     untuned = evaluation.point(None, 0, num_steps=c.num_steps)
     found: dict[str, list[Point]] = {method: [untuned] for method in c.methods}
-    for run in runs_lib.planned(c, workdir / "runs", rates=rates, seeds=(0,)):
-        runs_lib.train(c, run)
+    runs = runs_lib.planned(c, workdir / "runs", rates=rates, seeds=(0,))
+    runs_lib.train_all(c, runs)
+    for run in runs:
         for step in range(c.measure_every, c.num_train_steps + 1, c.measure_every):
             found[run.method].append(evaluation.point(run, step, num_steps=c.num_steps))
     return found
@@ -146,12 +147,10 @@ def repeated(evaluation: Evaluation, chosen: dict[str, Point]) -> dict[str, list
         if point.step == 0:
             found[method] = [(None, 0)]
             continue
-        found[method] = []
-        seeds = tuple(range(c.training_seeds))
-        for run in runs_lib.planned(c, evaluation.workdir / "runs",
-                                    rates={method: (point.rate,)}, seeds=seeds):
-            runs_lib.train(c, run)
-            found[method].append((run, point.step))
+        runs = runs_lib.planned(c, evaluation.workdir / "runs", rates={method: (point.rate,)},
+                                seeds=tuple(range(c.training_seeds)))
+        found[method] = [(run, point.step) for run in runs]
+    runs_lib.train_all(c, [run for members in found.values() for run, _ in members if run])
     return found
 
 
@@ -204,12 +203,13 @@ def table_of(
 def tables(
     evaluation: Evaluation, compared: dict[str, list[tuple[Run, int]]]
 ) -> tuple[str, list[Point]]:
-    """A table per way of drawing, and all points in them; of the many steps, one training seed."""
+    """A table per way of drawing, and all points in them; of the controls, one training seed."""
     few = evaluation.config.num_steps
     ways = [(few, 1.0), (2 * few, 1.0), (CONTROL_STEPS, 1.0), (few, CONTROL_GUIDANCE)]
     text, every = [], []
     for num_steps, guidance in ways:
-        shown = compared if num_steps <= 2 * few else {m: r[:1] for m, r in compared.items()}
+        controls = num_steps > 2 * few or guidance != 1
+        shown = compared if not controls else {m: r[:1] for m, r in compared.items()}
         table, points = table_of(evaluation, shown, num_steps, guidance)
         text.append(table)
         every += points
@@ -226,14 +226,13 @@ def same_data(evaluation: Evaluation) -> str:
     pictures = workdir / "pictures"
     if len(list(pictures.glob("*.txt"))) < c.same_data_pictures:
         write_trained(load_sprites(), pictures, c.same_data_pictures, seed=0)
-    runs: list[Run | None] = [None, *runs_lib.planned(
+    tuned = runs_lib.planned(
         c, workdir, rates=dict.fromkeys(c.same_data_methods, (c.same_data_rate,)), seeds=(0,),
         data=str(pictures),
-    )]
+    )
+    runs_lib.train_all(c, tuned)
     real, rows = evaluation.bench.real["trained"], {}
-    for run in runs:
-        if run is not None:
-            runs_lib.train(c, run)
+    for run in [None, *tuned]:
         row = {}
         for num_steps in (c.num_steps, 2 * c.num_steps, CONTROL_STEPS):
             before = evaluation.point(None, 0, num_steps=num_steps)

@@ -32,9 +32,8 @@ def first_rows(data: Data, count: int, *, repeat: bool = False) -> BatchRows:
         count: At most so many.
         repeat: Take rows again where there are fewer.
     """
-    of_bucket = list(data.bucket_of.values())
-    first = max(dict.fromkeys(of_bucket), key=of_bucket.count)
-    rows = [i for i, b in data.bucket_of.items() if b == first]
+    first = max(data.assignment, key=lambda bucket: len(data.assignment[bucket]))
+    rows = data.assignment[first]
     rows = list(itertools.islice(itertools.cycle(rows) if repeat else rows, count))
     return BatchRows(
         first, tuple(rows), tuple(next(iter(data.rows[i].captions)) for i in rows)

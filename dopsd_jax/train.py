@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -36,7 +37,9 @@ from dopsd_jax.data.datasets import read_data
 from dopsd_jax.encode import (
     Contexts,
     Entries,
+    Online,
     encode_all,
+    kept,
     load_encoders,
     open_cache,
 )
@@ -77,7 +80,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     workdir = Path(workdir)
     method = check_config(config)
     data = read_data(config, needs_of_rows(config))
-    check_captions(config, data.rows, data.bucket_of)
+    if config.encode == "ahead":
+        check_captions(config, data)
     # Weights are identified without loading them: a wrong workdir fails now.
     identity = {"model": fingerprint(pipeline_directory(config.model)),
                 "data": data.fingerprint()}
@@ -95,7 +99,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
 
     # Weights, and the contexts that only the encoders can make; then the encoders may go.
     entries = Entries(config, data)
-    features = open_cache(config.cache, entries) if config.cache else {}
+    cache = open_cache(config.cache, entries) if config.cache else None
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     encodes_images = needs_latents(config) and not config.cache
     looks_ahead = (
@@ -107,14 +111,19 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
              *(["vae"] if encodes_images else [DECODER] if draws_pictures else []))
     pipe = load_pipeline(
         config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=config.remat,
-        parts=parts, mesh=mesh,
+        parts=parts, mesh=mesh, encoder_mesh=sharding.own_mesh(),
     )
     targets = lora.parse_targets(config.lora.targets, pipe.lora.targets)
     if method.trainable == "lora":
         lora.match_targets(pipe.params, targets)  # before the encoders run
-    if not config.cache:
-        encode_all(entries.all(), load_encoders(config, pipe, data), features.__setitem__)
-        pipe.text_params = None
+    if cache is not None:
+        features = kept(cache)
+    elif config.encode == "online":
+        features = Online(load_encoders(config, pipe, data))
+    else:
+        made: dict[str, np.ndarray] = {}
+        encode_all(entries.all(), load_encoders(config, pipe, data), made.__setitem__)
+        features, pipe.text_params = kept(made), None
     ctxs = Contexts(config, data, entries, features)
 
     # What trains.

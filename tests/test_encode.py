@@ -21,13 +21,14 @@ from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.data.cache import Cache, CacheError
 from dopsd_jax.data.datasets import read_data
-from dopsd_jax.data.rows import Needs
+from dopsd_jax.data.drafts import Needs
 from dopsd_jax.weights import load, pipeline
 
 ROOT = Path(__file__).parents[1]
 # Keys that no context follows from, or that are in it by content (data, images, weights, bucket).
 OTHER_KEYS = {
-    "model", "vlm", "data", "data_root", "cache", "resolution", "buckets", "small_buckets",
+    "model", "vlm", "data", "data_weights", "data_root", "cache", "encode",
+    "resolution", "buckets", "small_buckets",
     "trainable", "num_steps", "schedule", "shift", "loss", "teacher", "ema_decay", "lora.rank",
     "lora.alpha", "lora.targets", "num_train_steps", "batch_size", "accumulation",
     "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm", "seed",
@@ -110,6 +111,13 @@ def opened(monkeypatch):
     return files
 
 
+def assert_same_runs(one, two):
+    (state, rows, pictures), other = final(one), final(two)
+    assert rows and pictures and rows == other[1] and pictures == other[2]
+    for a, b in zip(state, other[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_cached_training_is_bit_identical_and_opens_no_encoder(config, tiny, tmp_path, opened):
     train_lib.train(config, tmp_path / "cached")
     assert {f.parent for f in opened} == {tiny.pipeline / "transformer", tiny.pipeline / "vae"}
@@ -120,13 +128,50 @@ def test_cached_training_is_bit_identical_and_opens_no_encoder(config, tiny, tmp
         tiny.pipeline / "transformer", tiny.pipeline / "vae", tiny.pipeline / "text_encoder",
         tiny.vlm,
     }
-    (state, rows, pictures), other = final(tmp_path / "cached"), final(tmp_path / "uncached")
-    assert len(rows) == 3 and rows == other[1]
-    assert len(pictures) == 6 and pictures == other[2]
-    for a, b in zip(state, other[0], strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same_runs(tmp_path / "cached", tmp_path / "uncached")
+    assert len(final(tmp_path / "cached")[1]) == 3 and len(final(tmp_path / "cached")[2]) == 6
     # A run may go on with or without the cache.
     assert workdir_lib.is_free("cache")
+
+
+def test_online_training_is_bit_identical_to_cached(config, tmp_path):
+    train_lib.train(config, tmp_path / "cached")
+    config.update({"cache": "", "encode": "online"})
+    train_lib.train(config, tmp_path / "online")
+    assert_same_runs(tmp_path / "cached", tmp_path / "online")
+
+
+def test_online_data_is_not_opened_before_its_turn(config, own_photos, tmp_path, monkeypatch):
+    """A bad picture stops the run when it is drawn, by name; put right, the run goes on."""
+    whole = (own_photos / "c.png").read_bytes()
+    config.update({"cache": "", "encode": "online", "sample_every": 0, "preflight": "off",
+                   "buckets": "64x64", "batch_size": 1, "num_train_steps": 3,
+                   "checkpoint_every": 1})
+    train_lib.train(config, tmp_path / "whole")
+    (own_photos / "c.png").write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=r"c.png: .*c.png: expected a whole"):
+        train_lib.train(config, tmp_path / "run")
+    (own_photos / "c.png").write_bytes(whole)
+    train_lib.train(config, tmp_path / "run")
+    (state, rows, _), other = final(tmp_path / "run"), final(tmp_path / "whole")
+    assert rows == other[1]
+    for a, b in zip(state, other[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_was_encoded_online_is_kept_up_to_a_size():
+    made = []
+
+    def encoders(entry):
+        made.append(entry.key)
+        return np.zeros(256, np.float32)
+
+    online = encode_lib.Online(encoders, kept_bytes=2048)
+    for key in "abaca":
+        online(encode_lib.Entry(key, "student", ""))
+    assert made == ["a", "b", "c"]  # of two kept, the one asked for last stays
+    online(encode_lib.Entry("b", "student", ""))
+    assert made == ["a", "b", "c", "b"]
 
 
 def test_without_pictures_the_transformer_alone_is_loaded(config, tiny, tmp_path, opened):

@@ -114,7 +114,7 @@ def contexts_of(config):
     encode_lib.encode_all(
         entries.all(), encode_lib.load_encoders(config, pipe, data), features.__setitem__
     )
-    ctxs = encode_lib.Contexts(config, data, entries, features)
+    ctxs = encode_lib.Contexts(config, data, entries, encode_lib.kept(features))
     batches = {b.bucket: b for b in map(data.plan.at, range(6))}
     return pipe, data, ctxs, batches
 

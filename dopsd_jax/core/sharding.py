@@ -87,6 +87,12 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
 
 
+def own_mesh() -> Mesh | None:
+    """This process's devices in one line, weights split over them; None if it is only one."""
+    own = jax.local_devices()
+    return make_mesh(1, -1, 1, devices=own) if len(own) > 1 else None
+
+
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """What to tell the compiler about a step on this mesh; for jax.jit."""
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind)

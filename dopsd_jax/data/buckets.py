@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dopsd_jax.data.files import DataError
-from dopsd_jax.data.rows import Row
 
 
 @dataclass(frozen=True, order=True)
@@ -102,18 +102,23 @@ def nearest_bucket(size: tuple[int, int], buckets: Sequence[Bucket]) -> Bucket:
     return min(buckets, key=lambda b: abs(log_aspect - math.log(b.width / b.height)))
 
 
-def assign_buckets(rows: Iterable[Row], buckets: Sequence[Bucket]) -> dict[Bucket, list[int]]:
+def assign_buckets(
+    shapes: Iterable[tuple[tuple[int, int], int]], buckets: Sequence[Bucket]
+) -> dict[Bucket, Sequence[int]]:
     """Indices of rows by bucket, in bucket order, without the empty buckets.
 
-    The target's size chooses among `buckets`, the number of references splits what it chose.
+    Args:
+        shapes: Of every row the target's (width, height), which chooses among `buckets`, and the
+            number of its references, which splits what that chose.
+        buckets: In the order that decides ties.
     """
-    assignment: dict[Bucket, list[int]] = {}
-    nearest: dict[tuple[int, int], Bucket] = {}
-    for index, row in enumerate(rows):
-        if row.size not in nearest:
-            nearest[row.size] = nearest_bucket(row.size, buckets)
-        bucket = replace(nearest[row.size], references=len(row.references))
-        assignment.setdefault(bucket, []).append(index)
+    assignment: dict[Bucket, array] = {}
+    nearest: dict[tuple[tuple[int, int], int], Bucket] = {}
+    for index, shape in enumerate(shapes):
+        if shape not in nearest:
+            size, references = shape
+            nearest[shape] = replace(nearest_bucket(size, buckets), references=references)
+        assignment.setdefault(nearest[shape], array("q")).append(index)
     order = {(bucket.width, bucket.height): i for i, bucket in enumerate(buckets)}
     return dict(sorted(
         assignment.items(), key=lambda item: (order[item[0].width, item[0].height],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import bisect
 import hashlib
+import itertools
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,32 +23,78 @@ from dopsd_jax.data.buckets import (
     make_buckets,
     parse_buckets,
 )
+from dopsd_jax.data.drafts import Needs
+from dopsd_jax.data.files import ImageSource
 from dopsd_jax.data.images import fit_image, read_image
-from dopsd_jax.data.rows import Needs, Row, read_rows
+from dopsd_jax.data.indexed import IndexedRows
+from dopsd_jax.data.rows import Row, read_rows
+
+DIGESTS_KEPT = 4096  # of an index
+
+
+class Joined(Sequence):
+    """Rows of several data sets, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Row]]):
+        self._parts = parts
+        self._ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, row: int) -> Row:
+        part = bisect.bisect_right(self._ends, row)
+        return self._parts[part][row - (self._ends[part - 1] if part else 0)]
 
 
 @dataclass
 class Data:
-    """Validated rows, the bucket of each, and which rows every step takes."""
+    """Rows, the bucket of each, and which rows every step takes.
 
-    rows: list[Row]
-    bucket_of: dict[int, Bucket]
+    Attributes:
+        rows: All rows; of an index each is read when it is asked for.
+        assignment: Rows by bucket.
+        plan: Which rows every step takes.
+        index: What identifies rows that are not read ahead, or "".
+    """
+
+    rows: Sequence[Row]
+    assignment: Mapping[Bucket, Sequence[int]]
     plan: BatchPlan
+    index: str = ""
+    _digests: dict[ImageSource, str] = field(default_factory=dict)
 
-    @functools.cached_property
-    def _digests(self) -> dict[Path, str]:
-        files = dict.fromkeys(file for r in self.rows for file in r.images)
-        return {f: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    def __post_init__(self):
+        self._buckets = tuple(self.assignment)
+        self._bucket_of = np.empty(len(self.rows), np.int16)
+        for number, members in enumerate(self.assignment.values()):
+            self._bucket_of[np.asarray(members, np.int64)] = number
+
+    def bucket(self, row: int) -> Bucket:
+        """The bucket of a row."""
+        return self._buckets[self._bucket_of[row]]
 
     def image_digest(self, row: int, image: int = -1) -> str:
         """SHA-256 of an image file of a row, by default of the target, by content alone."""
-        return self._digests[self.rows[row].images[image]]
+        return self._digest(self.rows[row].images[image])
+
+    def _digest(self, file: ImageSource) -> str:
+        if file not in self._digests:
+            if self.index and len(self._digests) >= DIGESTS_KEPT:
+                self._digests.clear()
+            self._digests[file] = hashlib.sha256(file.read_bytes()).hexdigest()
+        return self._digests[file]
 
     def fingerprint(self) -> str:
-        """Identifies names, captions and image files by content, wherever they lie."""
+        """Identifies names, captions and image files by content, wherever they lie.
+
+        Of an index: what its files say of the rows, without opening images.
+        """
+        if self.index:
+            return hashlib.sha256(self.index.encode()).hexdigest()[:16]
         rows = []
         for r in self.rows:
-            *references, target = [self._digests[file] for file in r.images] or [r.size]
+            *references, target = [self._digest(file) for file in r.images] or [r.size]
             beside = [references] if references else []
             enhanced = [] if r.enhanced is None else [r.enhanced]
             name = r.target.name if r.target else None
@@ -60,13 +109,38 @@ class Data:
         Source: D-OPSD, flux2-klein-edit: references are cut to the target's bucket. The sampler
             of the published pipeline leaves them as large as they are.
         """
-        bucket = self.bucket_of[row]
+        bucket = self.bucket(row)
         file = self.rows[row].images[image]
         return fit_image(read_image(file), bucket.width, bucket.height)
 
 
+def parse_data(data: str, weights: str) -> tuple[list[str], list[float] | None]:
+    """The data sets of a run, "a.jsonl,b.parquet", and their weights, "3,1".
+
+    Raises:
+        ValueError: Weights that are none, or not as many as data sets.
+    """
+    # A path that is there may have a comma in it.
+    whole = Path(data).expanduser().exists()
+    sets = [data] if whole else [part.strip() for part in data.split(",")]
+    if not all(sets):
+        raise ValueError(f"data: expected paths between commas, got {data!r}")
+    if not weights:
+        return sets, None
+    try:
+        found = [float(text) for text in weights.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != len(sets) or not all(0 < w < math.inf for w in found):
+        raise ValueError(
+            f"data_weights: expected {len(sets)} numbers above 0, one for each data set of "
+            f"{data!r}, got {weights!r}"
+        )
+    return sets, found
+
+
 def read_data(config: ConfigDict, needs: Needs) -> Data:
-    """Reads, checks and plans all data of a run.
+    """Reads, checks and plans all data of a run; with encode=online, makes an index alone.
 
     Args:
         config: Of the run.
@@ -75,17 +149,29 @@ def read_data(config: ConfigDict, needs: Needs) -> Data:
     Raises:
         DataError: Bad rows, or buckets that cannot fill a batch.
     """
-    rows = read_rows(config.data, root=config.data_root or None, needs=needs)
+    sets, weights = parse_data(config.data, config.data_weights)
     buckets = parse_buckets(config.buckets) if config.buckets else make_buckets(config.resolution)
-    assignment = assign_buckets(rows, buckets)
+    root = config.data_root or None
+    index = ""
+    if config.encode == "online":
+        indexed = [
+            IndexedRows(part, root=root, needs=needs, one_shape=len(buckets) == 1) for part in sets
+        ]
+        index = json.dumps([part.identity() for part in indexed])
+        parts, shapes = indexed, itertools.chain.from_iterable(p.shapes() for p in indexed)
+        rows: Sequence[Row] = Joined(parts)
+    else:
+        parts = [read_rows(part, root=root, needs=needs) for part in sets]
+        rows = list(itertools.chain.from_iterable(parts))
+        shapes = ((row.size, len(row.references)) for row in rows)
+    assignment = assign_buckets(shapes, buckets)
     check_fillable(assignment, config.batch_size, config.small_buckets)
     log.info(
         "%d rows in %d buckets: %s; that many shapes of the train step will be compiled",
         len(rows), len(assignment), ", ".join(f"{b} x{len(r)}" for b, r in assignment.items()),
     )
     plan = BatchPlan(
-        assignment, [list(r.captions) for r in rows], batch_size=config.batch_size,
-        seed=config.seed,
+        assignment, lambda row: list(rows[row].captions), batch_size=config.batch_size,
+        seed=config.seed, sizes=[len(part) for part in parts], weights=weights,
     )
-    bucket_of = {i: b for b, members in assignment.items() for i in members}
-    return Data(rows, bucket_of, plan)
+    return Data(rows, assignment, plan, index)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 # A closed list: PIL's other decoders are rarely exercised, and EPS would run Ghostscript.
 IMAGE_FORMATS = ("AVIF", "BMP", "JPEG", "PNG", "TIFF", "WEBP")
@@ -29,7 +31,49 @@ class DataError(ValueError):
     """Data that cannot be trained on."""
 
 
-def open_image(path: str | Path) -> Image.Image:
+@dataclass(frozen=True)
+class StoredImage:
+    """An image file inside another file, such as a row of a Parquet file.
+
+    Attributes:
+        key: Says which it is among all.
+        where: The same for messages.
+        name: Its file name, where it has kept one, or "".
+        read_bytes: Reads it.
+    """
+
+    key: tuple
+    where: str = field(compare=False)
+    name: str = field(compare=False)
+    read_bytes: Callable[[], bytes] = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.where
+
+
+ImageSource = Path | StoredImage  # both have name and read_bytes()
+
+
+def _readable(image: str | ImageSource) -> str | Path | io.BytesIO:
+    return io.BytesIO(image.read_bytes()) if isinstance(image, StoredImage) else image
+
+
+def read_size(image: ImageSource) -> tuple[int, int]:
+    """The upright (width, height) that an image file's head tells; it is not decoded.
+
+    Raises:
+        DataError: No image, or one of sides that nothing here can train on.
+    """
+    try:
+        with Image.open(_readable(image), formats=IMAGE_FORMATS) as opened:
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            size = opened.size[::-1] if turned else opened.size
+    except Exception as error:
+        raise _unreadable(image, error) from error
+    return _checked_size(image, size)
+
+
+def open_image(path: str | ImageSource) -> Image.Image:
     """Decodes one image file fully and turns it upright; several frames: the first.
 
     Returns:
@@ -39,7 +83,7 @@ def open_image(path: str | Path) -> Image.Image:
         DataError: The file is missing, no image, truncated, too large or of an unusual bit depth.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with Image.open(_readable(path), formats=IMAGE_FORMATS) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
     except Image.DecompressionBombError as error:
@@ -48,10 +92,7 @@ def open_image(path: str | Path) -> Image.Image:
             f"for a decompression bomb ({error}); save it smaller"
         ) from error
     except Exception as error:  # On corrupted bytes PIL's decoders raise nearly anything.
-        raise DataError(
-            f"{path}: expected a whole {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} "
-            f"image, got {type(error).__name__}: {error}; download or export it again"
-        ) from error
+        raise _unreadable(path, error) from error
     if image.mode not in IMAGE_MODES + IMAGE_MODES_16:
         raise DataError(
             f"{path}: expected 8 or 16 bits per channel, got PIL mode {image.mode!r}; export it as "
@@ -60,7 +101,16 @@ def open_image(path: str | Path) -> Image.Image:
     return image
 
 
-def measure_all(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | DataError]:
+def _unreadable(path: str | ImageSource, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: expected a whole {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} "
+        f"image, got {type(error).__name__}: {error}; download or export it again"
+    )
+
+
+def measure_all(
+    paths: Iterable[ImageSource],
+) -> dict[ImageSource, tuple[int, int] | DataError]:
     """Decodes every file; returns its upright (width, height), or what is wrong with it."""
     paths, sizes = list(paths), {}
     start = logged = time.monotonic()
@@ -79,13 +129,17 @@ def measure_all(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | DataError
     return sizes
 
 
-def _measure(path: Path) -> tuple[int, int] | DataError:
+def _measure(path: ImageSource) -> tuple[int, int] | DataError:
     try:
-        width, height = open_image(path).size
+        return _checked_size(path, open_image(path).size)
     except DataError as error:
         return error
+
+
+def _checked_size(path: ImageSource, size: tuple[int, int]) -> tuple[int, int]:
+    width, height = size
     if max(width, height) > MAX_ASPECT * min(width, height):
-        return DataError(
+        raise DataError(
             f"{path}: expected sides of at most {MAX_ASPECT} to 1, got {width}x{height} pixels; "
             "crop it"
         )

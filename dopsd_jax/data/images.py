@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dopsd_jax.data.files import IMAGE_MODES_16, open_image
+from dopsd_jax.data.files import IMAGE_MODES_16, ImageSource, open_image
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | ImageSource) -> Image.Image:
     """Reads an image file as upright 8-bit RGB, transparency over white.
 
     Raises:

@@ -53,6 +53,7 @@ class Pipeline:
         params: The transformer's parameters, {layers: ..}.
         vae, vae_params: Images to normalised latents and back.
         text_encoder, text_params: Qwen3, as deep as the taps need.
+        encoder_mesh: Over which its weights are split, and those of a vision tower beside it.
         tokenizer: With the chat template.
         text: How prompts become features.
         lora: Targets and file names of its LoRA.
@@ -72,6 +73,7 @@ class Pipeline:
     params: trees.Tree | None = None
     vae_params: trees.Tree | None = None
     text_params: trees.Tree | None = None
+    encoder_mesh: Mesh | None = None
 
     def shift_at(self, num_steps: int, height: int, width: int) -> float:
         """The sampler's shift for S = num_steps and a picture of height x width pixels."""
@@ -188,6 +190,7 @@ def load_pipeline(
     remat: str = "full",
     parts: tuple[str, ...] = PARTS,
     mesh: Mesh | None = None,
+    encoder_mesh: Mesh | None = None,
 ) -> Pipeline:
     """Opens a directory as Tongyi-MAI/Z-Image-Turbo or FLUX.2-klein ships it.
 
@@ -202,6 +205,8 @@ def load_pipeline(
         parts: Which weights to read, of PARTS and DECODER; networks and configs are always
             there. () opens in no time, to check a request against them.
         mesh: Over which the transformer's weights and evaluations are spread, or None.
+        encoder_mesh: The same for the text encoder, of this process's own devices: each encodes
+            what it needs without waiting for others.
 
     Returns:
         The pipeline.
@@ -228,13 +233,14 @@ def load_pipeline(
         sample_size=read_config(directory / "vae" / "config.json", _sample_size),
         vae=nets.vae,
         text_encoder=nets.text_encoder,
+        encoder_mesh=encoder_mesh,
     )
 
     if "transformer" in parts:
         shapes = transformer_shapes(pipe.denoiser.network)
         pipe.params = _load(
             _transformer_folder(directory), nets.tables["transformer"], shapes, dtype,
-            sharding.shard(mesh, shapes) if mesh is not None else None,
+            mesh,
         )
     if "vae" in parts:
         pipe.vae_params = _load(
@@ -247,7 +253,7 @@ def load_pipeline(
     if "text_encoder" in parts:
         pipe.text_params = _load(
             directory / "text_encoder", nets.tables["text_encoder"],
-            text_shapes(pipe.text_encoder), dtype,
+            text_shapes(pipe.text_encoder), dtype, encoder_mesh,
         )
     return pipe
 
@@ -290,11 +296,13 @@ def load_vision_language(
         directory, matched,
     )
     vision = VisionTower(config.vision, jnp.dtype(dtype))
-    params = _load(directory, vision_table(config.vision), vision_shapes(vision), dtype)
+    params = _load(directory, vision_table(config.vision), vision_shapes(vision), dtype,
+                   pipe.encoder_mesh)
     return VisionLanguage(config, vision, params, prompts.load_tokenizer(directory), matched)
 
 
-def _load(directory: Path, table, shapes, dtype, shardings=None) -> trees.Tree:
+def _load(directory: Path, table, shapes, dtype, mesh: Mesh | None = None) -> trees.Tree:
+    shardings = None if mesh is None else sharding.shard(mesh, shapes)
     files = weight_files(directory)
     total = sum(f.stat().st_size for f in files)
     log.info("reading %s: %d files, %.2f GB", directory, len(files), total / 1e9)

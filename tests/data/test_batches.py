@@ -18,7 +18,7 @@ CAPTIONS = [("short_en", "short_zh", "caption")] * 23 + [("caption",)]
 
 
 def make_plan(assignment=ASSIGNMENT, captions=CAPTIONS, *, batch_size=4, seed=0):
-    return BatchPlan(assignment, captions, batch_size=batch_size, seed=seed)
+    return BatchPlan(assignment, captions.__getitem__, batch_size=batch_size, seed=seed)
 
 
 def rows_of(plan, steps, bucket=None):
@@ -194,3 +194,35 @@ def test_buckets_that_differ_in_references_alone_have_orders_of_their_own():
     )
     assert sorted(first) == list(range(12)) and sorted(second) == list(range(12, 24))
     assert first != [row - 12 for row in second]
+
+
+def test_weights_set_each_data_sets_share_and_every_row_of_one_is_seen_equally_often():
+    assignment = {SQUARE: [*range(0, 10), *range(20, 24)], WIDE: [*range(10, 20), 24, 25]}
+    plan = BatchPlan(assignment, lambda row: ("caption",), batch_size=4, seed=0,
+                     sizes=[20, 6], weights=[1, 3])
+    seen = Counter(rows_of(plan, range(6000)))
+    total = sum(seen.values())
+    assert sum(seen[row] for row in range(20, 26)) / total == pytest.approx(0.75, abs=0.005)
+    for rows in (range(20), range(20, 26)):
+        counts = [seen[row] for row in rows]
+        assert max(counts) / min(counts) < 1.02
+
+
+def test_weighted_batches_are_a_function_of_the_step_and_mix_data_sets():
+    def make():
+        return BatchPlan({SQUARE: range(12)}, lambda row: ("caption",), batch_size=4, seed=0,
+                         sizes=[8, 4], weights=[1, 1])
+
+    forward = [make().at(step).rows for step in range(50)]
+    plan = make()
+    assert [plan.at(step).rows for step in reversed(range(50))] == forward[::-1]
+    assert any({row < 8 for row in rows} == {True, False} for rows in forward)
+    # Within a data set no row comes again before all others came.
+    small = [row for rows in forward for row in rows if row >= 8]
+    assert all(len(set(small[i : i + 4])) == 4 for i in range(0, len(small) - 3, 4))
+
+
+def test_a_data_set_of_tiny_weight_is_still_seen():
+    plan = BatchPlan({SQUARE: range(12)}, lambda row: ("caption",), batch_size=4, seed=0,
+                     sizes=[8, 4], weights=[1, 1e-6])
+    assert any(row >= 8 for row in rows_of(plan, range(1100)))

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 from skimage import data as photographs
 
-from dopsd_jax.data import files, rows
+from dopsd_jax.data import drafts, files
+from dopsd_jax.data.drafts import Needs
 from dopsd_jax.data.files import DataError
-from dopsd_jax.data.rows import Needs, read_rows
+from dopsd_jax.data.rows import read_rows
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +106,7 @@ def test_caption_order_does_not_depend_on_the_file(folder):
     assert list(row.captions) == ["caption", "prompt", "text"]
 
 
-@pytest.mark.parametrize("key", rows.IMAGE_KEYS)
+@pytest.mark.parametrize("key", drafts.IMAGE_KEYS)
 @pytest.mark.parametrize("value", ["a.jpg", ["a.jpg"]])
 def test_every_image_key_takes_a_path_or_a_list(folder, key, value):
     (row,) = read_rows(write_jsonl(folder, {key: value, "prompt": "a cat"}))
@@ -173,7 +174,7 @@ def test_long_reads_log_their_progress(folder, monkeypatch, caplog):
 
 def test_missing_data_is_refused(tmp_path):
     assert_refused(
-        ["expected a JSONL file or a folder of images", "nowhere", "does not exist"],
+        ["expected a JSONL or Parquet file", "nowhere", "does not exist"],
         tmp_path / "nowhere",
     )
 
@@ -423,7 +424,7 @@ def test_what_is_neither_file_nor_folder_is_told_from_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize("size,expected", [
-    ({}, rows.SQUARE), ({"w*h": "96*64"}, (96, 64)), ({"h*w": ["96 * 64"]}, (64, 96)),
+    ({}, drafts.SQUARE), ({"w*h": "96*64"}, (96, 64)), ({"h*w": ["96 * 64"]}, (64, 96)),
 ])
 def test_a_row_that_needs_no_image_says_its_size_or_is_square(folder, size, expected):
     needs = Needs(images=(0, 1), enhanced=True)
@@ -434,5 +435,5 @@ def test_a_row_that_needs_no_image_says_its_size_or_is_square(folder, size, expe
     assert beside.target == folder / "a.jpg" and beside.size == (128, 96)
     with pytest.raises(DataError, match="expected an image under one of the keys"):
         read_rows(file, needs=Needs(enhanced=True))
-    with pytest.raises(DataError, match="w.h: expected sides of at most 200 to 1, got '1.201'"):
+    with pytest.raises(DataError, match="w.h: expected sides of at most 200 to 1, got 1 x 201"):
         read_rows(write_jsonl(folder, words | {"w*h": "1*201"}), needs=needs)

@@ -1,0 +1,163 @@
+"""Rows of a data set too large to look at before a run: an index in memory, the rest on disk.
+
+What rows say is checked when the index is made, as far as that reads no images; a row's images are
+looked for, opened and checked when it is used.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dopsd_jax.core.log import log
+from dopsd_jax.data.drafts import SQUARE, Draft, Needs, scan_folder
+from dopsd_jax.data.files import LOG_EVERY_S, DataError, read_size
+from dopsd_jax.data.records import Records, iterate
+from dopsd_jax.data.rows import (
+    MAX_LISTED,
+    Row,
+    check_number,
+    draft_of,
+    open_set,
+    raise_problems,
+    resolve_images,
+    root_of,
+    row_of,
+)
+
+
+class IndexedRows(Sequence):
+    """The rows of one data set by number; each is read again whenever it is asked for.
+
+    Where every picture goes to one bucket and only recipes of one image per row are used, nothing
+    need be known of a row before it is used; otherwise the index holds its size and number of
+    images: as the row says it (`w*h`, or `width` and `height`), else from its image file's head.
+    """
+
+    def __init__(
+        self, data: str | Path, *, root: str | Path | None, needs: Needs, one_shape: bool
+    ):
+        """Makes the index.
+
+        Args:
+            data, root, needs: As of `rows.read_rows`.
+            one_shape: Whether all rows go to one bucket, so that their sizes do not matter.
+
+        Raises:
+            DataError: No such data, no row in it, or rows that say what cannot be used, together.
+        """
+        self._data, self._needs = Path(data).expanduser(), needs
+        self._records: Records | _Folder = open_set(self._data, needs) or _Folder(self._data)
+        self._root = root_of(self._data, root)
+        if not len(self._records):
+            raise DataError(f"{data}: expected rows, found none; zero usable rows")
+        self._sized = not (one_shape and needs.images == (1, 1) and not needs.subject)
+        self._widths, self._heights, self._references = array("i"), array("i"), array("i")
+        began = time.monotonic()
+        if self._sized or not self._records.reads_images:
+            self._look_at_all()
+        log.info("%s: an index of %d rows, made in %.0f s", self._data, len(self),
+                 time.monotonic() - began)
+
+    def _look_at_all(self) -> None:
+        bad, listed = 0, []
+        began = told = time.monotonic()
+        for done, (where, record) in enumerate(iterate(self._records), 1):
+            draft = self._draft(where, record)
+            size = draft.size
+            if size is None and self._sized and draft.paths and not draft.problems:
+                size = self._measured(draft)
+            else:
+                check_number(draft, self._needs)
+            if draft.problems:
+                bad += 1
+                listed += [draft] if bad <= MAX_LISTED else []
+            if self._sized:
+                width, height = size or SQUARE
+                self._widths.append(width)
+                self._heights.append(height)
+                images = len(draft.subject) + len(draft.paths)
+                self._references.append(max(images - 1, 0))
+            now = time.monotonic()
+            if now - told > LOG_EVERY_S:
+                told, rate = now, done / (now - began)
+                log.info("index: %d of %d rows, %.0f/s, %.0f s left", done, len(self), rate,
+                         (len(self) - done) / rate)
+        raise_problems(self._data, listed, bad, len(self))
+
+    def _measured(self, draft: Draft) -> tuple[int, int] | None:
+        """The target's size by its file's head."""
+        resolve_images(draft, self._root, self._needs)
+        if draft.problems:
+            return None
+        try:
+            return read_size(draft.images[-1])
+        except DataError as error:
+            draft.problems.append(str(error))
+            return None
+
+    def _draft(self, where: str, record: object) -> Draft:
+        return record if isinstance(record, Draft) else draft_of(where, record, self._needs)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, row: int) -> Row:
+        """A row as it is now; its images exist, but were not opened.
+
+        Raises:
+            DataError: It cannot be used.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        where = self._records.where(row)
+        try:
+            record = self._records[row]
+        except DataError as error:
+            record = error
+        draft = self._draft(where, record)
+        if not draft.problems:
+            resolve_images(draft, self._root, self._needs)
+        raise_problems(self._data, [draft], int(bool(draft.problems)), 1)
+        size = draft.size
+        if self._sized:
+            size = self._widths[row], self._heights[row]
+        return row_of(draft, size)
+
+    def shapes(self) -> Iterator[tuple[tuple[int, int], int]]:
+        """Of every row the size and the number of references, as `assign_buckets` takes them."""
+        if not self._sized:
+            return ((SQUARE, 0) for _ in range(len(self)))
+        return (
+            ((w, h), n) for w, h, n in
+            zip(self._widths, self._heights, self._references, strict=True)
+        )
+
+    def identity(self) -> str:
+        """Changes with what the rows say; images are not read for it."""
+        return self._records.identity()
+
+
+class _Folder:
+    """A folder of images and captions as records that are drafts already."""
+
+    reads_images = False
+
+    def __init__(self, folder: Path):
+        self._drafts = scan_folder(folder)
+
+    def __len__(self) -> int:
+        return len(self._drafts)
+
+    def where(self, row: int) -> str:
+        return self._drafts[row].where
+
+    def __getitem__(self, row: int) -> Draft:
+        draft = self._drafts[row]
+        return Draft(draft.where, list(draft.paths), captions=draft.captions,
+                     problems=list(draft.problems))
+
+    def identity(self) -> str:
+        return repr([(d.where, d.captions) for d in self._drafts])
