@@ -29,6 +29,7 @@ def get_config():
     c.learning_rates = (2e-4, 4e-4, 8e-4, 1.6e-3)
     c.num_train_steps = 50
     c.measure_every = 25     # updates; every learning rate is measured as often
+    c.new_style = 0.8        # accuracy in the new style at which methods are compared
     c.training_seeds = 3     # of the chosen rates; the sweep has one
     c.generation_seeds = 8   # noises per prompt
     c.old_prompts = 24

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 
 from dopsd_jax import workdir as workdir_lib
-from dopsd_jax.core import cli
+from dopsd_jax.core import cli, mirror
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.families import lora_rules_of, transformer_table
 from dopsd_jax.weights.pipeline import load_pipeline
@@ -41,6 +41,7 @@ def export(
     if fmt not in FORMATS:
         raise ValueError(f"format: expected one of {sorted(FORMATS)}, got {fmt!r}")
     cli.check_directory(Path(out).parent)
+    workdir = mirror.local_copy(workdir)
     if workdir_lib.read_config(workdir)["trainable"] == "full":
         _export_full(workdir, fmt, out, step, role, overwrite)
         return
@@ -49,7 +50,7 @@ def export(
 
 
 def _export_full(
-    workdir: str, fmt: str, out: str, step: int | None, role: str, overwrite: bool
+    workdir: str | Path, fmt: str, out: str, step: int | None, role: str, overwrite: bool
 ) -> None:
     if fmt != "diffusers":
         raise ValueError(

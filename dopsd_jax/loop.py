@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import distributed
+from dopsd_jax.core import distributed, mirror
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
@@ -125,9 +125,9 @@ def finished(config: ConfigDict, workdir: str | Path) -> bool:
 
 def _finished_step(config: ConfigDict, workdir: Path) -> int | None:
     """The last step, if nothing is left to do."""
-    if not (workdir / "checkpoints").is_dir():
+    if not mirror.checkpoints_of(workdir).is_dir():
         return None
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(mirror.checkpoints_of(workdir), read_only=True)
     step = checkpoints.latest_step()
     checkpoints.close()
     if step is None or step < config.num_train_steps:
@@ -171,11 +171,16 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
     """
     workdir, total = Path(workdir), config.num_train_steps
     with contextlib.ExitStack() as at_end:  # whatever ends the run, the last named first
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+        main = distributed.is_main()
+        bucket = mirror.mirror_of(workdir) if main else None
+        if bucket is not None:
+            at_end.callback(bucket.push, now=True)
+        checkpoints = Checkpoints(
+            mirror.checkpoints_of(workdir), keep=config.keep_checkpoints
+        )
         at_end.callback(checkpoints.close)
         state = _restore(checkpoints, task, total)
         start = int(state.step)
-        main = distributed.is_main()
         metrics = Metrics(workdir, start) if main else NoMetrics()
         if main:
             at_end.callback(save_curves, workdir)
@@ -237,6 +242,8 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
                 checkpoints.save(step, state, {"step": step, "rows_seen": step * config.batch_size})
             if draws:
                 draw(step)
+            if bucket is not None:
+                bucket.push(now=saves or draws)
             if saves or draws:
                 progress.restart()
             if stopping and step < total:

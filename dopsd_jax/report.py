@@ -24,7 +24,7 @@ from PIL import Image
 
 from dopsd_jax import gauges, preflight
 from dopsd_jax import workdir as workdir_lib
-from dopsd_jax.core import cli
+from dopsd_jax.core import cli, mirror
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.metrics import GAUGES, draw_curves, read_metrics
 
@@ -220,7 +220,7 @@ def evaluation_page(workdir: str | Path) -> str:
 
 
 def main() -> None:
-    workdir = Path(FLAGS.workdir)
+    workdir = mirror.local_copy(FLAGS.workdir)
     out = Path(FLAGS.out) if FLAGS.out else workdir / "report.html"
     text = evaluation_page(workdir) if (workdir / TABLE).is_file() else page(workdir)
     write_atomic(out, text)

@@ -22,7 +22,7 @@ from dopsd_jax import flow, rollout
 from dopsd_jax import lora as lora_lib
 from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.contexts import text_context, with_references
-from dopsd_jax.core import cli, trees
+from dopsd_jax.core import cli, mirror, trees
 from dopsd_jax.core.checks import is_number, is_whole, noted
 from dopsd_jax.data.images import read_image, reference_image, to_uint8
 from dopsd_jax.data.prompts import encode_prompts, prompt_problems
@@ -72,6 +72,7 @@ def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> jax.Array:
 
 def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Any, float]:
     """A LoRA from a run's directory or from a file of any format: (tree, alpha / rank)."""
+    path = mirror.local_copy(path)
     shapes = transformer_shapes(pipe.denoiser.network)
     if workdir_lib.is_workdir(path):
         tree, spec = workdir_lib.read_lora(path)

@@ -29,7 +29,7 @@ from dopsd_jax.config_check import (
     needs_teacher,
     needs_vlm,
 )
-from dopsd_jax.core import cli, distributed, sharding, trees
+from dopsd_jax.core import cli, distributed, mirror, sharding, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
 from dopsd_jax.data.buckets import Bucket
@@ -75,9 +75,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         ValueError: Bad config, data, weights, or a workdir of another run.
         loop.TrainingError: The loss or gradient is not finite; the last good checkpoint stays.
     """
+    given, workdir = workdir, mirror.local_copy(workdir)
     if config.get("objective") in stages.STAGES:
         return stages.train(config, workdir)
-    workdir = Path(workdir)
     method = check_config(config)
     data = read_data(config, needs_of_rows(config))
     if config.encode == "ahead":
@@ -91,7 +91,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         identity["base_lora"] = hashlib.sha256(Path(config.base_lora).read_bytes()).hexdigest()
     for what, fingerprinted in identity.items():
         distributed.check_same(what, fingerprinted)
-    distributed.on_main(lambda: workdir_lib.claim(workdir, config.to_dict(), identity))
+    distributed.on_main(lambda: claim(workdir, config, identity))
+    if not distributed.is_main():
+        workdir = mirror.local_copy(given)
     if distributed.any_process(not workdir_lib.is_workdir(workdir)):
         raise ValueError(f"{workdir}: expected a directory that every process sees")
     if loop.finished(config, workdir):
@@ -206,6 +208,18 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     return state
 
 
+def claim(workdir: Path, config: ConfigDict, identity: dict[str, str]) -> None:
+    """Takes the workdir for this run, where every process can see it."""
+    workdir_lib.claim(workdir, config.to_dict(), identity)
+    send(workdir)
+
+
+def send(workdir: Path) -> None:
+    """What is in the workdir, to the bucket that it stands for, if any."""
+    if bucket := mirror.mirror_of(workdir):
+        bucket.push(now=True)
+
+
 def choose_best(workdir: Path) -> None:
     """Writes best.json and says which checkpoint it is."""
     # By their names: opening them would wait for the other processes.
@@ -214,25 +228,28 @@ def choose_best(workdir: Path) -> None:
     gauges.write_best(workdir, best)
     log.info("best checkpoint: %s", "none is sharp enough, see gauges.jsonl" if best is None
              else f"step {best['step']}, by the rule in {workdir / gauges.BEST}")
+    send(workdir)
 
 
 def define_flags() -> None:
     """The command's flags; a function, so that importing this module defines none."""
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Directory of the run; made or continued.", required=True)
+    flags.DEFINE_string("workdir", None, "Directory of the run, local or gs://..; made or "
+                        "continued.", required=True)
     distributed.define_flags()
 
 
 def main() -> None:
     if FLAGS.config is None:
         raise ValueError("--config is needed, such as --config configs/z_image_turbo_lora.py")
-    cli.check_directory(FLAGS.workdir)
+    if not mirror.is_remote(FLAGS.workdir):
+        cli.check_directory(FLAGS.workdir)
     distributed.initialize()
     workdir_lib.enable_compilation_cache()
     state = train(FLAGS.config, FLAGS.workdir)
     if not distributed.is_main():
         return
-    workdir = Path(FLAGS.workdir)
+    workdir = FLAGS.workdir
     if state is not None:
         print(f"step {int(state.step)} of {FLAGS.config.num_train_steps}")
     print(f"pictures    {workdir}/samples")

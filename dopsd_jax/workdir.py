@@ -16,6 +16,7 @@ from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.checks import COUNT, OBJECT, SCALE, TEXT, value_problems
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
+from dopsd_jax.core.mirror import caches, checkpoints_of
 from dopsd_jax.weights.lora_files import LoraSpec
 
 # A run may be continued with other values of these: they do not change what a step computes. The
@@ -37,8 +38,7 @@ def enable_compilation_cache() -> None:
     JAX_COMPILATION_CACHE_DIR chooses the place; the default is ~/.cache/dopsd_jax/xla.
     """
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dopsd_jax/xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(caches() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -47,7 +47,7 @@ def is_workdir(path: str | Path) -> bool:
     """Whether `path` is a run's directory, were it one that has no checkpoint yet."""
     path = Path(path)
     return (path / "config.json").is_file() and (
-        (path / "checkpoints").is_dir() or (path / "identity.json").is_file()
+        (path / "identity.json").is_file() or checkpoints_of(path).is_dir()
     )
 
 
@@ -95,7 +95,7 @@ def lock(workdir: str | Path) -> None:
 def saved_steps(workdir: str | Path) -> list[int]:
     """Steps of the finished checkpoints, in order, by their names alone."""
     # An unfinished save has a longer name.
-    names = (p.name for p in (Path(workdir) / "checkpoints").glob("*"))
+    names = (p.name for p in checkpoints_of(workdir).glob("*"))
     return sorted(int(name) for name in names if name.isdigit())
 
 
@@ -266,9 +266,10 @@ def _check_role(workdir: str | Path, config: dict[str, Any], role: str) -> None:
 
 
 def _restore_role(workdir: str | Path, step: int | None, role: str) -> trees.Tree:
-    if not (Path(workdir) / "checkpoints").is_dir():
-        raise ValueError(f"no checkpoint yet in {workdir}/checkpoints")
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
+    directory = checkpoints_of(workdir)
+    if not directory.is_dir():
+        raise ValueError(f"no checkpoint yet in {directory}")
+    checkpoints = Checkpoints(directory, read_only=True)
     try:
         return checkpoints.restore_part((role,), step)[role]
     finally:

@@ -51,11 +51,6 @@ def best_at(points: Sequence[Point], level: float) -> Point | None:
     return max(reached, key=Point.retention, default=None)
 
 
-def matched_level(by_method: dict[str, Sequence[Point]]) -> float:
-    """The highest new-style accuracy that every method reaches somewhere."""
-    return min(max(p.new_style() for p in points) for points in by_method.values())
-
-
 def _distance(features: np.ndarray, real: tuple[np.ndarray, np.ndarray]) -> float:
     """Frechet distance of features [.., 64] to (mean, covariance)."""
     return frechet_distance(moments(features.reshape(-1, features.shape[-1])), real)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dopsd_jax.core.mirror import is_remote
 from dopsd_jax.core.trees import Tree
 
 
@@ -27,7 +28,7 @@ class Checkpoints:
         """Opens or makes the directory.
 
         Args:
-            directory: Where the steps are.
+            directory: Where the steps are; may be gs://..
             keep: How many of the latest to keep; None keeps all.
             read_only: Touch nothing: a run may be saving here right now, and what an owner
                 clears away as left over from a crash may be its unfinished save.
@@ -39,7 +40,9 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
         self._read_only = read_only
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+        if not is_remote(directory):
+            directory = Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(directory, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()

@@ -48,12 +48,10 @@ def test_sets_ask_for_tuned_things_other_things_and_old_styles(sets):
         case_sets("blueprint", ["teapot"], old=drawing.draw_cases(1), seeds=1)
 
 
-def test_methods_are_compared_where_all_have_learned_as_much(sets):
+def test_of_a_method_counts_where_it_retains_most_of_what_has_learned_enough(sets):
     ours = [point(sets, new=n, old=o) for n, o in ((0, 1), (0.5, 0.9), (1, 0.5))]
     theirs = [point(sets, "sft", new=n, old=o) for n, o in ((0, 1), (0.25, 0.8), (0.75, 0.2))]
-    level = table.matched_level({"dopsd": ours, "sft": theirs})
-    assert level == pytest.approx(0.75, abs=0.05)
-    assert table.best_at(ours, level) is ours[2] and table.best_at(theirs, level) is theirs[2]
+    assert table.best_at(ours, 0.7) is ours[2] and table.best_at(theirs, 0.7) is theirs[2]
     assert table.best_at(ours, 0.5) is ours[1]  # among those that reach it, what retains most
     assert table.best_at(theirs, 0.9) is None
 

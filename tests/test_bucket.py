@@ -1,0 +1,170 @@
+"""Runs and caches in a bucket, which a file system in memory stands in for.
+
+Orbax writes to a bucket through its own code, which is not tried here: checkpoints go to a folder.
+"""
+
+import shutil
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+
+from dopsd_jax import encode as encode_lib
+from dopsd_jax import export as export_lib
+from dopsd_jax import loop, sample
+from dopsd_jax import train as train_lib
+from dopsd_jax import workdir as workdir_lib
+from dopsd_jax.core import mirror
+from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.core.metrics import read_metrics
+
+RUN = "gs://bucket/runs/a"
+
+
+class FakeBucket(MemoryFileSystem):
+    """Objects in memory under gs://; like a bucket's they cannot be appended to."""
+
+    protocol = ("gcs", "gs")
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("gs://").removeprefix("gcs://").strip("/")
+
+    def _open(self, path, mode="rb", **options):
+        assert "a" not in mode, f"appended to {path}"
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    fsspec.register_implementation("gcs", FakeBucket, clobber=True)
+    FakeBucket.store.clear()
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    checkpoints = tmp_path / "checkpoints"
+
+    def checkpoints_of(workdir):
+        place = mirror.address_of(workdir)
+        return epath.Path(checkpoints if place.startswith("gs://") else f"{place}/checkpoints")
+
+    for module in (mirror, workdir_lib):
+        monkeypatch.setattr(module, "checkpoints_of", checkpoints_of)
+    yield FakeBucket
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def stored():
+    return {name.removeprefix("/bucket/runs/a/") for name in FakeBucket.store}
+
+
+def test_a_run_leaves_its_files_in_the_bucket_and_goes_on_from_there(
+    bucket, short_run, tmp_path, monkeypatch
+):
+    train_lib.train(short_run, RUN)
+    assert {"config.json", "identity.json", "metrics.jsonl", "curves.png", "gauges.jsonl",
+            "samples/step_000002.png", "best.json"} <= stored()
+    assert any(name.startswith("tensorboard/") for name in stored())
+    assert not {".lock", ".remote"} & stored()
+    shutil.rmtree(tmp_path / "home")  # another machine goes on
+    workdir_lib._LOCKS.clear()
+    short_run.num_train_steps = 4
+    train_lib.train(short_run, RUN)
+    train_lib.train(short_run, tmp_path / "local")
+    assert {"samples/step_000002.png", "samples/step_000004.png"} <= stored()
+    one, other = (
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(w)]
+        for w in (mirror.local_copy(RUN), tmp_path / "local")
+    )
+    assert len(one) == 4 and one == other
+
+
+def test_other_commands_read_a_run_in_a_bucket(bucket, short_run, tiny, tmp_path):
+    train_lib.train(short_run, RUN)
+    export_lib.export(RUN, "diffusers", str(tmp_path / "lora.safetensors"))
+    pipe = sample.load_pipeline(tiny.pipeline, dtype="float32", parts=())
+    (run, scale), (file, one) = (
+        sample.read_lora(path, pipe) for path in (RUN, tmp_path / "lora.safetensors")
+    )
+    for a, b in zip(jax.tree.leaves(run), jax.tree.leaves(file), strict=True):
+        assert a.shape == b.shape
+    assert scale == short_run.lora.alpha / short_run.lora.rank and one == 1
+
+
+def test_a_run_of_another_config_is_refused_in_a_bucket_too(bucket, short_run, tmp_path):
+    train_lib.train(short_run, RUN)
+    shutil.rmtree(tmp_path / "home")
+    short_run.learning_rate = 1e-3
+    with pytest.raises(ValueError, match="holds a run of another config"):
+        train_lib.train(short_run, RUN)
+
+
+def test_numbers_are_sent_when_a_run_stops_with_an_error(bucket, short_run, monkeypatch):
+    short_run.update({"num_train_steps": 3, "checkpoint_every": 1, "sample_every": 0})
+
+    def broken(self, step, state, meta):
+        if step == 2:
+            raise ValueError("disk full")
+        save(self, step, state, meta)
+
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", broken)
+    with pytest.raises(ValueError, match="disk full"):
+        train_lib.train(short_run, RUN)
+    text = FakeBucket.store["/bucket/runs/a/metrics.jsonl"].getvalue().decode()
+    assert text.count('"loss"') == 2
+
+
+def test_a_copy_follows_what_is_in_the_bucket(bucket):
+    remote = epath.Path(RUN)
+    (remote / "samples").mkdir(parents=True)
+    (remote / "samples" / "a.png").write_bytes(b"one")
+    local = mirror.local_copy(RUN + "/")
+    assert (local / "samples" / "a.png").read_bytes() == b"one" and local.name == "a"
+    (remote / "samples" / "a.png").unlink()
+    (remote / "b").write_text("two")
+    (local / "left.txt").write_text("over")
+    mirror.local_copy(RUN)
+    assert {p.name for p in local.rglob("*") if p.is_file()} == {"b", mirror.REMOTE}
+
+
+def test_files_are_sent_once_and_not_too_often(bucket, monkeypatch):
+    local = mirror.local_copy(RUN)
+    sender = mirror.mirror_of(local)
+    (local / "a").write_text("one")
+    sender.push()
+    assert stored() == set()  # not yet time
+    sender.push(now=True)
+    assert stored() == {"a"}
+    FakeBucket.store.clear()
+    sender.push(now=True)
+    assert stored() == set()
+    (local / "a").write_text("another")
+    sender.push(now=True)
+    assert stored() == {"a"}
+
+
+def test_a_cache_in_a_bucket_gives_the_same_run(bucket, short_run, tmp_path):
+    short_run.cache = "gs://bucket/cache"
+    made, total = encode_lib.encode(short_run)
+    assert made == total > 0 and encode_lib.encode(short_run) == (0, total)
+    train_lib.train(short_run, tmp_path / "cached")
+    short_run.cache = ""
+    train_lib.train(short_run, tmp_path / "plain")
+    states = []
+    for name in ("cached", "plain"):
+        checkpoints = Checkpoints(tmp_path / name / "checkpoints", read_only=True)
+        states.append(checkpoints.restore_part(("student",)))
+        checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_finished_run_in_a_bucket_says_so(bucket, short_run, tmp_path):
+    train_lib.train(short_run, RUN)
+    shutil.rmtree(tmp_path / "home")
+    assert loop.finished(short_run, mirror.local_copy(RUN))
+    assert train_lib.train(short_run, RUN) is None
