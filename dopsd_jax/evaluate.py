@@ -246,22 +246,30 @@ def same_data(evaluation: Evaluation) -> str:
 
 
 def draw_curves(path: Path, found: dict[str, list[Point]], level: float) -> None:
-    """Retention against accuracy in the new style: a line per method and rate."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    ax = figure.subplots()
-    for i, (method, points) in enumerate(found.items()):
-        label = method
-        for rate in dict.fromkeys(p.rate for p in points[1:]):
-            line = [points[0], *(p for p in points if p.rate == rate)]
-            ax.plot([p.new_style() for p in line], [p.retention() for p in line], ".-",
-                    color=f"C{i}", alpha=0.7, label=label)
-            label = None
-    ax.axvline(level, color="black", lw=0.7, ls=":", label="compared at")
-    ax.set_xlabel("style accuracy on prompts of the new style")
-    ax.set_ylabel("old prompts drawn right (style and things)")
-    ax.grid(alpha=0.3)
-    ax.legend()
-    figure.savefig(path, dpi=110)
+    """Retention and sharpness of old prompts against accuracy in the new style.
+
+    A line per method and rate, from the untuned model on.
+    """
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    heights = {
+        "old prompts drawn right (style and things)": lambda p, _: p.retention(),
+        "sharpness of old prompts / the untuned model's": Point.old_sharpness,
+    }
+    for ax, (words, height) in zip(panels, heights.items(), strict=True):
+        for i, (method, points) in enumerate(found.items()):
+            label = method
+            for rate in dict.fromkeys(p.rate for p in points[1:]):
+                line = [points[0], *(p for p in points if p.rate == rate)]
+                across, up = zip(*((p.new_style(), height(p, line[0])) for p in line), strict=True)
+                ax.plot(across, up, "o-", color=f"C{i}", lw=0.8, ms=5, alpha=0.8, label=label)
+                label = None
+        ax.axvline(level, color="black", lw=0.7, ls=":", label="compared to the right of this")
+        ax.set_xlabel("style accuracy on prompts of the new style")
+        ax.set_ylabel(words)
+        ax.grid(alpha=0.3)
+    panels[0].legend(loc="lower left")
+    figure.savefig(path, dpi=100)
 
 
 def draw_grid(evaluation: Evaluation, compared: dict[str, list[tuple[Run, int]]]) -> np.ndarray:

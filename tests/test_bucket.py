@@ -3,8 +3,6 @@
 Orbax writes to a bucket through its own code, which is not tried here: checkpoints go to a folder.
 """
 
-import shutil
-
 import fsspec
 import jax
 import numpy as np
@@ -13,6 +11,7 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
+from configs import tiny as tiny_config
 from dopsd_jax import encode as encode_lib
 from dopsd_jax import export as export_lib
 from dopsd_jax import loop, sample
@@ -40,71 +39,128 @@ class FakeBucket(MemoryFileSystem):
         return super()._open(path, mode, **options)
 
 
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    fsspec.register_implementation("gcs", FakeBucket, clobber=True)
-    FakeBucket.store.clear()
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    checkpoints = tmp_path / "checkpoints"
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """All runs here compile the same programs."""
+    old = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", old)
+
+
+@pytest.fixture(scope="module")
+def patch(tmp_path_factory):
+    """Every gs:// of this module; checkpoints are in a folder."""
+    home = tmp_path_factory.mktemp("home")
 
     def checkpoints_of(workdir):
         place = mirror.address_of(workdir)
-        return epath.Path(checkpoints if place.startswith("gs://") else f"{place}/checkpoints")
+        if place.startswith("gs://"):
+            place = home / "bucket" / place.removeprefix("gs://")
+        return epath.Path(place) / "checkpoints"
 
-    for module in (mirror, workdir_lib):
-        monkeypatch.setattr(module, "checkpoints_of", checkpoints_of)
-    yield FakeBucket
+    with pytest.MonkeyPatch.context() as patch:
+        fsspec.register_implementation("gcs", FakeBucket, clobber=True)
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        for module in (mirror, workdir_lib):
+            patch.setattr(module, "checkpoints_of", checkpoints_of)
+        yield patch
     backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+@pytest.fixture
+def machine(patch, tmp_path, monkeypatch):
+    """A machine that has seen nothing of the bucket yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+def settings(tiny, two_photos):
+    c = tiny_config.get_config()
+    c.model, c.vlm, c.data = str(tiny.pipeline), str(tiny.vlm), str(two_photos)
+    c.update({"buckets": "64x64", "text_tokens": 128, "teacher_tokens": 672, "num_train_steps": 2,
+              "batch_size": 2, "sample_every": 2, "sample_steps": 2, "checkpoint_every": 2,
+              "learning_rate": 1e-2})
+    c.lora.rank = 4
+    return c
+
+
+@pytest.fixture
+def config(tiny, two_photos):
+    return settings(tiny, two_photos)
+
+
+@pytest.fixture(scope="module")
+def ran(patch, tiny, two_photos, tmp_path_factory):
+    """The objects of a finished run; its checkpoint must stay."""
+    FakeBucket.store.clear()
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("first")))
+        train_lib.train(settings(tiny, two_photos), RUN)
+    return {name: file.getvalue() for name, file in FakeBucket.store.items()}
+
+
+@pytest.fixture
+def run(ran, machine):
+    """The bucket as that run left it."""
+    FakeBucket.store.clear()
+    for name, content in ran.items():
+        FakeBucket().pipe_file(name, content)
+
+
+@pytest.fixture
+def empty(machine):
+    FakeBucket.store.clear()
+    FakeBucket.pseudo_dirs[:] = [""]
 
 
 def stored():
     return {name.removeprefix("/bucket/runs/a/") for name in FakeBucket.store}
 
 
-def test_a_run_leaves_its_files_in_the_bucket_and_goes_on_from_there(
-    bucket, short_run, tmp_path, monkeypatch
-):
-    train_lib.train(short_run, RUN)
+def numbers(workdir):
+    return [{k: v for k, v in row.items() if k != "images_per_second"}
+            for row in read_metrics(workdir)]
+
+
+def test_a_run_leaves_its_files_in_the_bucket(run):
     assert {"config.json", "identity.json", "metrics.jsonl", "curves.png", "gauges.jsonl",
             "samples/step_000002.png", "best.json"} <= stored()
     assert any(name.startswith("tensorboard/") for name in stored())
     assert not {".lock", ".remote"} & stored()
-    shutil.rmtree(tmp_path / "home")  # another machine goes on
-    workdir_lib._LOCKS.clear()
-    short_run.num_train_steps = 4
-    train_lib.train(short_run, RUN)
-    train_lib.train(short_run, tmp_path / "local")
-    assert {"samples/step_000002.png", "samples/step_000004.png"} <= stored()
-    one, other = (
-        [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(w)]
-        for w in (mirror.local_copy(RUN), tmp_path / "local")
-    )
-    assert len(one) == 4 and one == other
 
 
-def test_other_commands_read_a_run_in_a_bucket(bucket, short_run, tiny, tmp_path):
-    train_lib.train(short_run, RUN)
+def test_a_finished_run_says_so_on_another_machine(run, config):
+    assert loop.finished(config, mirror.local_copy(RUN))
+    assert train_lib.train(config, RUN) is None
+
+
+def test_a_run_of_another_config_is_refused(run, config):
+    config.learning_rate = 1e-3
+    with pytest.raises(ValueError, match="holds a run of another config"):
+        train_lib.train(config, RUN)
+
+
+def test_other_commands_read_a_run(run, tiny, tmp_path):
     export_lib.export(RUN, "diffusers", str(tmp_path / "lora.safetensors"))
     pipe = sample.load_pipeline(tiny.pipeline, dtype="float32", parts=())
-    (run, scale), (file, one) = (
+    (tree, scale), (file, other) = (
         sample.read_lora(path, pipe) for path in (RUN, tmp_path / "lora.safetensors")
     )
-    for a, b in zip(jax.tree.leaves(run), jax.tree.leaves(file), strict=True):
-        assert a.shape == b.shape
-    assert scale == short_run.lora.alpha / short_run.lora.rank and one == 1
+    assert scale == other
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), tree, file)
 
 
-def test_a_run_of_another_config_is_refused_in_a_bucket_too(bucket, short_run, tmp_path):
-    train_lib.train(short_run, RUN)
-    shutil.rmtree(tmp_path / "home")
-    short_run.learning_rate = 1e-3
-    with pytest.raises(ValueError, match="holds a run of another config"):
-        train_lib.train(short_run, RUN)
+def test_another_machine_goes_on(run, config, tmp_path):
+    config.num_train_steps = 4
+    train_lib.train(config, RUN)
+    train_lib.train(config, tmp_path / "local")
+    assert {"samples/step_000002.png", "samples/step_000004.png"} <= stored()
+    found = numbers(mirror.local_copy(RUN))
+    assert len(found) == 4 and found == numbers(tmp_path / "local")
 
 
-def test_numbers_are_sent_when_a_run_stops_with_an_error(bucket, short_run, monkeypatch):
-    short_run.update({"num_train_steps": 3, "checkpoint_every": 1, "sample_every": 0})
+def test_numbers_are_sent_when_a_run_stops_with_an_error(empty, config, monkeypatch):
+    config.update({"num_train_steps": 3, "checkpoint_every": 1, "sample_every": 0})
 
     def broken(self, step, state, meta):
         if step == 2:
@@ -114,12 +170,12 @@ def test_numbers_are_sent_when_a_run_stops_with_an_error(bucket, short_run, monk
     save = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", broken)
     with pytest.raises(ValueError, match="disk full"):
-        train_lib.train(short_run, RUN)
-    text = FakeBucket.store["/bucket/runs/a/metrics.jsonl"].getvalue().decode()
+        train_lib.train(config, "gs://bucket/runs/b")
+    text = FakeBucket.store["/bucket/runs/b/metrics.jsonl"].getvalue().decode()
     assert text.count('"loss"') == 2
 
 
-def test_a_copy_follows_what_is_in_the_bucket(bucket):
+def test_a_copy_follows_what_is_in_the_bucket(empty):
     remote = epath.Path(RUN)
     (remote / "samples").mkdir(parents=True)
     (remote / "samples" / "a.png").write_bytes(b"one")
@@ -132,7 +188,7 @@ def test_a_copy_follows_what_is_in_the_bucket(bucket):
     assert {p.name for p in local.rglob("*") if p.is_file()} == {"b", mirror.REMOTE}
 
 
-def test_files_are_sent_once_and_not_too_often(bucket, monkeypatch):
+def test_files_are_sent_once_and_not_too_often(empty):
     local = mirror.local_copy(RUN)
     sender = mirror.mirror_of(local)
     (local / "a").write_text("one")
@@ -148,23 +204,14 @@ def test_files_are_sent_once_and_not_too_often(bucket, monkeypatch):
     assert stored() == {"a"}
 
 
-def test_a_cache_in_a_bucket_gives_the_same_run(bucket, short_run, tmp_path):
-    short_run.cache = "gs://bucket/cache"
-    made, total = encode_lib.encode(short_run)
-    assert made == total > 0 and encode_lib.encode(short_run) == (0, total)
-    train_lib.train(short_run, tmp_path / "cached")
-    short_run.cache = ""
-    train_lib.train(short_run, tmp_path / "plain")
+def test_a_cache_in_a_bucket_gives_the_same_run(run, config, tmp_path):
+    config.cache = "gs://bucket/cache"
+    made, total = encode_lib.encode(config)
+    assert made == total > 0 and encode_lib.encode(config) == (0, total)
+    train_lib.train(config, tmp_path / "cached")
     states = []
-    for name in ("cached", "plain"):
-        checkpoints = Checkpoints(tmp_path / name / "checkpoints", read_only=True)
-        states.append(checkpoints.restore_part(("student",)))
+    for directory in (mirror.checkpoints_of(RUN), tmp_path / "cached" / "checkpoints"):
+        checkpoints = Checkpoints(directory, read_only=True)
+        states.append(checkpoints.restore_part(("student",), 2))
         checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, *states)
-
-
-def test_a_finished_run_in_a_bucket_says_so(bucket, short_run, tmp_path):
-    train_lib.train(short_run, RUN)
-    shutil.rmtree(tmp_path / "home")
-    assert loop.finished(short_run, mirror.local_copy(RUN))
-    assert train_lib.train(short_run, RUN) is None

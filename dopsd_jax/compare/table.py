@@ -45,6 +45,11 @@ class Point:
         return float((self.sets[OLD].style & self.sets[OLD].concept).mean())
 
 
+    def old_sharpness(self, base: Point) -> float:
+        """Sharpness of the pictures of old prompts, as a share of another model's."""
+        return float(self.sets[OLD].sharpness.mean() / base.sets[OLD].sharpness.mean())
+
+
 def best_at(points: Sequence[Point], level: float) -> Point | None:
     """Of the points that reach a new-style accuracy, the one that retains most; None: none does."""
     reached = [p for p in points if p.new_style() >= level]
