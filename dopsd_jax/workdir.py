@@ -208,6 +208,11 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     return config
 
 
+def read_identity(workdir: str | Path) -> dict[str, str]:
+    """Fingerprints of a run's weights and data, by name: identity.json."""
+    return _read_json(Path(workdir) / "identity.json")
+
+
 def read_lora(
     workdir: str | Path, *, step: int | None = None, role: str = "student"
 ) -> tuple[trees.Tree, LoraSpec]:

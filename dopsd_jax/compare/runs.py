@@ -81,17 +81,16 @@ def own_runs(directories: str) -> list[Run]:
 
 
 def same_data(runs: Sequence[Run]) -> str:
-    """The pictures that all runs learned from.
+    """The pictures that all runs learned from; where they lie may differ.
 
     Raises:
         ValueError: They learned from different ones.
     """
-    found = {str(workdir_lib.read_config(run.workdir)["data"]) for run in runs}
-    if len(found) > 1:
-        raise ValueError(
-            f"checkpoints: expected runs on the same data, got {', '.join(sorted(found))}"
-        )
-    return found.pop()
+    places = {run.workdir: str(workdir_lib.read_config(run.workdir)["data"]) for run in runs}
+    if len({workdir_lib.read_identity(run.workdir)["data"] for run in runs}) > 1:
+        told = ", ".join(f"{run.name}: {places[run.workdir]}" for run in runs)
+        raise ValueError(f"checkpoints: expected runs on the same data, got {told}")
+    return next((p for p in places.values() if Path(p).exists()), next(iter(places.values())))
 
 
 def train_all(config: ConfigDict, runs: Sequence[Run]) -> None:

@@ -106,6 +106,43 @@ def test_a_full_width_splash_kernel_compiles_for_tpu():
 
 
 @pytest.mark.tpu
+def test_the_text_encoder_splits_over_a_machines_chips():
+    """Qwen3-4B, bfloat16, 8 GB, on the four chips of a v5e machine; its layers are gathered."""
+    script = """
+        import jax, jax.numpy as jnp
+        from jax.experimental import topologies
+        from dopsd_jax.core import sharding, trees
+        from dopsd_jax.models.qwen3 import Qwen3, Qwen3Config
+        from dopsd_jax.weights.pipeline import text_shapes
+        encoder = Qwen3(Qwen3Config.qwen3_4b(), 35, jnp.bfloat16)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+        mesh = sharding.make_mesh(1, 4, 1, devices=topology.devices)
+        shapes = text_shapes(encoder)
+        params = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
+            shapes, sharding.shard(mesh, shapes))
+        whole = sharding.replicated(mesh)
+        ids = jax.ShapeDtypeStruct((1, 512), jnp.int32, sharding=whole)
+        mask = jax.ShapeDtypeStruct((1, 512), bool, sharding=whole)
+        def features(params, ids, mask):
+            with sharding.on(mesh):
+                return encoder.apply({"params": params}, ids, mask, (35,))
+        memory = jax.jit(features).lower(params, ids, mask).compile().memory_analysis()
+        print("share", memory.argument_size_in_bytes / (2 * trees.count(shapes)))
+        print("temporaries", memory.temp_size_in_bytes / 2**30)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True,
+        check=False, env=ahead.child_environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2)
+    show("Qwen3-4B on v5e:2x2: share of the weights per chip", float(told["share"]), 0.26)
+    show("Qwen3-4B on v5e:2x2: temporaries", float(told["temporaries"]), 1, " GiB")
+    assert float(told["share"]) <= 0.26 and float(told["temporaries"]) <= 1
+
+
+@pytest.mark.tpu
 @pytest.mark.parametrize("topology,batch,bar", [
     ("v5e:2x2", 1, 8), ("v5e:16x16", 1, 3.5), ("v6e:4x4", 4, 13),
 ])
