@@ -35,14 +35,13 @@ class Chip:
 # peak, memory bandwidth, links: cloud.google.com/tpu/docs/v5e, /v5p, /v6e, "System
 # architecture" (of the links' bandwidth half: one way). memory: what the compiler of libtpu
 # 0.0.42.1 allows a program, from its messages for programs that need more.
-# linear: from the cycles that the same compiler expects less attention: v5p of Z-Image's whole LoRA
-# step with remat matmuls (`plan --full`); v5e of its main layers with remat full, v6e of a stand-in
-# of four layers, both with an older and slower rope. Other policies were not built: that they reach
-# the same share is assumed.
+# linear: from the cycles that the same compiler expects of Z-Image's whole LoRA step with remat
+# matmuls (`plan --full`; v5e:4x4, v5p:2x2x4, v6e:4x4), less attention. Other policies were not
+# built: that they reach the same share is assumed.
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 100e9, 1.5e9, 0.44),
+    "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 100e9, 1.5e9, 0.51),
     "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 300e9, 1.75e9, 0.44),
-    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1640e9, 224e9, 1.75e9, 0.23),
+    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1640e9, 224e9, 1.75e9, 0.28),
 }
 ATTENTION = 0.5  # share of peak that attention kernels are assumed to reach; not measured
 
