@@ -294,7 +294,12 @@ def evaluate(config: ConfigDict, workdir: Path) -> str:
         evaluation = Evaluation(config, workdir, Path(runs_lib.same_data(runs)))
     else:
         evaluation = Evaluation(config, workdir, Path(runs_lib.settings(config.run_config).data))
-    head = [f"Judge on real pictures: {evaluation.bench.report}."]
+    told = evaluation.bench.report
+    head = [
+        f"The judge is right on held-back real pictures with {told['style']:.1%} of the styles and "
+        f"{told['concept']:.1%} of the things; two sets of real pictures are "
+        f"{told['frechet_of_two_real_sets']:.1f} apart (Frechet)."
+    ]
     points: list[Point] = []
     if config.checkpoints:
         compared = own(runs)

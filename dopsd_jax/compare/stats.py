@@ -22,7 +22,10 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        """Shares to a thousandth, distances of 10 and more without decimals."""
+        digits = 0 if abs(self.value) >= 10 else 3
+        value, low, high = (f"{x:.{digits}f}" for x in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
 
 
 def interval(

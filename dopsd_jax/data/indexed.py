@@ -120,7 +120,8 @@ class IndexedRows(Sequence):
         draft = self._draft(where, record)
         if not draft.problems:
             resolve_images(draft, self._root, self._needs)
-        raise_problems(self._data, [draft], int(bool(draft.problems)), 1)
+        if draft.problems:
+            raise DataError(f"{self._data}: {where}: {'; also '.join(draft.problems)}")
         size = draft.size
         if self._sized:
             size = self._widths[row], self._heights[row]
