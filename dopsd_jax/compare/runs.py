@@ -94,7 +94,7 @@ def same_data(runs: Sequence[Run]) -> str:
 
 
 def train_all(config: ConfigDict, runs: Sequence[Run]) -> None:
-    """Trains runs by the train command, each logged beside its workdir; finished ones stay.
+    """Trains runs by the train command, each with a file in logs/; finished ones stay.
 
     On a CPU several at a time, each on cores of its own: that is faster than one after the other
     on all cores, which small networks leave idle, and compiling uses only one.
@@ -140,7 +140,8 @@ def _train(config: ConfigDict, run: Run) -> None:
         "dopsd_jax.train", "--config", config.run_config, "--workdir", str(run.workdir),
         *(f"--config.{key}={value}" for key, value in changes.items()),
     ]
-    logged = run.workdir.with_name(f"{run.name}.log")
+    runs = run.workdir.parent
+    logged = runs.parent / "logs" / f"{runs.name}-{run.name}.log"
     logged.parent.mkdir(parents=True, exist_ok=True)
     with logged.open("w") as f:
         f.write("$ python -m " + " ".join(command) + "\n")
