@@ -56,6 +56,7 @@ from dopsd_jax.weights.shipped import JUDGE
 FLAGS = flags.FLAGS
 CONTROL_GUIDANCE, CONTROL_STEPS = 2.5, 12
 GRID_ROWS = 6
+OTHER = "untuned, other noise"
 
 
 class Evaluation:
@@ -88,8 +89,11 @@ class Evaluation:
               shift: int = 0) -> Point:
         """One run at one step, drawn and judged, or read from where that was kept."""
         name = "untuned" if run is None else f"{run.name}-{step}"
-        rows = self.sets[OLD].rows
-        drawn = hashlib.sha256("\n".join([*rows.captions, str(self.sets[OLD].seeds)]).encode())
+        asked = [caption for s in self.sets.values() for caption in s.rows.captions]
+        told = [] if run is None else [str(run.workdir.resolve()), *(
+            (run.workdir / name).read_text() for name in ("config.json", "identity.json")
+        )]
+        drawn = hashlib.sha256("\n".join([*asked, *told]).encode())
         file = self.workdir / "measured" / (
             f"{name}-{num_steps}steps-x{guidance:g}-noise{shift}-{drawn.hexdigest()[:8]}.npz"
         )
@@ -177,7 +181,7 @@ def table_of(
         return evaluation.point(run, step, num_steps=num_steps, guidance=guidance, **how)
 
     base = drawn(None, 0)
-    members = {"untuned": [base], "untuned, other noise": [drawn(None, 0, shift=OTHER_NOISE)]}
+    members = {"untuned": [base], OTHER: [drawn(None, 0, shift=OTHER_NOISE)]}
     for method, runs in compared.items():
         run, step = runs[0]
         label = f"{method} ({f'{run.rate:g}, {step} updates' if run else 'no update'})"
@@ -191,13 +195,14 @@ def table_of(
             rows[label]["old: both, less untuned's"] = table_lib.paired(
                 points, [base], evaluation.sets
             )
-        if label not in (first, "untuned", "untuned, other noise"):
+        if label not in (first, "untuned", OTHER):
             rows[label][f"old: both, less {next(iter(compared))}'s"] = table_lib.paired(
                 points, members[first], evaluation.sets
             )
     extra = f", guidance {guidance:g}" if guidance != 1 else ""
     text = f"### {num_steps} steps{extra}\n\n{table_lib.as_markdown(rows)}"
-    return text, [p for label, points in members.items() if "noise" not in label for p in points]
+    del members[OTHER]
+    return text, [p for points in members.values() for p in points]
 
 
 def tables(
@@ -319,7 +324,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> str:
     text, drawn = tables(evaluation, compared)
     if config.same_data_methods and not config.checkpoints:
         text += "\n" + same_data(evaluation)
-    table_lib.write_csv(workdir / "pictures.csv", [*points, *drawn], evaluation.sets)
+    every = {(p.method, p.rate, p.seed, p.step, p.num_steps, p.guidance): p
+             for p in [*points, *drawn]}
+    table_lib.write_csv(workdir / "pictures.csv", list(every.values()), evaluation.sets)
     previews.save(workdir / "grid.png", draw_grid(evaluation, compared))
     text = "\n\n".join([*head, text])
     write_atomic(workdir / report.TABLE, text)
@@ -335,7 +342,8 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     workdir_lib.enable_compilation_cache()
     print(evaluate(FLAGS.config, workdir))
-    print(f"\n{workdir}/report.html, {report.TABLE}, pictures.csv, curves.png, grid.png")
+    curves = "" if FLAGS.config.checkpoints else "curves.png, "
+    print(f"\n{workdir}/report.html, {report.TABLE}, pictures.csv, {curves}grid.png")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ class Interval:
     def __str__(self) -> str:
         """Shares to a thousandth, distances of 10 and more without decimals."""
         digits = 0 if abs(self.value) >= 10 else 3
-        value, low, high = (f"{x:.{digits}f}" for x in (self.value, self.low, self.high))
+        value, low, high = (
+            f"{round(x, digits) + 0.0:.{digits}f}" for x in (self.value, self.low, self.high)
+        )
         return f"{value} [{low}, {high}]"
 
 
