@@ -50,15 +50,33 @@ def two_photos(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def make_short_run(tiny, two_photos):
+    """() -> a config of two updates on the tiny models and two photographs."""
+    def make():
+        c = tiny_config.get_config()
+        c.model, c.vlm, c.data = str(tiny.pipeline), str(tiny.vlm), str(two_photos)
+        c.buckets, c.text_tokens, c.teacher_tokens = "64x64", 128, 672
+        c.num_train_steps, c.batch_size, c.sample_every, c.sample_steps = 2, 2, 2, 2
+        c.checkpoint_every, c.learning_rate, c.lora.rank = 2, 1e-2, 4
+        return c
+
+    return make
+
+
 @pytest.fixture
-def short_run(tiny, two_photos):
-    """A config of two updates on the tiny models and two photographs, to be changed at will."""
-    c = tiny_config.get_config()
-    c.model, c.vlm, c.data = str(tiny.pipeline), str(tiny.vlm), str(two_photos)
-    c.buckets, c.text_tokens, c.teacher_tokens = "64x64", 128, 672
-    c.num_train_steps, c.batch_size, c.sample_every, c.sample_steps = 2, 2, 2, 2
-    c.checkpoint_every, c.learning_rate, c.lora.rank = 2, 1e-2, 4
-    return c
+def short_run(make_short_run):
+    """Such a config, to be changed at will."""
+    return make_short_run()
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """For files whose runs compile the same programs again and again."""
+    old = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", old)
 
 
 @pytest.fixture(scope="session", autouse=True)

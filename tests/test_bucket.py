@@ -11,7 +11,6 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from configs import tiny as tiny_config
 from dopsd_jax import encode as encode_lib
 from dopsd_jax import export as export_lib
 from dopsd_jax import loop, sample
@@ -21,6 +20,7 @@ from dopsd_jax.core import mirror
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 RUN = "gs://bucket/runs/a"
 
 
@@ -37,15 +37,6 @@ class FakeBucket(MemoryFileSystem):
     def _open(self, path, mode="rb", **options):
         assert "a" not in mode, f"appended to {path}"
         return super()._open(path, mode, **options)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """All runs here compile the same programs."""
-    old = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", old)
 
 
 @pytest.fixture(scope="module")
@@ -74,28 +65,13 @@ def machine(patch, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
 
-def settings(tiny, two_photos):
-    c = tiny_config.get_config()
-    c.model, c.vlm, c.data = str(tiny.pipeline), str(tiny.vlm), str(two_photos)
-    c.update({"buckets": "64x64", "text_tokens": 128, "teacher_tokens": 672, "num_train_steps": 2,
-              "batch_size": 2, "sample_every": 2, "sample_steps": 2, "checkpoint_every": 2,
-              "learning_rate": 1e-2})
-    c.lora.rank = 4
-    return c
-
-
-@pytest.fixture
-def config(tiny, two_photos):
-    return settings(tiny, two_photos)
-
-
 @pytest.fixture(scope="module")
-def ran(patch, tiny, two_photos, tmp_path_factory):
+def ran(patch, make_short_run, tmp_path_factory):
     """The objects of a finished run; its checkpoint must stay."""
     FakeBucket.store.clear()
     with pytest.MonkeyPatch.context() as context:
         context.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("first")))
-        train_lib.train(settings(tiny, two_photos), RUN)
+        train_lib.train(make_short_run(), RUN)
     return {name: file.getvalue() for name, file in FakeBucket.store.items()}
 
 
@@ -129,15 +105,15 @@ def test_a_run_leaves_its_files_in_the_bucket(run):
     assert not {".lock", ".remote"} & stored()
 
 
-def test_a_finished_run_says_so_on_another_machine(run, config):
-    assert loop.finished(config, mirror.local_copy(RUN))
-    assert train_lib.train(config, RUN) is None
+def test_a_finished_run_says_so_on_another_machine(run, short_run):
+    assert loop.finished(short_run, mirror.local_copy(RUN))
+    assert train_lib.train(short_run, RUN) is None
 
 
-def test_a_run_of_another_config_is_refused(run, config):
-    config.learning_rate = 1e-3
+def test_a_run_of_another_config_is_refused(run, short_run):
+    short_run.learning_rate = 1e-3
     with pytest.raises(ValueError, match="holds a run of another config"):
-        train_lib.train(config, RUN)
+        train_lib.train(short_run, RUN)
 
 
 def test_other_commands_read_a_run(run, tiny, tmp_path):
@@ -150,17 +126,17 @@ def test_other_commands_read_a_run(run, tiny, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), tree, file)
 
 
-def test_another_machine_goes_on(run, config, tmp_path):
-    config.num_train_steps = 4
-    train_lib.train(config, RUN)
-    train_lib.train(config, tmp_path / "local")
+def test_another_machine_goes_on(run, short_run, tmp_path):
+    short_run.num_train_steps = 4
+    train_lib.train(short_run, RUN)
+    train_lib.train(short_run, tmp_path / "local")
     assert {"samples/step_000002.png", "samples/step_000004.png"} <= stored()
     found = numbers(mirror.local_copy(RUN))
     assert len(found) == 4 and found == numbers(tmp_path / "local")
 
 
-def test_numbers_are_sent_when_a_run_stops_with_an_error(empty, config, monkeypatch):
-    config.update({"num_train_steps": 3, "checkpoint_every": 1, "sample_every": 0})
+def test_numbers_are_sent_when_a_run_stops_with_an_error(empty, short_run, monkeypatch):
+    short_run.update({"num_train_steps": 3, "checkpoint_every": 1, "sample_every": 0})
 
     def broken(self, step, state, meta):
         if step == 2:
@@ -170,7 +146,7 @@ def test_numbers_are_sent_when_a_run_stops_with_an_error(empty, config, monkeypa
     save = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", broken)
     with pytest.raises(ValueError, match="disk full"):
-        train_lib.train(config, "gs://bucket/runs/b")
+        train_lib.train(short_run, "gs://bucket/runs/b")
     text = FakeBucket.store["/bucket/runs/b/metrics.jsonl"].getvalue().decode()
     assert text.count('"loss"') == 2
 
@@ -204,11 +180,11 @@ def test_files_are_sent_once_and_not_too_often(empty):
     assert stored() == {"a"}
 
 
-def test_a_cache_in_a_bucket_gives_the_same_run(run, config, tmp_path):
-    config.cache = "gs://bucket/cache"
-    made, total = encode_lib.encode(config)
-    assert made == total > 0 and encode_lib.encode(config) == (0, total)
-    train_lib.train(config, tmp_path / "cached")
+def test_a_cache_in_a_bucket_gives_the_same_run(run, short_run, tmp_path):
+    short_run.cache = "gs://bucket/cache"
+    made, total = encode_lib.encode(short_run)
+    assert made == total > 0 and encode_lib.encode(short_run) == (0, total)
+    train_lib.train(short_run, tmp_path / "cached")
     states = []
     for directory in (mirror.checkpoints_of(RUN), tmp_path / "cached" / "checkpoints"):
         checkpoints = Checkpoints(directory, read_only=True)

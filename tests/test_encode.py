@@ -24,6 +24,7 @@ from dopsd_jax.data.datasets import read_data
 from dopsd_jax.data.drafts import Needs
 from dopsd_jax.weights import load, pipeline
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 ROOT = Path(__file__).parents[1]
 # Keys that no context follows from, or that are in it by content (data, images, weights, bucket).
 OTHER_KEYS = {
@@ -51,15 +52,6 @@ def photos(tmp_path_factory):
         write_image(directory / f"{name}.png", i, size)
         (directory / f"{name}.txt").write_text("the same" if name == "c" else f"a photo of {name}")
     return directory
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Both ways of training compile the same programs."""
-    old = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", old)
 
 
 def make_config(tiny, photos, cache=""):

@@ -23,16 +23,9 @@ from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.flux2_names import FLUX2_MODULES
 from dopsd_jax.weights.pipeline import load_pipeline
 
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 RECIPES = ("edit", "edit_ref", "text", "subject_ref")  # that FLUX.2 can carry
 CAPTION = "a photo of it"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    old = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", old)
 
 
 @pytest.fixture(scope="module")

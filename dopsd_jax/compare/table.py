@@ -44,7 +44,6 @@ class Point:
         """Share of old prompts whose picture shows both the style and the things asked for."""
         return float((self.sets[OLD].style & self.sets[OLD].concept).mean())
 
-
     def old_sharpness(self, base: Point) -> float:
         """Sharpness of the pictures of old prompts, as a share of another model's."""
         return float(self.sets[OLD].sharpness.mean() / base.sets[OLD].sharpness.mean())
