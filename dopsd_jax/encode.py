@@ -31,7 +31,7 @@ from dopsd_jax.config_check import (
     roles,
 )
 from dopsd_jax.contexts import RECIPES, TEACHER
-from dopsd_jax.core import cli, distributed, sharding
+from dopsd_jax.core import cli, distributed, memory, sharding
 from dopsd_jax.core.log import log
 from dopsd_jax.data.batches import BatchRows
 from dopsd_jax.data.cache import Cache, CacheError, CacheWriter, entry_key
@@ -333,6 +333,7 @@ def encode(config: ConfigDict) -> tuple[int, int]:
             encode_all(missing, load_encoders(config, pipe, data), writer.add)
         finally:
             writer.flush()  # what is done is done
+        log.info("encoded and written; %s", memory.told())
     distributed.barrier("encoded")
     return len(missing), len(wanted)
 

@@ -142,6 +142,17 @@ def parse_line(line: bytes) -> Any:
         ) from error
 
 
+def _stored_image(
+    records: Parquet | Tfds, place: Path, row: int, key: str, number: int | None, name: str = ""
+) -> StoredImage:
+    """The image of a row, or number `number` of its list of images; read when it is opened."""
+    return StoredImage(
+        (str(place.absolute()), row, key, number),
+        f"{records.where(row)}, {key}{'' if number is None else f'[{number}]'}", name,
+        functools.partial(records.read_bytes, row, key, number),
+    )
+
+
 def _needed(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -213,14 +224,9 @@ class Parquet:
     def _stored(self, row: int, key: str, number: int | None, item: dict | None) -> StoredImage:
         file = self._files[self._groups[self._place(row)[0]][0]][0]
         path = (item or {}).get("path")
-        return StoredImage(
-            (str(file.absolute()), row, key, number),
-            f"{self.where(row)}, {key}{'' if number is None else f'[{number}]'}",
-            Path(path).name if path else "",
-            functools.partial(self._read_bytes, row, key, number),
-        )
+        return _stored_image(self, file, row, key, number, Path(path).name if path else "")
 
-    def _read_bytes(self, row: int, key: str, number: int | None) -> bytes:
+    def read_bytes(self, row: int, key: str, number: int | None) -> bytes:
         group, within = self._place(row)
         with self._lock:
             value = self._images(group, key)[within].as_py()
@@ -317,18 +323,11 @@ class Tfds:
         }
 
     def _stored(self, row: int, key: str, value: Any) -> StoredImage | list[StoredImage]:
-        def image(number):
-            at = "" if number is None else f"[{number}]"
-            return StoredImage(
-                (str(self._directory), row, key, number), f"{self.where(row)}, {key}{at}", "",
-                functools.partial(self._read_bytes, row, key, number),
-            )
-
         if isinstance(value, bytes):
-            return image(None)
-        return [image(i) for i in range(len(value))]
+            return _stored_image(self, self._directory, row, key, None)
+        return [_stored_image(self, self._directory, row, key, i) for i in range(len(value))]
 
-    def _read_bytes(self, row: int, key: str, number: int | None) -> bytes:
+    def read_bytes(self, row: int, key: str, number: int | None) -> bytes:
         value = self._source[row][key]
         return value if number is None else value[number]
 

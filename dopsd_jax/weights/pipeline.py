@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dopsd_jax import flow
-from dopsd_jax.core import sharding, trees
+from dopsd_jax.core import memory, sharding, trees
 from dopsd_jax.core.checks import COUNT, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
@@ -307,7 +307,10 @@ def _load(directory: Path, table, shapes, dtype, mesh: Mesh | None = None) -> tr
     total = sum(f.stat().st_size for f in files)
     log.info("reading %s: %d files, %.2f GB", directory, len(files), total / 1e9)
     report = functools.partial(_report, directory.name) if total > 5e8 else None
-    return load_tree(files, table, shapes, dtype=dtype, shardings=shardings, report=report)
+    tree = load_tree(files, table, shapes, dtype=dtype, shardings=shardings, report=report)
+    if report:
+        log.info("%s: loaded; %s", directory.name, memory.told())
+    return tree
 
 
 def _report(name: str, done: int, total: int) -> None:

@@ -1,0 +1,28 @@
+"""How much host memory a process has taken so far."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+
+
+def peak() -> int:
+    """The most resident memory of this process up to now, bytes; mapped files count.
+
+    On Linux of this program alone (VmHWM of proc(5)): getrusage(2) would pass on what the process
+    that started it had. Elsewhere as getrusage tells it.
+    """
+    if STATUS.is_file():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return told if sys.platform == "darwin" else told * 1024
+
+
+def told() -> str:
+    """The peak in words, for the log."""
+    return f"host memory so far at most {peak() / 1e9:.2f} GB, mapped files included"
