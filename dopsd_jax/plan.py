@@ -14,6 +14,7 @@ import itertools
 import json
 import sys
 import tempfile
+import time
 
 import jax
 from absl import flags
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from dopsd_jax import contexts, flops, lowering
 from dopsd_jax.core import ahead, cli, hlo, sharding
 from dopsd_jax.core.chips import ATTENTION, GIB, chip_of, count_chips
+from dopsd_jax.core.log import log
 from dopsd_jax.weights.pipeline import transformer_shapes
 
 FLAGS = flags.FLAGS
@@ -261,11 +263,15 @@ def rests_on(p: Plan) -> list[str]:
 
 def sweep(config: ConfigDict, topologies: list[str]) -> list[Plan]:
     """Every topology with SWEEP_BATCHES and SWEEP_REMAT, best first, what does not fit last."""
-    found = []
-    for topology, batch, remat in itertools.product(topologies, SWEEP_BATCHES, SWEEP_REMAT):
+    found, began = [], time.monotonic()
+    cases = list(itertools.product(topologies, SWEEP_BATCHES, SWEEP_REMAT))
+    for done, (topology, batch, remat) in enumerate(cases, 1):
         c = config.copy_and_resolve_references()
         c.remat = remat
         found.append(plan(c, topology, batch=batch))
+        left = (time.monotonic() - began) / done * (len(cases) - done)
+        log.info("%d of %d, %.0f s left: %s batch %d %s, %s", done, len(cases), left, topology,
+                 batch, remat, "fits" if found[-1].fits else "does not fit")
     return sorted(found, key=lambda p: (not p.fits, -p.mfu if p.fits else p.total or 0))
 
 

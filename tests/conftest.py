@@ -1,12 +1,20 @@
 """Settings of every test, and the tiny models that many tests open."""
 
+import atexit
 import dataclasses
 import importlib.util
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Most of a test run is compiling, and many tests and commands compile the same programs: pytest's
+# processes and the commands they start share what was compiled, for this test run alone.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dopsd_jax_xla_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
@@ -68,15 +76,6 @@ def make_short_run(tiny, two_photos):
 def short_run(make_short_run):
     """Such a config, to be changed at will."""
     return make_short_run()
-
-
-@pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-    """For files whose runs compile the same programs again and again."""
-    old = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", old)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,7 +20,6 @@ from dopsd_jax.core import mirror
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 RUN = "gs://bucket/runs/a"
 
 

@@ -24,7 +24,6 @@ from dopsd_jax.data.datasets import read_data
 from dopsd_jax.data.drafts import Needs
 from dopsd_jax.weights import load, pipeline
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 ROOT = Path(__file__).parents[1]
 # Keys that no context follows from, or that are in it by content (data, images, weights, bucket).
 OTHER_KEYS = {

@@ -67,7 +67,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def settings(tiny, tmp_path_factory):
-    """Data for eight devices, its contexts in a cache, and compiled programs kept."""
+    """Data for eight devices, and its contexts in a cache."""
     photos = tmp_path_factory.mktemp("photos")
     for i in range(9):
         pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
@@ -78,9 +78,7 @@ def settings(tiny, tmp_path_factory):
     c = tiny_config.get_config()
     c.update({k: str(v) if isinstance(v, Path) else v for k, v in settings.items()})
     encode_lib.encode(c)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))
-    yield settings
-    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    return settings
 
 
 @pytest.fixture(scope="module")

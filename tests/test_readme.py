@@ -60,7 +60,7 @@ def run_block(home, mark, smaller):
 
 
 def run(home, *args):
-    env = dict(os.environ, PYTHONPATH=str(ROOT), JAX_COMPILATION_CACHE_DIR=str(home / "xla"))
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
     done = subprocess.run([sys.executable, *args], cwd=home, env=env, capture_output=True,
                           text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -23,7 +23,6 @@ from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.flux2_names import FLUX2_MODULES
 from dopsd_jax.weights.pipeline import load_pipeline
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
 RECIPES = ("edit", "edit_ref", "text", "subject_ref")  # that FLUX.2 can carry
 CAPTION = "a photo of it"
 

@@ -40,13 +40,13 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Every run of this file shares one cache of compiled programs, its subprocesses too."""
+    """A cache of compiled programs that nothing but this file's runs and commands adds to."""
     directory = str(tmp_path_factory.mktemp("xla"))
     old = jax.config.jax_compilation_cache_dir
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
-    jax.config.update("jax_compilation_cache_dir", directory)
-    yield directory
-    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("JAX_COMPILATION_CACHE_DIR", directory)
+        jax.config.update("jax_compilation_cache_dir", directory)
+        yield directory
     jax.config.update("jax_compilation_cache_dir", old)
 
 
