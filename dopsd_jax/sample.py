@@ -180,8 +180,16 @@ def read_references(pipe: Pipeline, references: References) -> list[list[np.ndar
     """References as the model looks at them, float32 [H, W, 3] in [-1, 1].
 
     Raises:
-        ValueError: Every image that is none, too small or too long, together.
+        ValueError: No list of images per prompt; every image that is none, too small or too long,
+            together.
     """
+    lists = (references, *references) if isinstance(references, list | tuple) else (references,)
+    for rows in lists:
+        if not isinstance(rows, list | tuple):
+            raise ValueError(
+                "references: expected a list of images for each prompt, as in [[image, ..], ..], "
+                f"got {type(rows).__name__} in a list's place"
+            )
     problems: list[str] = []
     read = []
     for i, images in enumerate(references):
@@ -250,7 +258,7 @@ def generate(
         ValueError: Empty prompts, sizes or noise that do not fit, a LoRA of another model, or
             pictures that are not finite.
     """
-    images = read_references(pipe, references or [])
+    images = read_references(pipe, [] if references is None else references)
     height, width = picture_size(pipe, height, width, images)
     check_request(pipe, prompts, num_steps=num_steps, height=height, width=width,
                   seed=seed, num_references=[len(row) for row in images])

@@ -1,5 +1,7 @@
 """`sample.generate` beside diffusers' Flux2KleinPipeline, and what it is made of."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 
 from dopsd_jax import contexts, sample, weights
-from dopsd_jax.data.images import reference_image, reference_size
+from dopsd_jax.data.images import reference_image
 from dopsd_jax.models.denoiser import reference_tokens
 
 PROMPTS = ["a red fox", "a long description of a quiet harbour town, with boats and gulls, at dawn"]
@@ -132,7 +134,7 @@ def test_references_are_resized_and_cropped_as_in_diffusers(torch_pipe, image, s
     width, height = (side // 16 * 16 for side in resized.size)
     want = processor.preprocess(resized, height=height, width=width, resize_mode="crop")
     got = reference_image(image, 16)
-    assert reference_size(*image.size, 16) == size == (got.shape[1], got.shape[0])
+    assert size == (got.shape[1], got.shape[0])
     np.testing.assert_allclose(got, want[0].permute(1, 2, 0).numpy(), rtol=0, atol=2e-7)
     np.testing.assert_array_equal(reference_image(np.asarray(image), 16), got)
 
@@ -166,6 +168,11 @@ def test_shift_follows_the_size_and_the_number_of_steps(pipe):
     assert pipe.shift is None
 
 
+def truncated():
+    picture(256, 256).save(out := io.BytesIO(), "PNG")
+    return Image.open(io.BytesIO(out.getvalue()[:-1000]))
+
+
 @pytest.mark.parametrize(
     "kwargs,message",
     [(dict(height=40), "multiples of 16, got 40x32"),
@@ -174,6 +181,13 @@ def test_shift_follows_the_size_and_the_number_of_steps(pipe):
      (dict(references=[[], []]), "one list for each of 1 prompts, got 2 lists"),
      (dict(references=[[picture(63, 64)]]), "prompt 0, reference 0: .* at least 64 pixels"),
      (dict(references=[[picture(1000, 100)]]), "aspect ratio of at most 8, got 1000x100"),
+     (dict(references=picture(64, 64)), "a list of images for each prompt, .* got Image in a"),
+     (dict(references=[picture(64, 64)]), "a list of images for each prompt, .* got Image in a"),
+     (dict(references=[None]), "got NoneType in a list's place"),
+     (dict(references=np.zeros((1, 64, 64, 3), np.uint8)), "got ndarray in a list's place"),
+     (dict(references=["a.png"]), "got str in a list's place"),
+     (dict(references=[[picture(64, 64).convert("I")]]), "8 or 16 bits .* got PIL mode 'I'"),
+     (dict(references=[[truncated()]]), "prompt 0, reference 0: .*a whole image, got"),
      (dict(references=[[np.zeros((64, 64, 3))]]), r"uint8 \[H, W, 3\], got ndarray float64"),
      (dict(references=[[picture(64, 64)], [picture(80, 64)]], prompts=["a", "b"], height=None,
            width=None), "differ in size .64x64, 64x80, height x width.")],

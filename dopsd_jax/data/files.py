@@ -102,6 +102,8 @@ def open_image(path: str | ImageSource) -> Image.Image:
 
 
 def _unreadable(path: str | ImageSource, error: Exception) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: expected an image file, got no such file; check the path")
     return DataError(
         f"{path}: expected a whole {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} "
         f"image, got {type(error).__name__}: {error}; download or export it again"

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from dopsd_jax.data.files import IMAGE_MODES_16, ImageSource, open_image
+from dopsd_jax.data.files import IMAGE_MODES, IMAGE_MODES_16, ImageSource, open_image
 
 
 def read_image(path: str | ImageSource) -> Image.Image:
@@ -61,18 +61,6 @@ REFERENCE_MIN_SIDE = 64
 REFERENCE_MAX_ASPECT = 8
 
 
-def reference_size(width: int, height: int, multiple: int) -> tuple[int, int]:
-    """Width and height at which a reference image is looked at.
-
-    Raises:
-        ValueError: A side below 64 pixels or an aspect ratio above 8.
-
-    Source: diffusers `Flux2KleinPipeline.__call__` and `Flux2ImageProcessor`.
-    """
-    width, height = _within_area(width, height)
-    return _floor(width, multiple), _floor(height, multiple)
-
-
 def _floor(side: int, multiple: int) -> int:
     return side // multiple * multiple
 
@@ -98,16 +86,18 @@ def reference_image(image: Image.Image | np.ndarray, multiple: int) -> np.ndarra
     """A reference image as the VAE reads it: made smaller if it is large, then cropped.
 
     Args:
-        image: PIL image of any mode, or uint8 [H, W, 3].
+        image: PIL image of 8 or 16 bits per channel, or uint8 [H, W, 3]; taken as it is, not turned
+            by EXIF as `read_image` does.
         multiple: Sides become multiples of it by a centred crop.
 
     Returns:
         float32 [H, W, 3] in [-1, 1].
 
     Raises:
-        ValueError: No such image, a side below 64 pixels or an aspect ratio above 8.
+        ValueError: No such image, a truncated one, a side below 64 pixels or an aspect ratio above
+            8.
 
-    Source: as `reference_size`.
+    Source: diffusers `Flux2KleinPipeline.__call__` and `Flux2ImageProcessor`.
         Differs from reference: transparency over white, and before the resize.
     """
     if not isinstance(image, Image.Image):
@@ -118,6 +108,15 @@ def reference_image(image: Image.Image | np.ndarray, multiple: int) -> np.ndarra
                 f"{type(image).__name__} {array.dtype} {array.shape}"
             )
         image = Image.fromarray(array)
+    if image.mode not in IMAGE_MODES + IMAGE_MODES_16:
+        raise ValueError(
+            f"reference image: expected 8 or 16 bits per channel, got PIL mode {image.mode!r}; "
+            "convert it to RGB"
+        )
+    try:
+        image.load()
+    except (OSError, SyntaxError) as error:  # PIL's decoders raise both on damaged bytes
+        raise ValueError(f"reference image: expected a whole image, got {error}") from error
     image = to_rgb(image)
     resized = _within_area(*image.size)
     if resized != image.size:

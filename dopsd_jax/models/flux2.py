@@ -20,7 +20,7 @@ from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, Dtype, LayerNorm, RMSNorm, scan_layers, sinusoid
 from dopsd_jax.models.rope import axis_tables, gather_cos_sin, rotate_interleaved
 
-# Positions per axis. The checkpoint has no limit; 1024 are 16384 pixels a side or 101 references.
+# Positions per axis. The checkpoint has no limit; 1024 are 16384 pixels a side and 102 references.
 POSITIONS = 1024
 TIME_SCALE = 1000.0
 

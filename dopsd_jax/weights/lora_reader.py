@@ -215,7 +215,8 @@ def _match_keys(file: Path, names: Iterable[str], modules: Modules) -> tuple[Key
         example = next(r.template for r in modules).format(layer=0)
         raise LoraFileError(
             f"{file}: none of its {len(names)} tensors belongs to this network: expected modules "
-            f"such as {example}, found {', '.join(names[:3])}; it was made for another model"
+            f"such as {example}, found {', '.join(names[:3])}; it was made for another model, "
+            "or has this model's names in a format that is not read here: convert it to diffusers'"
         )
     keys, problems = defaultdict(dict), []
     prefixes = sorted({m["prefix"] or "none" for m in matches.values()})
