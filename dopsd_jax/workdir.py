@@ -16,9 +16,10 @@ from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.checks import COUNT, OBJECT, SCALE, TEXT, value_problems
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
-from dopsd_jax.core.mirror import caches, checkpoints_of
+from dopsd_jax.core.mirror import caches, checkpoints_of, is_remote
 from dopsd_jax.weights.lora_files import LoraSpec
 
+COMMITTED = "commit_success.txt"  # in a finished checkpoint in a bucket, by Orbax
 # A run may be continued with other values of these: they do not change what a step computes. The
 # name of a group stands for all keys in it.
 FREE_KEYS = (
@@ -94,9 +95,11 @@ def lock(workdir: str | Path) -> None:
 
 def saved_steps(workdir: str | Path) -> list[int]:
     """Steps of the finished checkpoints, in order, by their names alone."""
-    # An unfinished save has a longer name.
-    names = (p.name for p in checkpoints_of(workdir).glob("*"))
-    return sorted(int(name) for name in names if name.isdigit())
+    place = checkpoints_of(workdir)
+    # An unfinished save has a longer name. In a bucket, where nothing can be renamed, it has its
+    # own, and Orbax marks it in the end.
+    steps = sorted(int(p.name) for p in place.glob("*") if p.name.isdigit())
+    return [s for s in steps if not is_remote(place) or (place / str(s) / COMMITTED).is_file()]
 
 
 def _has_checkpoint(workdir: Path) -> bool:

@@ -1,15 +1,14 @@
-"""Runs and caches in a bucket, which a file system in memory stands in for.
+"""Runs and caches in a bucket, which objects in memory stand in for, Orbax's checkpoints too."""
 
-Orbax writes to a bucket through its own code, which is not tried here: checkpoints go to a folder.
-"""
-
+import fake_gcs
 import fsspec
 import jax
 import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
+from fake_gcs import FakeBucket
+from orbax.checkpoint._src.path import gcs_utils
 
 from dopsd_jax import encode as encode_lib
 from dopsd_jax import export as export_lib
@@ -23,50 +22,31 @@ from dopsd_jax.core.metrics import read_metrics
 RUN = "gs://bucket/runs/a"
 
 
-class FakeBucket(MemoryFileSystem):
-    """Objects in memory under gs://; like a bucket's they cannot be appended to."""
-
-    protocol = ("gcs", "gs")
-    store, pseudo_dirs = {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("gs://").removeprefix("gcs://").strip("/")
-
-    def _open(self, path, mode="rb", **options):
-        assert "a" not in mode, f"appended to {path}"
-        return super()._open(path, mode, **options)
-
-
 @pytest.fixture(scope="module")
-def patch(tmp_path_factory):
-    """Every gs:// of this module; checkpoints are in a folder."""
-    home = tmp_path_factory.mktemp("home")
-
-    def checkpoints_of(workdir):
-        place = mirror.address_of(workdir)
-        if place.startswith("gs://"):
-            place = home / "bucket" / place.removeprefix("gs://")
-        return epath.Path(place) / "checkpoints"
-
-    with pytest.MonkeyPatch.context() as patch:
+def bucket():
+    """Every gs:// of this module, also that of tensorstore, which Orbax writes arrays with."""
+    server = fake_gcs.serve()
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_port}")
+        context.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
+        # Orbax asks google-cloud-storage of what kind a bucket is: of the usual one.
+        context.setattr(gcs_utils, "get_bucket", lambda name: object())
         fsspec.register_implementation("gcs", FakeBucket, clobber=True)
         backend.fsspec_backend._get_filesystem.cache_clear()
-        for module in (mirror, workdir_lib):
-            patch.setattr(module, "checkpoints_of", checkpoints_of)
-        yield patch
+        yield
     backend.fsspec_backend._get_filesystem.cache_clear()
+    server.shutdown()
 
 
 @pytest.fixture
-def machine(patch, tmp_path, monkeypatch):
+def machine(bucket, tmp_path, monkeypatch):
     """A machine that has seen nothing of the bucket yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture(scope="module")
-def ran(patch, make_short_run, tmp_path_factory):
-    """The objects of a finished run; its checkpoint must stay."""
+def ran(bucket, make_short_run, tmp_path_factory):
+    """The objects of a finished run."""
     FakeBucket.store.clear()
     with pytest.MonkeyPatch.context() as context:
         context.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("first")))
@@ -99,7 +79,8 @@ def numbers(workdir):
 
 def test_a_run_leaves_its_files_in_the_bucket(run):
     assert {"config.json", "identity.json", "metrics.jsonl", "curves.png", "gauges.jsonl",
-            "samples/step_000002.png", "best.json"} <= stored()
+            "samples/step_000002.png", "best.json", "checkpoints/2/commit_success.txt",
+            "checkpoints/2/state/manifest.ocdbt"} <= stored()
     assert any(name.startswith("tensorboard/") for name in stored())
     assert not {".lock", ".remote"} & stored()
 
@@ -132,6 +113,18 @@ def test_another_machine_goes_on(run, short_run, tmp_path):
     assert {"samples/step_000002.png", "samples/step_000004.png"} <= stored()
     found = numbers(mirror.local_copy(RUN))
     assert len(found) == 4 and found == numbers(tmp_path / "local")
+
+
+def test_a_save_cut_off_in_the_bucket_does_not_count_and_is_made_again(run, short_run, tmp_path):
+    for name in list(FakeBucket.store):
+        if name.endswith("commit_success.txt"):
+            del FakeBucket.store[name]
+    assert workdir_lib.saved_steps(mirror.local_copy(RUN)) == []
+    short_run.num_train_steps = 4
+    train_lib.train(short_run, RUN)
+    assert workdir_lib.saved_steps(mirror.local_copy(RUN)) == [2, 4]
+    train_lib.train(short_run, tmp_path / "local")
+    assert numbers(mirror.local_copy(RUN)) == numbers(tmp_path / "local")
 
 
 def test_numbers_are_sent_when_a_run_stops_with_an_error(empty, short_run, monkeypatch):
