@@ -116,6 +116,7 @@ def found():
     done = subprocess.run(
         [sys.executable, __file__], cwd=ROOT, capture_output=True, text=True, timeout=500,
         check=False, env=dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu",
+                              JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # half the time: it compiles
                               XLA_FLAGS="--xla_force_host_platform_device_count=8"),
     )
     assert done.returncode == 0, done.stderr
