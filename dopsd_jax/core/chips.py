@@ -40,7 +40,7 @@ class Chip:
 # built: that they reach the same share is assumed.
 CHIPS = {
     "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 100e9, 1.5e9, 0.51),
-    "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 300e9, 1.75e9, 0.44),
+    "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 300e9, 1.75e9, 0.48),
     "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1640e9, 224e9, 1.75e9, 0.28),
 }
 ATTENTION = 0.5  # share of peak that attention kernels are assumed to reach; not measured
