@@ -114,10 +114,15 @@ def _take_paths(draft: Draft, record: dict, needs: Needs) -> None:
     if key is None:
         draft.problems.append(
             f"expected an image under one of the keys {', '.join(IMAGE_KEYS)}, got the keys "
-            f"{', '.join(record) or '(none)'}"
+            f"{_keys_of(record)}"
         )
         return
     draft.paths = _read_paths(draft, key, record[key])
+
+
+def _keys_of(record: dict) -> str:
+    keys = (key if value is not None else f"{key} (null)" for key, value in record.items())
+    return ", ".join(keys) or "(none)"
 
 
 def _read_paths(draft: Draft, key: str, value: object) -> list[str | StoredImage]:
@@ -147,7 +152,7 @@ def _take_captions(draft: Draft, record: dict) -> None:
     if not present:
         draft.problems.append(
             f"expected a caption under at least one of the keys {', '.join(CAPTION_KEYS)}, got the "
-            f"keys {', '.join(record) or '(none)'}"
+            f"keys {_keys_of(record)}"
         )
     texts = {key: _read_text(draft, key, text) for key, text in present.items()}
     draft.captions = {key: text for key, text in texts.items() if text is not None}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # A closed list: PIL's other decoders are rarely exercised, and EPS would run Ghostscript.
 IMAGE_FORMATS = ("AVIF", "BMP", "JPEG", "PNG", "TIFF", "WEBP")
@@ -104,9 +104,13 @@ def open_image(path: str | ImageSource) -> Image.Image:
 def _unreadable(path: str | ImageSource, error: Exception) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: expected an image file, got no such file; check the path")
+    if isinstance(error, DataError):  # of bytes that could not be had
+        return error
+    # PIL tells no more than the name of the file, or the address of bytes in memory.
+    told = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
     return DataError(
         f"{path}: expected a whole {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} "
-        f"image, got {type(error).__name__}: {error}; download or export it again"
+        f"image, got {type(error).__name__}{told}; download or export it again"
     )
 
 

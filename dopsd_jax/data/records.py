@@ -216,6 +216,8 @@ class Parquet:
         for key, (_, kind) in self._files[self._groups[group][0]][2].items():
             value = {} if kind == "plain" else record[key]
             if isinstance(value, list):
+                if any(isinstance(item, list) for item in value):
+                    raise DataError(f"{key}: expected images or a list of images, got lists in it")
                 record[key] = [self._stored(row, key, i, item) for i, item in enumerate(value)]
             elif value is not None:
                 record[key] = self._stored(row, key, None, value)

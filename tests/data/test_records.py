@@ -135,7 +135,18 @@ def test_bad_stored_rows_are_named_together(pngs, tmp_path):
     assert "3 of 4 rows cannot be used" in text
     assert "d.parquet:2: d.parquet:2, image: expected a whole" in text
     assert "d.parquet:3: expected an image under one of the keys" in text
-    assert "d.parquet:4: expected a caption" in text
+    assert "d.parquet:4: expected a caption" in text and "keys image, caption (null)" in text
+    assert "BytesIO" not in text
+
+
+def test_lists_of_lists_of_images_and_a_file_without_rows_are_refused(pngs, tmp_path):
+    nested = pa.table({"image": pa.array([[[{"bytes": pngs[0], "path": None}]]]), "caption": ["a"]})
+    pq.write_table(nested, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet:1: image: expected .* a list of images, got li"):
+        read_rows(tmp_path / "a.parquet")
+    pq.write_table(nested.slice(0, 0), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="b.parquet: expected rows, found none"):
+        read_rows(tmp_path / "b.parquet")
 
 
 def test_an_image_that_is_only_a_path_is_refused(tmp_path):
