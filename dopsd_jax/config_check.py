@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,11 @@ def check_config(config: ConfigDict) -> Method:
         return not wrong.keys() & set(keys)
 
     if good("batch_size", "accumulation") and config.batch_size % config.accumulation:
-        problems.append(
+        wrong["accumulation"] = (
             f"batch_size: expected a multiple of accumulation = {config.accumulation}, got "
             f"{config.batch_size}"
         )
+        problems.append(wrong["accumulation"])
     if good("base_lora", "trainable") and config.base_lora:
         if config.trainable != "lora":
             problems.append("base_lora: expected nothing with trainable = full, which has no base")
@@ -162,7 +163,7 @@ def check_config(config: ConfigDict) -> Method:
             flow.make_sigmas(config.schedule, config.num_steps, config.shift or 1.0)
     if good("batch_size", "mesh.data", "mesh.fsdp", "mesh.tensor"):
         with noted(problems):
-            _check_mesh(config)
+            _check_mesh(config, config.accumulation if good("accumulation") else 1)
     if looks and good("vlm"):
         with noted(problems, "vlm"):
             read_vl_config(config.vlm)
@@ -179,6 +180,13 @@ def check_config(config: ConfigDict) -> Method:
     )
 
 
+def check_values(config: ConfigDict, besides: Collection[str] = ()) -> None:
+    """Raises ValueError unless every value is possible by itself, but for those of some keys."""
+    wrong = _break_rules(workdir_lib.flat_config(config.to_dict()))
+    if problems := [words for key, words in wrong.items() if key not in besides]:
+        raise ValueError("config:\n  " + "\n  ".join(problems))
+
+
 def _break_rules(values: dict[str, Any]) -> dict[str, str]:
     """Key -> what is wrong with its value alone."""
     wrong = {}
@@ -191,14 +199,16 @@ def _break_rules(values: dict[str, Any]) -> dict[str, str]:
     return wrong
 
 
-def _check_mesh(config: ConfigDict) -> None:
-    """Raises ValueError unless the mesh fits the devices and the batch fits the mesh."""
+def _check_mesh(config: ConfigDict, accumulation: int) -> None:
+    """Raises ValueError unless the mesh fits the devices and each part of a batch fits the mesh."""
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size % parts:
+    if config.batch_size % (parts * accumulation):
+        times = f", times accumulation = {accumulation}" if accumulation > 1 else ""
         raise ValueError(
-            f"batch_size: expected a multiple of {parts}, the devices that share it (mesh.data "
-            f"{mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']}), got {config.batch_size}"
+            f"batch_size: expected a multiple of {parts * accumulation}, the devices that share it "
+            f"(mesh.data {mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']}){times}, got "
+            f"{config.batch_size}"
         )
 
 

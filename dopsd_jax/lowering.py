@@ -168,6 +168,7 @@ def topology_mesh(config: ConfigDict, topology: str) -> Mesh:
 
 def main() -> None:
     """JSON file of {config, topology, full}, directory -> compiles, so that XLA writes its dump."""
+    ahead.end_with_parent()
     asked, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     config = ConfigDict(asked["config"])
     lowered, _ = lower(config, topology_mesh(config, asked["topology"]))

@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict, config_flags
 
 from dopsd_jax import contexts, flops, lowering
+from dopsd_jax.config_check import check_values
 from dopsd_jax.core import ahead, cli, hlo, sharding
 from dopsd_jax.core.chips import ATTENTION, GIB, chip_of, count_chips
 from dopsd_jax.core.log import log
@@ -43,7 +44,8 @@ class Plan:
     """What was found out about a config on a topology.
 
     Attributes:
-        topology, chips, batch, remat: What was asked; batch is per chip.
+        topology, chips, batch, remat: What was asked; batch is pictures of an update per chip, less
+            than one where chips share a picture (mesh.tensor).
         limit: Bytes that a chip has.
         weights, state: Bytes per chip of the frozen base, and of all that trains.
         total: Bytes per chip of the whole program; None where the compiler did not say.
@@ -57,7 +59,7 @@ class Plan:
 
     topology: str
     chips: int
-    batch: int
+    batch: float
     remat: str
     limit: float
     weights: int
@@ -121,20 +123,27 @@ def mesh_of(config: ConfigDict, chips: int) -> AbstractMesh:
     return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def with_batch(config: ConfigDict, chips: int, batch: int) -> tuple[ConfigDict, int]:
-    """The config with `batch` pictures per chip, and how many those are; 0: as configured, or, if
-    that does not divide, one.
+def with_batch(config: ConfigDict, chips: int, batch: int) -> tuple[ConfigDict, float]:
+    """The config with `batch` pictures for every chip, or group of chips that share a picture
+    (mesh.tensor), and how many that are per chip; 0: as configured, or, if that does not divide,
+    the least that does.
 
     Raises:
-        ValueError: A mesh that does not fit the chips.
+        ValueError: A mesh that does not fit the chips, or a batch that accumulation does not.
     """
     config = config.copy_and_resolve_references()
     mesh = mesh_of(config, chips)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch % config.accumulation:
+        raise ValueError(
+            f"--batch: expected a multiple of accumulation = {config.accumulation}, got {batch}"
+        )
     with config.unlocked():
-        if batch or config.batch_size % rows:
-            config.batch_size = (batch or 1) * rows
-    return config, config.batch_size // rows
+        if batch:
+            config.batch_size = batch * rows
+        elif config.batch_size % (rows * config.accumulation):
+            config.batch_size = rows * config.accumulation
+    return config, config.batch_size / chips
 
 
 def step_flops(config: ConfigDict) -> flops.Step:
@@ -168,16 +177,18 @@ def plan(
     Args:
         config: Of a run; config.model may be empty, which means Z-Image-Turbo.
         topology: Such as "v5e:4x4".
-        batch: Pictures per chip; 0: as configured.
+        batch: Pictures per chip, see `with_batch`; 0: as configured.
         full: Build the executable, which takes many minutes; the estimate of time then rests on
             the compiler's own cycles.
 
     Raises:
-        ValueError: An unknown topology or a mesh that does not fit it, or no TPU compiler.
+        ValueError: An unknown topology or a mesh that does not fit it, an impossible value, no TPU
+            compiler, or one that refuses.
     """
     chip, chips = chip_of(topology), count_chips(topology)
     if not ahead.has_tpu_compiler():
         raise ValueError(NEEDS_LIBTPU)
+    check_values(config, besides=("model", "vlm", "data"))
     config, batch = with_batch(config, chips, batch)
     mesh = mesh_of(config, chips)
     shapes = lowering.step_shapes(config, mesh, lowering.denoiser_of(config))
@@ -197,6 +208,11 @@ def plan(
         except ahead.DoesNotFit as e:
             found.total = e.needed
             return found
+        except RuntimeError as e:
+            raise ValueError(
+                f"{topology}: the TPU compiler gave up; are there such chips, and does the step "
+                f"run elsewhere?\n  {e}"
+            ) from e
     found.total, found.largest = dump.memory.total, dump.memory.largest
     found.collectives = hlo.collectives(hlo.parse(dump.text))
     found.cycles, found.seconds_compiling, found.text = dump.cycles, dump.seconds, dump.text
@@ -207,7 +223,7 @@ def report(config: ConfigDict, p: Plan) -> str:
     """What `plan` found, for a reader."""
     compiles = len(lowering.buckets_of(config))
     lines = [
-        f"{p.topology}: {p.chips} chips, {p.batch} pictures per update and chip, remat {p.remat}",
+        f"{p.topology}: {p.chips} chips, {p.batch:g} pictures per update and chip, remat {p.remat}",
     ]
     if not p.fits:
         needs = "more" if p.total is None else f"{p.total / GIB:.2f} GiB"
@@ -281,16 +297,17 @@ def table(plans: list[Plan]) -> str:
              f"{'img/s':>6} {'MFU':>4}"]
     for p in plans:
         size = "?" if p.total is None else f"{p.total / GIB:.2f}"
-        line = f"{p.topology:10} {p.batch:5} {p.remat:10} {size:>6} {p.limit / GIB:6.2f} "
+        line = f"{p.topology:10} {p.batch:5g} {p.remat:10} {size:>6} {p.limit / GIB:6.2f} "
         lines.append(line + (f"{p.seconds:7.2f} {p.images_per_second:6.2f} {p.mfu:4.0%}"
                              if p.fits else "does not fit"))
     return "\n".join(lines)
 
 
-def plan_here(config: ConfigDict) -> str:
+def plan_here(config: ConfigDict, batch: int = 0) -> str:
     """The same for this machine's devices: memory by XLA's analysis, and FLOPs."""
     devices = jax.devices()
-    config, batch = with_batch(config, len(devices), 0)
+    check_values(config, besides=("model", "vlm", "data"))
+    config, batch = with_batch(config, len(devices), batch)
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     lowered, shapes = lowering.lower(config, mesh)
     memory = lowered.compile().memory_analysis()
@@ -300,7 +317,7 @@ def plan_here(config: ConfigDict) -> str:
     of = "" if limit is None else f" of {limit / GIB:.2f}"
     step = step_flops(config)
     return "\n".join([
-        f"{len(devices)} x {devices[0].device_kind}, {batch} pictures per device, "
+        f"{len(devices)} x {devices[0].device_kind}, {batch:g} pictures per device, "
         f"remat {config.remat}",
         f"{fits}{total / GIB:.2f}{of} GiB per device",
         f"  weights            {lowering.bytes_per_device(shapes.base or {}) / GIB:8.2f} GiB",
@@ -316,7 +333,8 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
     flags.DEFINE_list("topology", [], "TPU chips, such as v5e:4x4; several for --sweep. Default: "
                       "this machine's devices.")
-    flags.DEFINE_integer("batch", 0, "Pictures per chip; default: as configured, or 1.",
+    flags.DEFINE_integer("batch", 0, "Pictures per chip (or group of chips of "
+                         "mesh.tensor); default: as configured, or 1.",
                          lower_bound=0)
     flags.DEFINE_bool("sweep", False, "A table over topologies, batches and remat policies.")
     flags.DEFINE_bool("full", False, "Build the executable: many minutes, a better estimate.")
@@ -326,8 +344,13 @@ def main() -> None:
     config = FLAGS.config
     if config is None:
         raise ValueError("--config is needed, such as --config configs/z_image_turbo_lora.py")
+    if FLAGS.sweep and (not FLAGS.topology or FLAGS.batch or FLAGS.full):
+        raise ValueError("--sweep: expected --topology and neither --batch nor --full: it goes "
+                         f"through batches {SWEEP_BATCHES} by short plans")
+    if FLAGS.full and not FLAGS.topology:
+        raise ValueError("--full: expected --topology with it: it is about the TPU compiler")
     if not FLAGS.topology:
-        text = plan_here(config)
+        text = plan_here(config, FLAGS.batch)
         print(text)
         fits = "DOES NOT FIT" not in text
     elif FLAGS.sweep:

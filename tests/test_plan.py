@@ -74,6 +74,25 @@ def test_the_report_says_what_was_asked_for(compiler):
         assert part in text, part
 
 
+def test_chips_that_share_a_picture_share_its_work(compiler):
+    config = z_image_turbo_lora.get_config()
+    alone = plan.plan(config, "v5e:2x2")
+    config.mesh.tensor = 2
+    for batch, share in ((0, 1), (1, 0.5)):
+        p = plan.plan(config, "v5e:2x2", batch=batch)
+        assert p.batch == share
+        assert p.compute_seconds == pytest.approx(share * alone.compute_seconds)
+    assert p.images_per_second == pytest.approx(2 / p.seconds)
+
+
+def test_a_batch_that_accumulation_does_not_divide_is_refused(compiler):
+    config = z_image_turbo_lora.get_config()
+    config.accumulation = 4
+    assert plan.plan(config, "v5e:2x2").batch == 4
+    with pytest.raises(ValueError, match="--batch: expected a multiple of accumulation = 4, got 6"):
+        plan.plan(config, "v5e:2x2", batch=6)
+
+
 def test_what_does_not_fit_says_by_how_much(compiler, monkeypatch):
     def too_much(*_, **__):
         raise ahead.DoesNotFit("no", 24.6 * GIB, 15.75 * GIB)
@@ -103,10 +122,26 @@ def run(*args):
     )
 
 
-def test_wrong_input_is_one_plain_line():
-    done = run("--config", "configs/z_image_turbo_lora.py", "--topology", "v9:4x4")
-    assert done.returncode == 1 and "error: topology: expected a generation of v5e" in done.stderr
+@pytest.mark.parametrize("arguments,message", [
+    (["--topology=v9:4x4"], "topology: expected a generation of v5e"),
+    (["--topology=v5p:4x4"], "its shape, such as v5e:4x4, v6e:4x4 or v5p:2x2x1, got 'v5p:4x4'"),
+    (["--topology=v5e:4x4", "--config.num_steps=0"], "num_steps: expected 1 to 1000"),
+    (["--sweep"], "--sweep: expected --topology"), (["--full"], "--full: expected --topology"),
+    (["--topology=v5e:4x4", "--sweep", "--batch=2"], "neither --batch nor --full"),
+], ids=str)
+def test_wrong_input_is_one_plain_line(arguments, message):
+    done = run("--config", "configs/z_image_turbo_lora.py", *arguments)
+    assert done.returncode == 1 and message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_topology_that_the_compiler_refuses_is_told(monkeypatch, compiler):
+    def refuse(*_, **__):
+        raise RuntimeError("Topology layout is not divisible")
+
+    monkeypatch.setattr(ahead, "compile_in_child", refuse)
+    with pytest.raises(ValueError, match="v5e:3x5: the TPU compiler gave up; .*\n.*divisible"):
+        plan.plan(z_image_turbo_lora.get_config(), "v5e:3x5")
 
 
 def test_this_machine_is_planned_for_without_a_topology(tiny):

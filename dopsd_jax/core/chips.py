@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 GIB = 2**30
 
@@ -14,6 +15,7 @@ class Chip:
 
     Attributes:
         kind: How it names itself to JAX.
+        sides: How many numbers the shape of several chips has.
         peak: FLOPs per second of dense bfloat16 products.
         memory: Bytes a program may use.
         bandwidth: Bytes per second of its memory.
@@ -24,6 +26,7 @@ class Chip:
     """
 
     kind: str
+    sides: int
     peak: float
     memory: float
     bandwidth: float
@@ -39,9 +42,9 @@ class Chip:
 # matmuls (`plan --full`; v5e:4x4, v5p:2x2x4, v6e:4x4), less attention. Other policies were not
 # built: that they reach the same share is assumed.
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 100e9, 1.5e9, 0.51),
-    "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 300e9, 1.75e9, 0.48),
-    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1640e9, 224e9, 1.75e9, 0.28),
+    "v5e": Chip("TPU v5 lite", 2, 197e12, 15.75 * GIB, 819e9, 100e9, 1.5e9, 0.51),
+    "v5p": Chip("TPU v5", 3, 459e12, 95.74 * GIB, 2765e9, 300e9, 1.75e9, 0.48),
+    "v6e": Chip("TPU v6 lite", 2, 918e12, 31.25 * GIB, 1640e9, 224e9, 1.75e9, 0.28),
 }
 ATTENTION = 0.5  # share of peak that attention kernels are assumed to reach; not measured
 
@@ -54,10 +57,11 @@ def chip_of(topology: str) -> Chip:
     """
     generation, _, shape = topology.partition(":")
     sides = shape.split("x")
-    if generation not in CHIPS or not all(s.isdigit() and int(s) > 0 for s in sides):
+    is_shape = all(re.fullmatch("[1-9][0-9]*", side) for side in sides)
+    if generation not in CHIPS or not is_shape or len(sides) != CHIPS[generation].sides:
         raise ValueError(
             f"topology: expected a generation of {', '.join(CHIPS)} and its shape, such as "
-            f"v5e:4x4 or v5p:2x2x1, got {topology!r}"
+            f"v5e:4x4, v6e:4x4 or v5p:2x2x1, got {topology!r}"
         )
     return CHIPS[generation]
 

@@ -58,7 +58,8 @@ class Collective:
         op: One of COLLECTIVES.
         bytes: Of its result, on one device.
         times: How often it runs.
-        overlapped: Whether the schedule lets other work go on between its start and its end.
+        overlapped: Whether it is asynchronous: other work may go on between its start and its end
+            (that the schedule has some there is not looked at).
         name: Of its instruction.
     """
 
@@ -159,27 +160,6 @@ def _turns(program: Program, condition: str) -> int:
     return max(numbers, default=1)
 
 
-def loops(program: Program) -> list[tuple[int, ...]]:
-    """Turns of every loop, outermost first: (4, 30) is a loop of 30 in one of 4."""
-    found = []
-
-    def visit(name: str, outer: tuple[int, ...]) -> None:
-        for i in program.computations.get(name, ()):
-            inner = outer
-            called = _CALLED.findall(i.rest)
-            if i.op == "while":
-                turns = _turns(program, re.search(r"condition=%([\w.\-]+)", i.rest)[1])
-                inner = (*outer, turns)
-                found.append(inner)
-            elif i.op not in ("fusion", "call", "conditional"):
-                continue
-            for other in called:
-                visit(other, inner)
-
-    visit(program.entry, ())
-    return found
-
-
 def collectives(program: Program) -> list[Collective]:
     """Every communication, each once however many instructions carry it.
 
@@ -217,17 +197,6 @@ def estimated_cycles(program: Program) -> int:
             if match := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
                 total += count * int(match[1])
     return total
-
-
-def kernels(program: Program) -> dict[str, int]:
-    """Pallas kernel -> how often it runs."""
-    times: dict[str, int] = collections.defaultdict(int)
-    for name, count in executions(program).items():
-        for i in program.computations.get(name, ()):
-            if 'custom_call_target="tpu_custom_call"' in i.rest:
-                kernel = re.search(r'op_name="[^"]*?(\w+)"', i.rest)
-                times[kernel[1] if kernel else i.name] += count
-    return dict(times)
 
 
 def array_shapes(text: str) -> set[tuple[str, tuple[int, ...]]]:

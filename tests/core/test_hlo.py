@@ -99,7 +99,6 @@ def program():
 
 
 def test_loops_multiply(program):
-    assert sorted(hlo.loops(program)) == [(4,), (4, 30), (4, 30, 8)]
     times = hlo.executions(program)
     assert times["layer_body.1"] == times["start.1"] == 120
     assert times["windowed_body.1"] == 960 and times["main.1"] == 1
@@ -117,9 +116,8 @@ def test_each_collective_counts_once_with_its_size_and_whether_it_overlaps(progr
     assert len(hlo.collectives(program)) == 4
 
 
-def test_cycles_and_kernels_count_every_turn(program):
+def test_cycles_count_every_turn(program):
     assert hlo.estimated_cycles(program) == 120 * 107
-    assert hlo.kernels(program) == {"splash_mha_fwd_no_residuals": 120}
 
 
 def test_instructions_over_several_lines_are_one(program):
