@@ -28,7 +28,7 @@ def base() -> ConfigDict:
 
     # The method.
     c.objective = "dopsd"     # dopsd | sft (plain flow matching on the images, to compare with)
-    c.states = "student"      # student (on its own walk) | off-policy: teacher, noised
+    c.states = "student"      # student (on its own trajectory) | off-policy: teacher, noised
     c.base_lora = ""          # LoRA file put into the frozen weights while training, such as one
                               # that undoes a distillation
     c.recipe = "vlm"          # what the teacher sees: vlm (prompt and target image), edit (target

@@ -22,7 +22,7 @@ def get_config():
         "dopsd, frozen teacher": {"teacher": "frozen"},
         "dopsd, live teacher": {"teacher": "live"},
         "off-policy, noised targets": {"states": "noised"},
-        "off-policy, teacher's walk": {"states": "teacher"},
+        "off-policy, teacher's trajectory": {"states": "teacher"},
         "sft": {"objective": "sft"},
         "sft on the undistilled": {"objective": "sft", "base_lora": str(UNDISTILLED)},
     })

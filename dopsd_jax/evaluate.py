@@ -28,8 +28,7 @@ from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax import previews, report
-from dopsd_jax import workdir as workdir_lib
+from dopsd_jax import report
 from dopsd_jax.compare import runs as runs_lib
 from dopsd_jax.compare import table as table_lib
 from dopsd_jax.compare.measures import (
@@ -46,10 +45,12 @@ from dopsd_jax.compare.table import Point
 from dopsd_jax.core import cli, trees
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
-from dopsd_jax.lora import scaled
+from dopsd_jax.method.lora import scaled
 from dopsd_jax.mini import drawing
 from dopsd_jax.mini.build import write_trained
 from dopsd_jax.mini.emoji import load_sprites
+from dopsd_jax.run import previews
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import load_pipeline
 from dopsd_jax.weights.shipped import JUDGE
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from absl import flags
 
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import cli, mirror
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.families import lora_rules_of, transformer_table
 from dopsd_jax.weights.pipeline import load_pipeline

@@ -21,11 +21,12 @@ from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax import contexts, flops, lowering
-from dopsd_jax.config_check import check_values
-from dopsd_jax.core import ahead, cli, hlo, sharding
-from dopsd_jax.core.chips import ATTENTION, GIB, chip_of, count_chips
+from dopsd_jax.core import cli, sharding
 from dopsd_jax.core.log import log
+from dopsd_jax.method import contexts
+from dopsd_jax.planning import compiler, flops, hlo, lowering
+from dopsd_jax.planning.chips import ATTENTION, GIB, chip_of, count_chips
+from dopsd_jax.run.config import check_values
 from dopsd_jax.weights.pipeline import transformer_shapes
 
 FLAGS = flags.FLAGS
@@ -186,7 +187,7 @@ def plan(
             compiler, or one that refuses.
     """
     chip, chips = chip_of(topology), count_chips(topology)
-    if not ahead.has_tpu_compiler():
+    if not compiler.has_tpu_compiler():
         raise ValueError(NEEDS_LIBTPU)
     check_values(config, besides=("model", "vlm", "data"))
     config, batch = with_batch(config, chips, batch)
@@ -202,10 +203,11 @@ def plan(
         json.dump(asked, file)
         file.flush()
         try:
-            dump = ahead.compile_in_child(
-                [sys.executable, "-m", "dopsd_jax.lowering", file.name], "train_step", full=full
+            dump = compiler.compile_in_child(
+                [sys.executable, "-m", "dopsd_jax.planning.lowering", file.name], "train_step",
+                full=full,
             )
-        except ahead.DoesNotFit as e:
+        except compiler.DoesNotFit as e:
             found.total = e.needed
             return found
         except RuntimeError as e:

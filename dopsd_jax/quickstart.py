@@ -12,10 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-from dopsd_jax import previews
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import cli
 from dopsd_jax.mini.before_after import STYLE, before_and_after
+from dopsd_jax.run import previews
+from dopsd_jax.run import workdir as workdir_lib
 
 FLAGS = flags.FLAGS
 CONFIG = "configs/mini_style.py"

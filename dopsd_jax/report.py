@@ -22,11 +22,11 @@ from typing import Any
 from absl import flags
 from PIL import Image
 
-from dopsd_jax import gauges, preflight
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import cli, mirror
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.metrics import GAUGES, draw_curves, read_metrics
+from dopsd_jax.run import gauges, preflight
+from dopsd_jax.run import workdir as workdir_lib
 
 FLAGS = flags.FLAGS
 TABLE = "table.md"  # of a comparison, see evaluate
@@ -116,19 +116,19 @@ def _preflight(workdir: Path) -> str:
 
 def _checkpoints(workdir: Path) -> str:
     rows = {r["step"]: r for r in read_metrics(workdir)}
-    told = {r["step"]: r for r in read_metrics(workdir, GAUGES)}
+    gauge_rows = {r["step"]: r for r in read_metrics(workdir, GAUGES)}
     saved = workdir_lib.saved_steps(workdir)
     if not saved:
         return "<p>None yet.</p>"
-    names = list(dict.fromkeys(k for r in told.values() for k in r if k != "step"))
+    names = list(dict.fromkeys(k for r in gauge_rows.values() for k in r if k != "step"))
     table = [
-        [s, rows.get(s, {}).get("loss", ""), *(told.get(s, {}).get(n, "") for n in names)]
+        [s, rows.get(s, {}).get("loss", ""), *(gauge_rows.get(s, {}).get(n, "") for n in names)]
         for s in saved
     ]
-    best = gauges.best_checkpoint(list(told.values()), saved)
+    best = gauges.best_checkpoint(list(gauge_rows.values()), saved)
     note = "" if best is None else (
-        "<p>Bold: the best one, which is the nearest look to the targets among those with at "
-        f"least {gauges.MIN_SHARPNESS:g} of the untuned model's sharpness.</p>"
+        "<p>Bold: the best one, whose style is nearest to the targets' among those with at least "
+        f" {gauges.MIN_SHARPNESS:g} of the untuned model's sharpness.</p>"
     )
     marked = None if best is None else saved.index(best["step"])
     return as_table(["step", "loss", *(n.replace("_", " ") for n in names)], table, marked) + note
@@ -147,16 +147,17 @@ def page(workdir: str | Path) -> str:
     """
     workdir = Path(workdir)
     config = workdir_lib.read_config(workdir)
-    rows, told = read_metrics(workdir), read_metrics(workdir, GAUGES)
+    rows, gauge_rows = read_metrics(workdir), read_metrics(workdir, GAUGES)
     step, total = (rows[-1]["step"] if rows else 0), config.get("num_train_steps", "?")
     samples = workdir / "samples"
-    last_walk = list(steps_of(samples, "walk").items())[-1:]
-    walk = _figures({f"student above teacher, after {n} updates": f for n, f in last_walk})
+    last = list(steps_of(samples, "trajectory").items())[-1:]
+    trajectory = _figures({f"student above teacher, after {n} updates": f for n, f in last})
     title = f"{workdir.resolve().name}: step {step} of {total}"
     told_curves = (
         "<p>Drift: distance of pictures of unrelated prompts to the untuned model's, on the same "
-        "noise, in levels of 255. Sharpness ratio: theirs to the untuned model's. Look: distance "
-        f"of colours to the targets'.</p>{_curves(told)}" if told else "<p>None yet.</p>"
+        "noise, in levels of 255. Sharpness ratio: theirs to the untuned model's. Style: distance "
+        f"of colours to the targets'.</p>{_curves(gauge_rows)}"
+        if gauge_rows else "<p>None yet.</p>"
     )
     return _document(title, [
         as_table(["", ""], [
@@ -167,7 +168,7 @@ def page(workdir: str | Path) -> str:
         _preflight(workdir),
         "<h2>Before and after, same noise</h2>", _first_and_last(samples, "step"),
         _first_and_last(samples, "prompts"),
-        "<h2>The walk: the clean estimate at every step</h2>", walk,
+        "<h2>The trajectory: the clean estimate at every step</h2>", trajectory,
         "<h2>Retention: prompts that have nothing to do with the data</h2>", told_curves,
         _first_and_last(samples, "gauge"),
         "<h2>Curves</h2>", _curves(rows),

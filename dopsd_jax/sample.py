@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,68 +17,21 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from dopsd_jax import flow, rollout
-from dopsd_jax import lora as lora_lib
-from dopsd_jax import workdir as workdir_lib
-from dopsd_jax.contexts import text_context, with_references
-from dopsd_jax.core import cli, mirror, trees
-from dopsd_jax.core.checks import is_number, is_whole, noted
-from dopsd_jax.data.images import read_image, reference_image, to_uint8
+from dopsd_jax.core import cli
+from dopsd_jax.core.checks import is_whole, noted
+from dopsd_jax.data.images import read_image, reference_image
 from dopsd_jax.data.prompts import encode_prompts, prompt_problems
-from dopsd_jax.models.denoiser import Context, Denoiser
-from dopsd_jax.models.vae import Vae
-from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.pipeline import DTYPES, Pipeline, load_pipeline, transformer_shapes
+from dopsd_jax.method import flow
+from dopsd_jax.method import lora as lora_lib
+from dopsd_jax.method.contexts import text_context, with_references
+from dopsd_jax.method.sampling import decode, draw_noise, sample_trajectory
+from dopsd_jax.models.denoiser import Context
+from dopsd_jax.run import workdir as workdir_lib
+from dopsd_jax.run.loras import read_lora, take_lora
+from dopsd_jax.weights.pipeline import DTYPES, Pipeline, load_pipeline
 
 MAX_SEED = 2**31
 References = Sequence[Sequence[Image.Image | np.ndarray]]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def walk(denoiser: Denoiser, variables, noise, ctx, sigmas):
-    """`rollout.trajectory` under jit: the sample [B, h, w, C] and its x0 [S, B, h, w, C]."""
-    return rollout.trajectory(variables, noise, ctx, sigmas, velocity=denoiser.velocity)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(vae: Vae, params, latents):
-    # One image at a time: the decoder's activations are far larger than its output.
-    return jax.lax.map(
-        lambda z: vae.apply({"params": params}, z[None], method="decode_normalised")[0], latents
-    )
-
-
-def decode(pipe: Pipeline, latents: jax.Array) -> np.ndarray:
-    """Normalised latents [B, h, w, C] -> pixels uint8 [B, H, W, 3].
-
-    Raises:
-        ValueError: Pictures that are not finite, by number, which in `generate` is the prompt's.
-    """
-    images = np.asarray(_decode(pipe.vae, pipe.vae_params, latents), np.float32)
-    if bad := [i for i, image in enumerate(images) if not np.isfinite(image).all()]:
-        raise ValueError(
-            f"{len(bad)} of {len(images)} pictures hold NaN or infinity, those of the prompts "
-            f"{bad} (counted from 0); the weights or the LoRA are damaged or overflow, try "
-            "dtype=float32"
-        )
-    return to_uint8(images)
-
-
-def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> jax.Array:
-    """One start per seed, float32 [B, h, w, C]: a picture depends on its own seed alone."""
-    return jnp.stack([jax.random.normal(jax.random.key(s), shape, jnp.float32) for s in seeds])
-
-
-def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Any, float]:
-    """A LoRA from a run's directory or from a file of any format: (tree, alpha / rank)."""
-    path = mirror.local_copy(path)
-    shapes = transformer_shapes(pipe.denoiser.network)
-    if workdir_lib.is_workdir(path):
-        tree, spec = workdir_lib.read_lora(path)
-        workdir_lib.check_fits(tree, shapes, path)
-    else:
-        tree, spec = lora_files.read_lora(path, pipe.lora.modules, shapes)
-    return tree, spec.scale
 
 
 def check_request(
@@ -150,30 +102,6 @@ def _check_noise(noise: Any, shape: tuple[int, ...]) -> jax.Array:
     if not np.isfinite(noise).all():
         raise ValueError("noise: holds NaN or infinity")
     return jnp.asarray(noise)
-
-
-def _take_lora(lora: Any, pipe: Pipeline) -> tuple[Any, float]:
-    """A LoRA as `generate` takes it: (tree, alpha / rank).
-
-    Raises:
-        ValueError: Neither a path nor such a pair, or one of another model.
-    """
-    if isinstance(lora, str | Path):
-        return read_lora(lora, pipe)
-    if not isinstance(lora, tuple) or len(lora) != 2 or not is_number(lora[1]):
-        raise ValueError(f"lora: expected a path or (tree, alpha / rank), got {lora!r:.60}")
-    tree, scale = lora
-    flat = trees.flatten(tree) if isinstance(tree, Mapping) else {}
-    names = {name.rpartition("/")[0] for name in flat}
-    if not names or flat.keys() != {f"{n}/{part}" for n in names for part in "ab"} or not all(
-        hasattr(leaf, "shape") for leaf in flat.values()
-    ):
-        raise ValueError(
-            "lora: expected a tree of pairs of arrays a and b, as weights.read_lora gives it, got "
-            f"{tree!r:.60}"
-        )
-    workdir_lib.check_fits(tree, transformer_shapes(pipe.denoiser.network), "lora")
-    return tree, scale
 
 
 def read_references(pipe: Pipeline, references: References) -> list[list[np.ndarray]]:
@@ -269,13 +197,13 @@ def generate(
         noise = _check_noise(noise, (len(prompts), *shape))
     variables = {"params": pipe.params}
     if lora is not None:
-        tree, scale = _take_lora(lora, pipe)
+        tree, scale = take_lora(lora, pipe)
         variables["lora"] = lora_lib.scaled(jax.tree.map(jnp.asarray, tree), scale)
     ctx = text_context(pipe, prompts, length=_padded_length(pipe, prompts))
     sigmas = flow.sigmas_shifted(num_steps, pipe.shift_at(num_steps, height, width))
     pixels = np.empty((len(prompts), height, width, 3), np.uint8)
     for rows, part in _alike(pipe, ctx, images):
-        latents, _ = walk(pipe.denoiser, variables, noise[rows], part, sigmas)
+        latents, _ = sample_trajectory(pipe.denoiser, variables, noise[rows], part, sigmas)
         pixels[rows] = decode(pipe, latents)
     return pixels
 

@@ -18,34 +18,14 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax import flow, gauges, loop, lora, preflight, sample
-from dopsd_jax import workdir as workdir_lib
-from dopsd_jax.baselines import draw_sigma
-from dopsd_jax.caption_check import check_captions
-from dopsd_jax.config_check import (
-    check_config,
-    needs_latents,
-    needs_of_rows,
-    needs_teacher,
-    needs_vlm,
-)
 from dopsd_jax.core import cli, distributed, mirror, sharding, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.datasets import read_data
-from dopsd_jax.encode import (
-    Contexts,
-    Entries,
-    Online,
-    encode_all,
-    kept,
-    load_encoders,
-    open_cache,
-)
-from dopsd_jax.mini import stages
-from dopsd_jax.pictures import Previews, run_preflight
-from dopsd_jax.train_step import (
+from dopsd_jax.method import flow, lora
+from dopsd_jax.method.baselines import draw_sigma
+from dopsd_jax.method.train_step import (
     Batch,
     TrainState,
     dopsd,
@@ -55,13 +35,34 @@ from dopsd_jax.train_step import (
     optimizer_of,
     sft,
 )
+from dopsd_jax.mini import stages
+from dopsd_jax.run import gauges, loop, loras, preflight
+from dopsd_jax.run import workdir as workdir_lib
+from dopsd_jax.run.caption_check import check_captions
+from dopsd_jax.run.config import (
+    check_config,
+    needs_latents,
+    needs_of_rows,
+    needs_teacher,
+    needs_vlm,
+)
+from dopsd_jax.run.features import (
+    BatchFeatures,
+    Entries,
+    Online,
+    cached,
+    encode_all,
+    load_encoders,
+    open_cache,
+)
+from dopsd_jax.run.pictures import Previews, run_preflight
 from dopsd_jax.weights.pipeline import DECODER, fingerprint, load_pipeline
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
 FLAGS = flags.FLAGS
 
 
-# Act 1, the config checked before anything else, is config_check.py.
+# Act 1, the config checked before anything else, is run/config.py.
 # Act 2, the rows, all read and validated before anything is put on a device, is
 # data/datasets.py. Act 3, what student and teacher see, is encode.py. Act 4, pictures of the run,
 # always from the same noise, is pictures.py.
@@ -119,21 +120,21 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     if method.trainable == "lora":
         lora.match_targets(pipe.params, targets)  # before the encoders run
     if cache is not None:
-        features = kept(cache)
+        features = cached(cache)
     elif config.encode == "online":
         features = Online(load_encoders(config, pipe, data))
     else:
         made: dict[str, np.ndarray] = {}
         encode_all(entries.all(), load_encoders(config, pipe, data), made.__setitem__)
-        features, pipe.text_params = kept(made), None
-    ctxs = Contexts(config, data, entries, features)
+        features, pipe.text_params = cached(made), None
+    ctxs = BatchFeatures(config, data, entries, features)
 
     # What trains.
     rng = jax.random.key(config.seed)
     if method.trainable == "lora":
         base = pipe.params
         if config.base_lora:
-            base = lora.merge(base, *sample.read_lora(config.base_lora, pipe))
+            base = lora.merge(base, *loras.read_lora(config.base_lora, pipe))
             pipe.params = None
         student = lora.init(jax.random.fold_in(rng, 1), base, targets, config.lora.rank)
         log.info("LoRA: %d linears, %s parameters, scale %g", lora.num_linears(student),

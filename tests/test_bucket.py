@@ -12,12 +12,13 @@ from orbax.checkpoint._src.path import gcs_utils
 
 from dopsd_jax import encode as encode_lib
 from dopsd_jax import export as export_lib
-from dopsd_jax import loop, sample
+from dopsd_jax import sample
 from dopsd_jax import train as train_lib
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import mirror
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
+from dopsd_jax.run import loop, loras
+from dopsd_jax.run import workdir as workdir_lib
 
 RUN = "gs://bucket/runs/a"
 
@@ -100,7 +101,7 @@ def test_other_commands_read_a_run(run, tiny, tmp_path):
     export_lib.export(RUN, "diffusers", str(tmp_path / "lora.safetensors"))
     pipe = sample.load_pipeline(tiny.pipeline, dtype="float32", parts=())
     (tree, scale), (file, other) = (
-        sample.read_lora(path, pipe) for path in (RUN, tmp_path / "lora.safetensors")
+        loras.read_lora(path, pipe) for path in (RUN, tmp_path / "lora.safetensors")
     )
     assert scale == other
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), tree, file)

@@ -16,12 +16,13 @@ from configs import common
 from configs import tiny as tiny_config
 from dopsd_jax import encode as encode_lib
 from dopsd_jax import train as train_lib
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.data.cache import Cache, CacheError
 from dopsd_jax.data.datasets import read_data
 from dopsd_jax.data.drafts import Needs
+from dopsd_jax.run import features as features_lib
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import load, pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -149,11 +150,11 @@ def test_what_was_encoded_online_is_kept_up_to_a_size():
         made.append(entry.key)
         return np.zeros(256, np.float32)
 
-    online = encode_lib.Online(encoders, kept_bytes=2048)
+    online = features_lib.Online(encoders, kept_bytes=2048)
     for key in "abaca":
-        online(encode_lib.Entry(key, "student", ""))
+        online(features_lib.Entry(key, "student", ""))
     assert made == ["a", "b", "c"]  # of two kept, the one asked for last stays
-    online(encode_lib.Entry("b", "student", ""))
+    online(features_lib.Entry("b", "student", ""))
     assert made == ["a", "b", "c", "b"]
 
 
@@ -182,7 +183,7 @@ def test_a_second_encode_makes_nothing_and_loads_nothing(config, cache, monkeypa
 def made_anew(config, cache):
     """Roles and captions of what a config needs and the cache does not have."""
     have = Cache(cache)
-    wanted = encode_lib.Entries(config, read_data(config, Needs())).all()
+    wanted = features_lib.Entries(config, read_data(config, Needs())).all()
     return sorted((e.role, e.caption)
                   for e in wanted if e.key not in have)
 
@@ -250,8 +251,8 @@ def test_another_tokenizer_or_chat_template_invalidates_all(config, cache, tiny,
 
 def test_every_config_key_is_known_to_matter_or_not():
     """A new key must be put in a list of encode.py or in OTHER_KEYS: else caches go stale."""
-    matter = {*encode_lib.STUDENT_KEYS, *encode_lib.TEACHER_KEYS, *encode_lib.VLM_KEYS,
-              *encode_lib.IMAGE_KEYS}
+    matter = {*features_lib.STUDENT_KEYS, *features_lib.TEACHER_KEYS, *features_lib.VLM_KEYS,
+              *features_lib.IMAGE_KEYS}
     assert not matter & OTHER_KEYS
     assert matter | OTHER_KEYS == set(workdir_lib.flat_config(common.base().to_dict()))
 
@@ -281,14 +282,14 @@ def test_a_truncated_shard_stops_training_and_encode_makes_it_again(config, cach
 
 def test_what_was_done_before_a_failure_is_kept(config, tmp_path, monkeypatch):
     config.cache = str(tmp_path / "new")
-    encode = encode_lib.Encoders.__call__
+    encode = features_lib.Encoders.__call__
 
     def stop_at_the_third_row(self, entry):
         if entry.row == 2:
             raise KeyboardInterrupt
         return encode(self, entry)
 
-    monkeypatch.setattr(encode_lib.Encoders, "__call__", stop_at_the_third_row)
+    monkeypatch.setattr(features_lib.Encoders, "__call__", stop_at_the_third_row)
     with pytest.raises(KeyboardInterrupt):
         encode_lib.encode(config)
     assert len(Cache(tmp_path / "new")) == 5  # all but that row's teacher and the other prompt

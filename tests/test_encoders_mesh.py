@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from dopsd_jax import contexts
 from dopsd_jax.core import sharding
+from dopsd_jax.method import contexts
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dopsd_jax import export as export_lib
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import ZImageTransformer2DModel
 
 from dopsd_jax import export as export_lib
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import trees
 from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.families import transformer_table
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.names import WeightsError

@@ -8,8 +8,9 @@ import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 
-from dopsd_jax import contexts, sample, weights
+from dopsd_jax import sample, weights
 from dopsd_jax.data.images import reference_image
+from dopsd_jax.method import contexts
 from dopsd_jax.models.denoiser import reference_tokens
 
 PROMPTS = ["a red fox", "a long description of a quiet harbour town, with boats and gulls, at dawn"]

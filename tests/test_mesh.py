@@ -11,11 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dopsd_jax import flow, lora
 from dopsd_jax.core import sharding, trees
+from dopsd_jax.method import flow, lora
+from dopsd_jax.method.train_step import (
+    Batch,
+    Method,
+    dopsd,
+    init_state,
+    make_optimizer,
+    make_train_step,
+)
 from dopsd_jax.models.denoiser import Context, ZImageDenoiser
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
-from dopsd_jax.train_step import Batch, Method, dopsd, init_state, make_optimizer, make_train_step
 from dopsd_jax.weights.pipeline import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 

@@ -8,29 +8,30 @@ from pathlib import Path
 import pytest
 
 from configs import z_image_turbo_full, z_image_turbo_lora
-from dopsd_jax import lowering, plan
-from dopsd_jax.core import ahead, hlo, trees
-from dopsd_jax.core.chips import ATTENTION, CHIPS, GIB
-from tests.core.test_hlo import REPORT, TEXT
+from dopsd_jax import plan
+from dopsd_jax.core import trees
+from dopsd_jax.planning import compiler, hlo, lowering
+from dopsd_jax.planning.chips import ATTENTION, CHIPS, GIB
+from tests.planning.test_hlo import REPORT, TEXT
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def compiler(monkeypatch):
+def fake_compiler(monkeypatch):
     """Answers every compile with a small dump, and notes what was asked."""
     asked = []
 
     def answer(command, module, *, full=False):
         asked.append((command, module, full))
-        return ahead.Dump(TEXT, hlo.parse_memory(REPORT), 1.0, 3 * 10**9 if full else 0)
+        return compiler.Dump(TEXT, hlo.parse_memory(REPORT), 1.0, 3 * 10**9 if full else 0)
 
-    monkeypatch.setattr(ahead, "compile_in_child", answer)
-    monkeypatch.setattr(ahead, "has_tpu_compiler", lambda: True)
+    monkeypatch.setattr(compiler, "compile_in_child", answer)
+    monkeypatch.setattr(compiler, "has_tpu_compiler", lambda: True)
     return asked
 
 
-def test_a_plan_adds_up(compiler):
+def test_a_plan_adds_up(fake_compiler):
     config = z_image_turbo_lora.get_config()
     p = plan.plan(config, "v5e:4x4")
     assert p.fits and p.chips == 16 and p.batch == 1 and p.total == 3625592320
@@ -45,17 +46,17 @@ def test_a_plan_adds_up(compiler):
     assert p.compute_seconds == linear + p.flops.attention / (chip.peak * ATTENTION)
     assert p.seconds == pytest.approx(p.compute_seconds + p.exposed_seconds)
     assert p.mfu == pytest.approx(p.flops.useful / p.seconds / chip.peak)
-    assert compiler[0][1:] == ("train_step", False)
+    assert fake_compiler[0][1:] == ("train_step", False)
 
 
-def test_the_compilers_cycles_take_the_place_of_the_share_of_peak(compiler):
+def test_the_compilers_cycles_take_the_place_of_the_share_of_peak(fake_compiler):
     p = plan.plan(z_image_turbo_lora.get_config(), "v5e:4x4", full=True)
     attention = p.flops.attention / (CHIPS["v5e"].peak * ATTENTION)
     assert p.compute_seconds == pytest.approx(2.0 + attention)
     assert "rests on: the compiler's own cycles" in "\n".join(plan.rests_on(p))
 
 
-def test_full_fine_tuning_counts_bytes_by_dtype(compiler):
+def test_full_fine_tuning_counts_bytes_by_dtype(fake_compiler):
     config = z_image_turbo_full.get_config()
     wide = plan.plan(config, "v5e:4x4").state
     config.moments_dtype = config.ema_dtype = "bfloat16"
@@ -64,7 +65,7 @@ def test_full_fine_tuning_counts_bytes_by_dtype(compiler):
     assert plan.plan(config, "v5e:4x4").weights == 0
 
 
-def test_the_report_says_what_was_asked_for(compiler):
+def test_the_report_says_what_was_asked_for(fake_compiler):
     config = z_image_turbo_lora.get_config()
     text = plan.report(config, plan.plan(config, "v5e:4x4", batch=2))
     for part in ("v5e:4x4: 16 chips, 2 pictures per update and chip, remat full",
@@ -74,7 +75,7 @@ def test_the_report_says_what_was_asked_for(compiler):
         assert part in text, part
 
 
-def test_chips_that_share_a_picture_share_its_work(compiler):
+def test_chips_that_share_a_picture_share_its_work(fake_compiler):
     config = z_image_turbo_lora.get_config()
     alone = plan.plan(config, "v5e:2x2")
     config.mesh.tensor = 2
@@ -85,7 +86,7 @@ def test_chips_that_share_a_picture_share_its_work(compiler):
     assert p.images_per_second == pytest.approx(2 / p.seconds)
 
 
-def test_a_batch_that_accumulation_does_not_divide_is_refused(compiler):
+def test_a_batch_that_accumulation_does_not_divide_is_refused(fake_compiler):
     config = z_image_turbo_lora.get_config()
     config.accumulation = 4
     assert plan.plan(config, "v5e:2x2").batch == 4
@@ -93,11 +94,11 @@ def test_a_batch_that_accumulation_does_not_divide_is_refused(compiler):
         plan.plan(config, "v5e:2x2", batch=6)
 
 
-def test_what_does_not_fit_says_by_how_much(compiler, monkeypatch):
+def test_what_does_not_fit_says_by_how_much(fake_compiler, monkeypatch):
     def too_much(*_, **__):
-        raise ahead.DoesNotFit("no", 24.6 * GIB, 15.75 * GIB)
+        raise compiler.DoesNotFit("no", 24.6 * GIB, 15.75 * GIB)
 
-    monkeypatch.setattr(ahead, "compile_in_child", too_much)
+    monkeypatch.setattr(compiler, "compile_in_child", too_much)
     config = z_image_turbo_lora.get_config()
     p = plan.plan(config, "v5e:4x4")
     assert not p.fits
@@ -105,9 +106,9 @@ def test_what_does_not_fit_says_by_how_much(compiler, monkeypatch):
     assert "24.60  15.75 does not fit" in plan.table([p])
 
 
-def test_a_sweep_puts_the_best_first_and_what_does_not_fit_last(compiler, monkeypatch):
+def test_a_sweep_puts_the_best_first_and_what_does_not_fit_last(fake_compiler, monkeypatch):
     plans = plan.sweep(z_image_turbo_lora.get_config(), ["v5e:4x4", "v5p:2x2x1"])
-    assert len(plans) == len(compiler) == 2 * 3 * 4
+    assert len(plans) == len(fake_compiler) == 2 * 3 * 4
     assert [p.mfu for p in plans] == sorted((p.mfu for p in plans), reverse=True)
     assert {p.remat for p in plans} == set(plan.SWEEP_REMAT)
     monkeypatch.setitem(CHIPS, "v5e", plan.dataclasses.replace(CHIPS["v5e"], memory=GIB))
@@ -135,11 +136,11 @@ def test_wrong_input_is_one_plain_line(arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_a_topology_that_the_compiler_refuses_is_told(monkeypatch, compiler):
+def test_a_topology_that_the_compiler_refuses_is_told(monkeypatch, fake_compiler):
     def refuse(*_, **__):
         raise RuntimeError("Topology layout is not divisible")
 
-    monkeypatch.setattr(ahead, "compile_in_child", refuse)
+    monkeypatch.setattr(compiler, "compile_in_child", refuse)
     with pytest.raises(ValueError, match="v5e:3x5: the TPU compiler gave up; .*\n.*divisible"):
         plan.plan(z_image_turbo_lora.get_config(), "v5e:3x5")
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from dopsd_jax.workdir import flat_config
+from dopsd_jax.run.workdir import flat_config
 
 ROOT = Path(__file__).parents[1]
 # Only sizes change, so that it takes seconds: one small shape, two updates.

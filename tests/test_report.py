@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dopsd_jax import preflight, report
+from dopsd_jax import report
 from dopsd_jax.core.metrics import Metrics
+from dopsd_jax.run import preflight
 
 ROOT = Path(__file__).parents[1]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -39,11 +40,11 @@ def workdir(tmp_path_factory):
     for step in range(1, 21):
         metrics.scalars(step, {"loss": 1 / step, "step_loss": [1 / step, 2 / step]})
         if step % 10 == 0:
-            metrics.gauges(step, {"look": 30.0 - step, "drift": 0.5 * step,
+            metrics.gauges(step, {"style": 30.0 - step, "drift": 0.5 * step,
                                   "sharpness_ratio": 1.1 - step / 40})
     metrics.close()
     for step in (0, 10, 20):
-        for name in ("step", "walk", "prompts", "gauge"):
+        for name in ("step", "trajectory", "prompts", "gauge"):
             Image.fromarray(pixels(step, (40, 90, 3))).save(
                 workdir / "samples" / f"{name}_{step:06d}.png")
         if step:
@@ -79,7 +80,7 @@ def test_the_page_holds_every_part_and_its_pictures_can_be_decoded(workdir):
     read = Reader(report.page(workdir))
     text = " ".join(read.text)
     for part in ("step 20 of 20", "Preflight", "THE TEACHER HAS NOTHING TO TEACH", "Before and",
-                 "The walk", "Retention", "Curves", "Checkpoints", "Config", "photos <&>",
+                 "The trajectory", "Retention", "Curves", "Checkpoints", "Config", "photos <&>",
                  "<b>bold</b>"):
         assert part in text, part
     images = [a["src"] for tag, a in read.tags if tag == "img"]

@@ -17,12 +17,12 @@ from skimage import data as photographs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import tiny as tiny_config
-from dopsd_jax import loop, previews
 from dopsd_jax import train as train_lib
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import trees
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
+from dopsd_jax.run import loop, previews
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import WeightsError
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,7 @@ def test_a_run_leaves_pictures_curves_numbers_and_checkpoints(uninterrupted):
     assert Image.open(workdir / "curves.png").size[0] > 500
     board = EventAccumulator(str(workdir / "tensorboard")).Reload()
     assert [e.step for e in board.Scalars("train/loss")] == list(range(1, STEPS + 1))
-    assert set(board.Tags()["images"]) == {"step", "walk", "prompts"}
+    assert set(board.Tags()["images"]) == {"step", "trajectory", "prompts"}
     rows = read_metrics(workdir)
     assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
     assert {"loss", "grad_norm", "step_loss"} <= set(rows[0])

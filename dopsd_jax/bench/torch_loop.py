@@ -28,7 +28,7 @@ from dopsd_jax.bench.case import (
     Case,
     Measured,
 )
-from dopsd_jax.flow import sigmas_shifted
+from dopsd_jax.method.flow import sigmas_shifted
 
 EMA_DECAY = 0.9999
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dopsd_jax import gauges
 from dopsd_jax.core import trees
 from dopsd_jax.data.images import read_image
 from dopsd_jax.mini import drawing, judge, world
 from dopsd_jax.mini.build import ALL_CONCEPTS, ALL_STYLES
+from dopsd_jax.run import gauges
 from dopsd_jax.weights.pipeline import Pipeline
 
 NEW_SEEN, NEW_UNSEEN, OLD = "new style, tuned things", "new style, other things", "old prompts"

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core.log import log
+from dopsd_jax.run import workdir as workdir_lib
 
 MOST_AT_ONCE = 8  # trainings; each takes 1.3 GB
 

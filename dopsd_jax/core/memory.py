@@ -23,6 +23,6 @@ def peak() -> int:
     return told if sys.platform == "darwin" else told * 1024
 
 
-def told() -> str:
+def report() -> str:
     """The peak in words, for the log."""
     return f"host memory so far at most {peak() / 1e9:.2f} GB, mapped files included"

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from dopsd_jax.core.board import Board
 from dopsd_jax.core.checks import is_whole
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
+from dopsd_jax.core.tensorboard import Board
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS, GAUGES = "metrics.jsonl", "gauges.jsonl"
+RENAMED = {"look": "style", "teacher_look": "teacher_style"}  # what older runs wrote
 
 
 class Metrics:
@@ -104,7 +105,7 @@ def read_metrics(workdir: str | Path, name: str = METRICS) -> list[dict[str, Any
                 f"{file}, line {number}: expected a JSON object with a whole number as step, found "
                 f"{line!r:.60}; delete that line"
             )
-        rows.append(row)
+        rows.append({RENAMED.get(name, name): value for name, value in row.items()})
     return rows
 
 

@@ -98,7 +98,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind)
 
 
-def on(mesh: Mesh | None):
+def use_mesh(mesh: Mesh | None):
     """A context for tracing: what is traced in it may say where its arrays lie on `mesh`.
 
     A mesh of one device has nothing to say and is like None.
@@ -109,14 +109,14 @@ def on(mesh: Mesh | None):
 
 
 def platform() -> str:
-    """What is traced for: the platform of the mesh of `on`, else JAX's default."""
+    """What is traced for: the platform of the mesh of `use_mesh`, else JAX's default."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def rows_axes(size: int) -> tuple[str, ...] | None:
-    """The axes of the mesh of `on` over which `size` rows are split; None: they do not divide."""
+    """The mesh axes that split `size` rows; None without a mesh or if they do not divide."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return None
@@ -124,7 +124,7 @@ def rows_axes(size: int) -> tuple[str, ...] | None:
 
 
 def split_rows(tree: Tree) -> Tree:
-    """Says that the rows of arrays [B, ..] are split over the mesh of `on`."""
+    """Says that the rows of arrays [B, ..] are split over the mesh of `use_mesh`."""
     def split(x):
         axes = rows_axes(x.shape[0]) if x.ndim else None
         spec = PartitionSpec(axes)
@@ -133,7 +133,7 @@ def split_rows(tree: Tree) -> Tree:
     return jax.tree.map(split, tree)
 
 
-def gathered(name: str, w: jax.Array) -> jax.Array:
+def all_gather_param(name: str, w: jax.Array) -> jax.Array:
     """A parameter that is split over fsdp, whole: for the layer that is about to use it.
 
     Its gradient goes straight back to the parts. The transpose of a plain sharding constraint
@@ -163,7 +163,7 @@ def gathered(name: str, w: jax.Array) -> jax.Array:
     return gather(w)
 
 
-def held_back(inputs: Tree, variables: Tree) -> tuple[Tree, Tree]:
+def barrier(inputs: Tree, variables: Tree) -> tuple[Tree, Tree]:
     """Both unchanged, and no compiler may use the variables before the inputs are there.
 
     Without this, weights that are gathered in a loop whose turns all need the same ones are

@@ -23,18 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax import flow, loop, previews, sample
-from dopsd_jax.baselines import flow_matching_loss
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
-from dopsd_jax.guidance import GuidedContext, guided
+from dopsd_jax.method import flow, sampling
+from dopsd_jax.method.baselines import flow_matching_loss
+from dopsd_jax.method.rollout import trajectory
+from dopsd_jax.method.train_step import Method, init_state, make_optimizer, make_train_step
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini import encoding
 from dopsd_jax.mini import world as world_lib
+from dopsd_jax.mini.guidance import GuidedContext, guided
 from dopsd_jax.mini.model import fresh, save_models
 from dopsd_jax.models.denoiser import Context
-from dopsd_jax.rollout import trajectory
-from dopsd_jax.train_step import Method, init_state, make_optimizer, make_train_step
+from dopsd_jax.run import loop, previews
 from dopsd_jax.weights.pipeline import (
     Pipeline,
     VisionLanguage,
@@ -249,7 +250,7 @@ class Gallery:
         self._empty = encoding.caption_ids(pipe.tokenizer, [""])
         self._pipe, self._vl, self._workdir = pipe, vl, workdir
         shape = pipe.denoiser.latent_shape(*self._real.shape[1:3])
-        self._noise = sample.draw_noise(range(self.COUNT), shape)
+        self._noise = sampling.draw_noise(range(self.COUNT), shape)
         self._walk = jax.jit(self._draw)
 
     def _draw(self, params, sigmas, scale):
@@ -275,7 +276,7 @@ class Gallery:
         for steps, scale in settings:
             sigmas = jnp.asarray(flow.sigmas_shifted(steps, self._pipe.shift))
             x = jnp.concatenate(self._walk(params, sigmas, jnp.float32(scale)))
-            rows.append((f"{steps} steps x{scale:g}", sample.decode(self._pipe, x)))
+            rows.append((f"{steps} steps x{scale:g}", sampling.decode(self._pipe, x)))
         grid = previews.grid(rows)
         previews.save(self._workdir / "samples" / f"step_{step:06d}.png", grid)
         metrics.image(step, "gallery", grid)

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from dopsd_jax import contexts, flow, previews, sample
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.core import cli
-from dopsd_jax.lora import scaled
+from dopsd_jax.method import contexts, flow, sampling
+from dopsd_jax.method.lora import scaled
 from dopsd_jax.mini import world
 from dopsd_jax.mini.data import to_float
 from dopsd_jax.mini.emoji import load_sprites
+from dopsd_jax.run import previews
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 
 FLAGS = flags.FLAGS
@@ -70,9 +71,9 @@ def before_and_after(
 
     def draw(variables, ctx, first_seed: int) -> np.ndarray:
         seeds = range(first_seed, first_seed + len(ctx.text))
-        noise = sample.draw_noise(seeds, pipe.denoiser.latent_shape(side, side))
-        latents, _ = sample.walk(pipe.denoiser, variables, noise, ctx, sigmas)
-        return sample.decode(pipe, latents)
+        noise = sampling.draw_noise(seeds, pipe.denoiser.latent_shape(side, side))
+        latents, _ = sampling.sample_trajectory(pipe.denoiser, variables, noise, ctx, sigmas)
+        return sampling.decode(pipe, latents)
 
     concepts = IN_THE_PICTURES + NOT_IN_THEM
     prompts = [f"{world.with_article(c)}, {STYLE} style" for c in concepts]

@@ -24,7 +24,7 @@ from PIL import Image
 
 from dopsd_jax.core import cli
 from dopsd_jax.core.log import log
-from dopsd_jax.mini import looks, world
+from dopsd_jax.mini import unnamed_styles, world
 from dopsd_jax.mini.emoji import CONCEPTS, SETS, Sprites, load_sprites
 
 FLAGS = flags.FLAGS
@@ -60,18 +60,18 @@ def pair(scene: world.Scene, rng: np.random.Generator) -> dict:
 
     So what is drawn from a picture in the context has its look and its things, and the place of
     these from the noise. Three in five are in a look without a name, which both pictures share;
-    see `looks`.
+    see `unnamed_styles`.
     """
     kind = rng.choice(["named", "filtered", "invented"], p=[0.4, 0.3, 0.3])
-    style = looks.invented_style(rng) if kind == "invented" else world.STYLES[scene.style]
+    style = unnamed_styles.invented_style(rng) if kind == "invented" else world.STYLES[scene.style]
     pixels = world.render(_sprites, scene, rng, style)
     reference = world.render(_sprites, world.rearranged(rng, scene), rng, style)
     if kind == "filtered":
-        look = looks.colour_filter(rng)
+        look = unnamed_styles.colour_filter(rng)
         pixels, reference = look(pixels), look(reference)
     caption = scene.caption
     if kind != "named":
-        caption = re.sub(rf"\b{scene.style}\b", looks.spare_word(rng), caption)
+        caption = re.sub(rf"\b{scene.style}\b", unnamed_styles.spare_word(rng), caption)
     return {"caption": caption, "pixels": pixels, "reference": reference}
 
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dopsd_jax import flow, sample
 from dopsd_jax.core import trees
-from dopsd_jax.guidance import GuidedContext, guided
+from dopsd_jax.method import flow, sampling
+from dopsd_jax.method.rollout import trajectory
 from dopsd_jax.mini import encoding, world
 from dopsd_jax.mini.build import ALL_CONCEPTS, ALL_STYLES
+from dopsd_jax.mini.guidance import GuidedContext, guided
 from dopsd_jax.models.denoiser import Context
-from dopsd_jax.rollout import trajectory
 from dopsd_jax.weights.pipeline import Pipeline
 
 STREAM = 9  # of the random numbers of test captions; training has its own
@@ -118,10 +118,10 @@ def draw(
     for i in range(0, len(seeds), batch):
         rows = [min(j, len(seeds) - 1) for j in range(i, i + batch)]  # one shape for every batch
         part = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[np.asarray(rows)]), ctx)
-        noise = sample.draw_noise([int(seeds[j]) for j in rows], shape)
+        noise = sampling.draw_noise([int(seeds[j]) for j in rows], shape)
         x = _walk(pipe.denoiser.velocity, guidance != 1.0, variables, noise, part, empty,
                   jnp.float32(guidance), sigmas)
-        pictures.append(sample.decode(pipe, x)[: len(seeds) - i])
+        pictures.append(sampling.decode(pipe, x)[: len(seeds) - i])
     return np.concatenate(pictures)
 
 

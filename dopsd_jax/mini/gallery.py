@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from dopsd_jax import previews, sample
-from dopsd_jax import workdir as workdir_lib
+from dopsd_jax import sample
 from dopsd_jax.core import cli
 from dopsd_jax.mini import world
+from dopsd_jax.run import previews
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import load_pipeline
 
 FLAGS = flags.FLAGS

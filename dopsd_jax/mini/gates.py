@@ -24,16 +24,17 @@ import numpy as np
 import optax
 from absl import flags
 
-from dopsd_jax import gauges, lora, sample
-from dopsd_jax import workdir as workdir_lib
-from dopsd_jax.baselines import sft_loss_and_grad
 from dopsd_jax.core import cli, trees
 from dopsd_jax.core.log import log
+from dopsd_jax.method import lora
+from dopsd_jax.method.baselines import sft_loss_and_grad
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini import drawing, encoding, judge, world
 from dopsd_jax.mini.base_stage import World
 from dopsd_jax.mini.build import ALL_STYLES
 from dopsd_jax.models.denoiser import Context
+from dopsd_jax.run import gauges, loras
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import Pipeline, load_pipeline, load_vision_language
 from dopsd_jax.weights.shipped import JUDGE, UNDISTILLED
 
@@ -260,7 +261,7 @@ def measure(
     meter = Meter(samples, judge_file)
     test = data_lib.read_part(data, "judge_test")
     turbo = load_pipeline(model, dtype="float32", remat="none")
-    base = lora.merge(turbo.params, *sample.read_lora(undistilled, turbo))
+    base = lora.merge(turbo.params, *loras.read_lora(undistilled, turbo))
     vl = load_vision_language(vlm, turbo, dtype="float32")
     results = {"samples": samples, "judge": meter.report}
     results["teacher"] = teacher(meter, turbo, vl, test, num_steps, samples)

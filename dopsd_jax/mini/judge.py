@@ -21,13 +21,13 @@ from ml_collections import ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dopsd_jax import loop
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
+from dopsd_jax.method.train_step import Method, init_state, make_optimizer, make_train_step
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini.build import ALL_CONCEPTS, ALL_STYLES
 from dopsd_jax.models.layers import Dense
-from dopsd_jax.train_step import Method, init_state, make_optimizer, make_train_step
+from dopsd_jax.run import loop
 
 FEATURES = 64
 WIDTHS = (32, 64, 128, 160)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dopsd_jax import loop
-from dopsd_jax import workdir as workdir_lib
 from dopsd_jax.mini import base_stage, judge, turbo_stage, vae_stage
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini.model import PIPELINE
+from dopsd_jax.run import loop
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import fingerprint
 
 # Objective -> what prepares its task, and what its end leaves in the workdir.

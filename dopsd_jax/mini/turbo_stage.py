@@ -10,15 +10,16 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dopsd_jax import loop, lora, sample
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
-from dopsd_jax.distill import CRITIC, STUDENT, DistillBatch, distill_loss_and_grad, segments
-from dopsd_jax.guidance import pad_context
+from dopsd_jax.method import lora
+from dopsd_jax.method.train_step import Method, init_state, make_optimizer, make_train_step
 from dopsd_jax.mini import encoding
 from dopsd_jax.mini.base_stage import Gallery, Rows, World, context, load
+from dopsd_jax.mini.distill import CRITIC, STUDENT, DistillBatch, distill_loss_and_grad, segments
+from dopsd_jax.mini.guidance import pad_context
 from dopsd_jax.mini.model import save_models
-from dopsd_jax.train_step import Method, init_state, make_optimizer, make_train_step
+from dopsd_jax.run import loop, loras
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import Pipeline
 from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
@@ -45,7 +46,7 @@ def earlier_student(undo: str | Path, pipe: Pipeline, fresh: trees.Tree) -> tree
     Raises:
         ValueError: It adapts other linears, or with another rank.
     """
-    tree, scale = sample.read_lora(undo, pipe)
+    tree, scale = loras.read_lora(undo, pipe)
     found, wanted = ({n: x.shape for n, x in trees.flatten(t).items()} for t in (tree, fresh))
     if found != wanted:
         differ = sorted(n for n in found | wanted if found.get(n) != wanted.get(n))

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax import loop, previews
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
 from dopsd_jax.data.images import to_uint8
+from dopsd_jax.method.train_step import Method, init_state, make_optimizer, make_train_step
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini.model import fresh, save_models
 from dopsd_jax.models.vae import Vae
-from dopsd_jax.train_step import Method, init_state, make_optimizer, make_train_step
+from dopsd_jax.run import loop, previews
 from dopsd_jax.weights.pipeline import load_pipeline, vae_shapes
 
 LOG_VARIANCE = (-30.0, 20.0)  # as diffusers clamps it

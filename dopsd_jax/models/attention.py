@@ -43,11 +43,11 @@ def attention(
     if dims["K"] % dims["J"]:
         raise ValueError(f"attention: {dims['J']} key heads do not divide {dims['K']} query heads")
     way = choose(dims["N"], dims["M"], dims["d"], v.dtype, mask, sharding.platform())
-    return checkpoint_name(WAYS[way](q, k, v, mask), NAME)
+    return checkpoint_name(KERNELS[way](q, k, v, mask), NAME)
 
 
 def choose(N: int, M: int, d: int, dtype, mask: jax.Array | None, platform: str) -> str:
-    """The key of WAYS that fits: kernels have conditions, the other two have none."""
+    """The key of KERNELS that fits: kernels have conditions, the other two have none."""
     if N * M <= PLAIN_LIMIT and platform != "tpu":
         return "plain"
     by_keys = mask is None or mask.ndim == 2  # splash takes no mask of pairs
@@ -201,4 +201,4 @@ def cudnn(
     )
 
 
-WAYS = {"plain": plain, "chunked": chunked, "splash": splash, "cudnn": cudnn}
+KERNELS = {"plain": plain, "chunked": chunked, "splash": splash, "cudnn": cudnn}

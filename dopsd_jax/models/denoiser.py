@@ -141,7 +141,7 @@ class ZImageDenoiser:
         if ctx.ref_tokens is not None:
             raise ValueError("Z-Image takes no reference tokens; use the recipe vlm")
         t = jnp.broadcast_to(1.0 - jnp.asarray(sigma, jnp.float32), (dims["B"],))
-        with sharding.on(self.mesh):
+        with sharding.use_mesh(self.mesh):
             return self.network.apply(
                 variables, x.astype(self.network.dtype), t, ctx.text, ctx.text_mask, **kwargs
             )
@@ -210,7 +210,7 @@ class Flux2Denoiser:
         """
         dims = check_shapes("velocity", x=(x, "B h w C"), text=(ctx.text, "B L D"))
         sigma = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), (dims["B"],))
-        with sharding.on(self.mesh):
+        with sharding.use_mesh(self.mesh):
             v = self.network.apply(
                 variables, x.astype(self.network.dtype), sigma, ctx.text, ctx.ref_tokens,
                 ctx.ref_ids,

@@ -51,7 +51,7 @@ class Dense(nn.Module):
         return checkpoint_name(y.reshape(*leading, self.features), self.name or "dense")
 
     def _whole(self, name: str, w: jax.Array) -> jax.Array:
-        return sharding.gathered("/".join((*self.path, name)), w.astype(self.dtype))
+        return sharding.all_gather_param("/".join((*self.path, name)), w.astype(self.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -159,7 +159,7 @@ def _placed(layer: type[nn.Module]) -> type[nn.Module]:
 
             def hold(variables):
                 nonlocal x
-                x, variables = sharding.held_back(x, variables)
+                x, variables = sharding.barrier(x, variables)
                 return variables
 
             def run(module, *args):

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dopsd_jax import flow
 from dopsd_jax.core import memory, sharding, trees
 from dopsd_jax.core.checks import COUNT, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
+from dopsd_jax.method import flow
 from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
@@ -309,7 +309,7 @@ def _load(directory: Path, table, shapes, dtype, mesh: Mesh | None = None) -> tr
     report = functools.partial(_report, directory.name) if total > 5e8 else None
     tree = load_tree(files, table, shapes, dtype=dtype, shardings=shardings, report=report)
     if report:
-        log.info("%s: loaded; %s", directory.name, memory.told())
+        log.info("%s: loaded; %s", directory.name, memory.report())
     return tree
 
 

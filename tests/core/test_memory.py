@@ -12,7 +12,7 @@ before = memory.peak()
 x = np.ones(100_000_000, np.uint8)
 during = memory.peak()
 del x
-print(before, during, memory.peak(), memory.told())
+print(before, during, memory.peak(), memory.report())
 """
 
 

@@ -7,13 +7,13 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dopsd_jax import lora
 from dopsd_jax.core import sharding, trees
+from dopsd_jax.method import lora
+from dopsd_jax.method.train_step import init_state, make_optimizer
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.flux2_vae import Flux2Vae, Flux2VaeConfig
 from dopsd_jax.models.qwen3_vl import VisionTower
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
-from dopsd_jax.train_step import init_state, make_optimizer
 from dopsd_jax.weights.pipeline import (
     load_pipeline,
     read_vl_config,

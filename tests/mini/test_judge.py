@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from dopsd_jax.gauges import sharpness
 from dopsd_jax.mini import judge
 from dopsd_jax.mini.gates import as_markdown, verdicts
+from dopsd_jax.run.gauges import sharpness
 
 
 def gaussian(seed, dim=6):

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from configs import mini_style
-from dopsd_jax import lora as lora_lib
 from dopsd_jax import sample, train, weights
 from dopsd_jax.core import trees
 from dopsd_jax.export import export
+from dopsd_jax.method import lora as lora_lib
+from dopsd_jax.method import sampling
 from dopsd_jax.mini.before_after import before_and_after
+from dopsd_jax.run import loras
 from dopsd_jax.weights.pipeline import load_vision_language
 from dopsd_jax.weights.shipped import ASSETS, PIPELINES, UNDISTILLED
 
@@ -22,7 +24,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def noise(pipe):
-    return sample.draw_noise([3, 4], pipe.denoiser.latent_shape(64, 64))
+    return sampling.draw_noise([3, 4], pipe.denoiser.latent_shape(64, 64))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_words_of_the_prompt_show_in_the_picture(pipe):
 
 
 def test_the_undoing_lora_makes_another_model_of_it(pipe, noise):
-    tree, scale = sample.read_lora(UNDISTILLED, pipe)
+    tree, scale = loras.read_lora(UNDISTILLED, pipe)
     assert lora_lib.num_linears(tree) > 50
     few = sample.generate(pipe, PROMPTS, num_steps=2, noise=noise)
     undone = sample.generate(pipe, PROMPTS, num_steps=2, noise=noise, lora=(tree, scale))

@@ -12,13 +12,15 @@ import pytest
 from configs import mini_style
 from configs.mini import turbo as turbo_config
 from configs.mini import vae as vae_config
-from dopsd_jax import lora, sample, train
+from dopsd_jax import sample, train
 from dopsd_jax.core import trees
 from dopsd_jax.export import export
+from dopsd_jax.method import lora, sampling
 from dopsd_jax.mini import base_stage, build, encoding, judge, model, ship, stages, turbo_stage
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini.before_after import before_and_after
 from dopsd_jax.models.denoiser import Context
+from dopsd_jax.run import loras
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 from dopsd_jax.weights.save import read_tensors
 
@@ -59,7 +61,7 @@ def test_latents_have_mean_zero_and_variance_one(recipe, world):
 
 def test_the_undoing_lora_gives_the_undistilled_transformer_back(recipe):
     (base, _), (turbo, _) = load(recipe / "base"), load(recipe / "turbo")
-    tree, scale = sample.read_lora(recipe / "turbo" / turbo_stage.UNDO, turbo)
+    tree, scale = loras.read_lora(recipe / "turbo" / turbo_stage.UNDO, turbo)
     undone = trees.flatten(lora.merge(turbo.params, tree, scale))
     for name, want in trees.flatten(base.params).items():
         np.testing.assert_allclose(undone[name], want, atol=1e-6, err_msg=name)
@@ -99,7 +101,7 @@ def test_shipping_rounds_to_bfloat16_and_keeps_the_card(recipe, tmp_path):
     rounded = trees.cast_floats((turbo.params, turbo.text_params, vl.params), "bfloat16")
     assert same(trees.cast_floats(rounded, "float32"),
                 (pipe.params, pipe.text_params, shipped_vl.params))
-    tree, scale = sample.read_lora(undo, pipe)
+    tree, scale = loras.read_lora(undo, pipe)
     undone = trees.flatten(lora.merge(pipe.params, tree, scale))
     for name, want in trees.flatten(base.params).items():
         np.testing.assert_allclose(undone[name], want, atol=1e-2, rtol=1e-2, err_msg=name)
@@ -203,7 +205,7 @@ def pipe(recipe):
 
 @pytest.fixture(scope="module")
 def noise(pipe):
-    return sample.draw_noise([3, 4], pipe.denoiser.latent_shape(64, 64))
+    return sampling.draw_noise([3, 4], pipe.denoiser.latent_shape(64, 64))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from dopsd_jax.mini import build, looks, world
+from dopsd_jax.mini import build, unnamed_styles, world
 from dopsd_jax.mini.emoji import (
     CONCEPTS,
     HELD_OUT_CONCEPTS,
@@ -93,9 +93,9 @@ def words_of(caption):
 
 
 def test_spare_words_are_no_styles_and_often_made_up():
-    words = [looks.spare_word(np.random.default_rng(i)) for i in range(400)]
+    words = [unnamed_styles.spare_word(np.random.default_rng(i)) for i in range(400)]
     assert not set(words) & set(world.STYLES)
-    made_up = [w for w in words if w not in looks.SPARE_WORDS]
+    made_up = [w for w in words if w not in unnamed_styles.SPARE_WORDS]
     assert 100 < len(made_up) < 300 and len(set(made_up)) > 100
 
 
@@ -117,7 +117,7 @@ def test_naming_a_look_leaves_colour_words_alone(sprites):
 
 def test_an_invented_look_is_one_look_of_many(sprites):
     def pictures(seed):
-        style = looks.invented_style(np.random.default_rng(seed))
+        style = unnamed_styles.invented_style(np.random.default_rng(seed))
         assert style.art in {world.STYLES[s].art for s in world.TRAINED_STYLES}
         scene = scene_of(0, style="noto", concept="car", two=0.0)
         rng = np.random.default_rng(9)

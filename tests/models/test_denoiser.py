@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dopsd_jax import flow, lora, train_step
 from dopsd_jax.core import trees
+from dopsd_jax.method import flow, lora, train_step
+from dopsd_jax.method.rollout import dopsd_loss_and_grad
 from dopsd_jax.models.denoiser import Context, Flux2Denoiser, reference_tokens
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
-from dopsd_jax.rollout import dopsd_loss_and_grad
 
 CONFIG = Flux2Config(
     num_layers=2, num_single_layers=2, num_attention_heads=2, joint_attention_dim=12,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from dopsd_jax import lora
 from dopsd_jax.core import sharding
+from dopsd_jax.method import lora
 from dopsd_jax.models import layers
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.weights.pipeline import transformer_shapes

@@ -16,13 +16,14 @@ import textwrap
 import pytest
 
 from configs import z_image_turbo_full, z_image_turbo_lora
-from dopsd_jax import lowering, plan
-from dopsd_jax.core import ahead, hlo, trees
-from dopsd_jax.core.chips import GIB
+from dopsd_jax import plan
+from dopsd_jax.core import trees
+from dopsd_jax.planning import compiler, hlo, lowering
+from dopsd_jax.planning.chips import GIB
 from dopsd_jax.weights.pipeline import transformer_shapes
 
 pytestmark = pytest.mark.skipif(
-    not ahead.has_tpu_compiler(), reason="libtpu is not installed: pip install -e '.[test]'"
+    not compiler.has_tpu_compiler(), reason="libtpu is not installed: pip install -e '.[test]'"
 )
 WIDTHS = {3840, 10240, 15360}  # what a whole weight of one layer measures
 
@@ -92,14 +93,14 @@ def test_a_full_width_splash_kernel_compiles_for_tpu():
         x = jax.ShapeDtypeStruct((4, 4608, 30, 128), jnp.bfloat16, sharding=rows)
         mask = jax.ShapeDtypeStruct((4, 4608), bool, sharding=rows)
         def loss(q, k, v, mask):
-            with sharding.on(mesh):
+            with sharding.use_mesh(mesh):
                 return jnp.sum(attention(q, k, v, mask=mask).astype(jnp.float32))
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, mask).compile()
         print("kernels", compiled.as_text().count('custom_call_target="tpu_custom_call"'))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True,
-        check=False, env=ahead.child_environment(),
+        check=False, env=compiler.child_environment(),
     )
     assert done.returncode == 0, done.stderr
     assert "kernels 3" in done.stdout  # forward, dq, dkv
@@ -125,7 +126,7 @@ def test_the_text_encoder_splits_over_a_machines_chips():
         ids = jax.ShapeDtypeStruct((1, 512), jnp.int32, sharding=whole)
         mask = jax.ShapeDtypeStruct((1, 512), bool, sharding=whole)
         def features(params, ids, mask):
-            with sharding.on(mesh):
+            with sharding.use_mesh(mesh):
                 return encoder.apply({"params": params}, ids, mask, (35,))
         memory = jax.jit(features).lower(params, ids, mask).compile().memory_analysis()
         print("share", memory.argument_size_in_bytes / (2 * trees.count(shapes)))
@@ -133,7 +134,7 @@ def test_the_text_encoder_splits_over_a_machines_chips():
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True,
-        check=False, env=ahead.child_environment(),
+        check=False, env=compiler.child_environment(),
     )
     assert done.returncode == 0, done.stderr
     told = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2)

@@ -13,9 +13,9 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from test_lora_files import adapted
 
-from dopsd_jax import lora as lora_lib
 from dopsd_jax import sample
 from dopsd_jax.core import trees
+from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.weights import load_pipeline
 from dopsd_jax.weights.families import FLUX2_LORA, Z_IMAGE_LORA, lora_rules_of
 from dopsd_jax.weights.flux2_names import FLUX2_MODULES, FLUX2_TARGETS

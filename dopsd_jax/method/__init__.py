@@ -1,0 +1,1 @@
+"""D-OPSD itself: rollout, contexts, objectives and the update, as pure functions."""

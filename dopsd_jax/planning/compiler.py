@@ -1,0 +1,159 @@
+"""Compiles for machines that are not there, in a child process, as far as a question needs.
+
+Of a TPU compile, code generation is nine tenths; memory and schedule are known before it. XLA
+writes both to files, so the child is stopped as soon as they are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dopsd_jax.planning import hlo
+
+HLO = "*after_optimizations_after_buffer_assignment.txt"
+MEMORY = "*after_optimizations-memory-usage-report.txt"
+SETTLE = 1.5  # seconds that the files of one compile need after the first of them appears
+FINAL = "final_hlo.txt"  # what the child writes of a finished executable
+
+
+class DoesNotFit(ValueError):
+    """A program that needs more memory than the chip has.
+
+    Attributes:
+        needed, available: Bytes, as the compiler says it; None where it does not.
+    """
+
+    def __init__(self, message: str, needed: float | None, available: float | None):
+        super().__init__(message)
+        self.needed, self.available = needed, available
+
+
+@dataclasses.dataclass(frozen=True)
+class Dump:
+    """What is known of a compiled program.
+
+    Attributes:
+        text: Scheduled HLO.
+        memory: Of one device.
+        seconds: That the child ran.
+        cycles: The compiler's estimate; 0 unless the executable was built.
+    """
+
+    text: str
+    memory: hlo.Memory
+    seconds: float
+    cycles: int = 0
+
+
+def has_tpu_compiler() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def child_environment() -> dict[str, str]:
+    """For a process that compiles for TPU where there is none, beside others that do."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+
+
+def end_with_parent() -> None:
+    """In the child: ends when the process that asked is gone, killed without a word."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def compile_in_child(
+    command: Sequence[str], module: str, *, full: bool = False, timeout: float = 3600
+) -> Dump:
+    """Runs a command that compiles a program, and reads what XLA writes of it.
+
+    Args:
+        command: Its last argument will be a directory, where it leaves FINAL if `full`.
+        module: Name of the jitted function, of whose program alone files are written.
+        full: Let the child finish: the compiler then also says how many cycles it expects.
+        timeout: Seconds after which the child is stopped.
+
+    Raises:
+        DoesNotFit: The program needs more memory than the chip has.
+        RuntimeError: The child failed in another way; with the end of what it said.
+    """
+    with tempfile.TemporaryDirectory(prefix="dopsd_plan_") as name:
+        directory = Path(name)
+        env = child_environment() | {
+            "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_text=true "
+                         f"--xla_dump_hlo_module_re={module}",
+        }
+        start = time.monotonic()
+        with (directory / "said").open("wb") as said:
+            child = subprocess.Popen(
+                [*command, str(directory)], env=env, stdout=said, stderr=subprocess.STDOUT
+            )
+            try:
+                stopped = _wait(child, directory, full, start + timeout)
+            finally:
+                if child.poll() is None:
+                    child.terminate()
+                child.wait()
+        seconds = time.monotonic() - start
+        text = (directory / "said").read_text(errors="replace")
+        if not stopped and child.returncode:
+            raise _failure(text)
+        hlo_file, memory_file = (_only(directory, p) for p in (HLO, MEMORY))
+        final = directory / FINAL
+        cycles = hlo.estimated_cycles(hlo.parse(final.read_text())) if final.is_file() else 0
+        return Dump(
+            hlo_file.read_text(), hlo.parse_memory(memory_file.read_text()), seconds, cycles
+        )
+
+
+def _wait(child: subprocess.Popen, directory: Path, full: bool, end: float) -> bool:
+    """Until the child ends, or, unless `full`, the files are there: whether it was stopped."""
+    while child.poll() is None:
+        if not full and list(directory.glob(HLO)):
+            time.sleep(SETTLE)
+            child.terminate()
+            return True
+        if time.monotonic() > end:
+            raise RuntimeError("the compiler did not answer in time")
+        time.sleep(0.2)
+    return False
+
+
+def _only(directory: Path, pattern: str) -> Path:
+    """The file of a pattern; of several the largest: small programs are compiled beside it."""
+    found = sorted(directory.glob(pattern), key=lambda p: p.stat().st_size)
+    if not found:
+        raise RuntimeError(f"the compiler wrote no {pattern}; another version of libtpu?")
+    return found[-1]
+
+
+_SCALE = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _failure(text: str) -> Exception:
+    lines = [line for line in text.splitlines() if line.strip()]
+    for line in lines:
+        if "exceeds available" in line or "Ran out of memory" in line:
+            numbers = [
+                float(n) * _SCALE[unit] for n, unit in re.findall(r"([\d.]+)\s?([KMGT])", line)
+            ]
+            needed, available = (*numbers[:2], None, None)[:2]
+            return DoesNotFit(line.strip()[:300], needed, available)
+    said = "\n  ".join(line[:300] for line in lines[-6:])
+    return RuntimeError(f"compiling failed:\n  {said}")

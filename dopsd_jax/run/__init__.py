@@ -1,0 +1,1 @@
+"""What a training run is made of: its config, its data as features, its step, its directory."""

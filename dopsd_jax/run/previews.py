@@ -1,0 +1,49 @@
+"""Grids of pictures: base, student and teacher on the same noise, and their trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+GAP = 4
+HEADER = 16
+
+
+def grid(columns: Sequence[tuple[str, np.ndarray]], enlarged: int = 1) -> np.ndarray:
+    """Labelled columns of pictures.
+
+    Args:
+        columns: (label, uint8 [B, H, W, 3]) each, all of the same B; sizes may differ.
+        enlarged: Every pixel becomes a square of so many.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    columns = [(name, p.repeat(enlarged, 1).repeat(enlarged, 2)) for name, p in columns]
+    count = len(columns[0][1])
+    height = max(p.shape[1] for _, p in columns)
+    width = sum(p.shape[2] + GAP for _, p in columns) + GAP
+    canvas = Image.new("RGB", (width, HEADER + count * (height + GAP) + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    x = GAP
+    for label, pictures in columns:
+        if len(pictures) != count:
+            raise ValueError(f"column {label!r}: expected {count} pictures, got {len(pictures)}")
+        draw.text((x, 2), label, fill="black")
+        for row, picture in enumerate(pictures):
+            canvas.paste(Image.fromarray(picture), (x, HEADER + row * (height + GAP)))
+        x += pictures.shape[2] + GAP
+    return np.asarray(canvas)
+
+
+def save(path: str | Path, pixels: np.ndarray) -> Path:
+    """Writes a PNG, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    Image.fromarray(pixels).save(temporary, format="png")
+    temporary.replace(path)
+    return path
