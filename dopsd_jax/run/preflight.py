@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy import stats
+from scipy import special
 
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.run import gauges
@@ -110,7 +110,7 @@ def compare(student: np.ndarray, teacher: np.ndarray, targets: np.ndarray) -> Pr
     styles = [gauges.style_distance(p, targets) for p in (student, teacher)]
     places = [gauges.distance(p, targets).mean() for p in (student, teacher)]
     saved = (styles[0] - styles[1]) / max(styles[0].mean(), 1e-6)
-    half = stats.t.ppf(0.975, count - 1) * saved.std(ddof=1) / np.sqrt(count)
+    half = special.stdtrit(count - 1, 0.975) * saved.std(ddof=1) / np.sqrt(count)
     sharp = [
         float(gauges.sharpness(p).mean() / max(gauges.sharpness(targets).mean(), 1e-6))
         for p in (teacher, student)
