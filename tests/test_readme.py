@@ -1,4 +1,4 @@
-"""The README's commands, run as printed on the tiny pipeline under the real names."""
+"""The commands of README and docs, run as printed on the tiny pipeline under the real names."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from skimage import data as photographs
 from dopsd_jax.run.workdir import flat_config
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Only sizes change, so that it takes seconds: one small shape, two updates.
 SMALLER = {
     "dopsd_jax.train": [
@@ -23,7 +24,7 @@ SMALLER = {
         "--config.lora.rank=4", "--config.text_tokens=128", "--config.teacher_tokens=672",
     ],
     "dopsd_jax.sample": ["--num_steps=2", "--height=64", "--width=64"],
-    "dopsd_jax.export": [],
+    "dopsd_jax.export": [], "dopsd_jax.report": [],
 }
 SMALLER_FLUX2 = SMALLER | {"dopsd_jax.train": [
     "--config.buckets=64x64", "--config.num_train_steps=2", "--config.sample_every=0",
@@ -32,8 +33,8 @@ SMALLER_FLUX2 = SMALLER | {"dopsd_jax.train": [
 
 
 def block(mark: str) -> str:
-    (found,) = re.findall(rf"<!-- {mark} -->\n```\w*\n(.*?)```", (ROOT / "README.md").read_text(),
-                          re.S)
+    (found,) = re.findall(rf"<!-- {mark} -->\n```\w*\n(.*?)```",
+                          "\n".join(page.read_text() for page in PAGES), re.S)
     return found
 
 
@@ -72,6 +73,7 @@ def test_the_commands_train_sample_and_export(home):
     (picture,) = (home / "runs/a/drawn").glob("*.png")
     assert np.asarray(Image.open(picture)).shape == (64, 64, 3)
     assert (home / "runs/a/lora.safetensors").stat().st_size > 10_000
+    assert "<html" in (home / "runs/a/report.html").read_text()
 
 
 def test_the_commands_of_the_other_family_train_edit_and_export(tiny_flux2, tmp_path):
@@ -97,8 +99,43 @@ def test_the_python_lines_draw_with_the_lora(home):
     assert "uint8 (1, 64, 64, 3)" in run(home, "-c", code)
 
 
-def test_every_file_and_key_the_readme_names_exists():
+def test_the_readme_is_for_someone_with_two_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, heading = target.partition("#")
+        to = page if not file else page.parent / file
+        assert to.exists(), f"{page.name}: {target}"
+        headings = re.findall(r"^#+ (.*)$", to.read_text(), re.M) if heading else []
+        slugs = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert not heading or heading in slugs, f"{page.name}: {target}"
+
+
+def test_every_page_is_listed_in_the_readme():
     text = (ROOT / "README.md").read_text()
+    assert not [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in text]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_has_a_module_and_its_flags_exist(page):
+    text = re.sub(r"\\\n\s*", " ", page.read_text())
+    for module, rest in re.findall(r"python -m (dopsd_jax[\w.]*)([^`\n]*)", text):
+        path = ROOT.joinpath(*module.split("."))
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert file.is_file(), f"{page.name}: {module}"
+        sources = file.read_text() + (ROOT / "dopsd_jax/core/distributed.py").read_text()
+        for flag in re.findall(r"--([a-z]\w*)(?![\w.])", rest):
+            defined = re.search(rf'"(--)?{flag}"', sources)
+            assert defined, f"{page.name}: {module} has no --{flag}"
+
+
+def test_every_file_and_key_that_the_pages_name_exists():
+    text = "\n".join(page.read_text() for page in PAGES)
     for path in re.findall(r"(?:launch|configs)/\w+\.\w+", text):
         assert (ROOT / path).is_file(), path
     from configs import mini_claim
