@@ -145,6 +145,15 @@ def make_optimizer(
     return update if moments_dtype == "float32" else _kept_in(jnp.dtype(moments_dtype), update)
 
 
+def method_of(config: ConfigDict) -> Method:
+    """The method of a run's config; without `ema_warmup`, as its weights do not start at random."""
+    return Method(
+        trainable=config.trainable, lora_scale=config.lora.alpha / config.lora.rank,
+        teacher=config.teacher, ema_decay=config.ema_decay, loss=config.loss,
+        states=config.states, accumulation=config.accumulation,
+    )
+
+
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
     """The optimizer of a run's config."""
     return make_optimizer(**{k: config[k] for k in (
