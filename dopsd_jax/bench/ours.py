@@ -32,7 +32,7 @@ def config_of(case: Case) -> ConfigDict:
     return ConfigDict(dict(
         objective="dopsd", recipe="vlm", states="student", loss="x0", trainable="lora",
         teacher="ema", ema_decay=0.9999, ema_dtype="float32", schedule="shifted", num_steps=STEPS,
-        shift=SHIFT, lora=dict(rank=RANK, alpha=ALPHA, targets="published"),
+        shift=SHIFT, lora=dict(rank=RANK, alpha=float(ALPHA), targets="published"),
         text_tokens=case.student_tokens, teacher_tokens=case.teacher_tokens,
         batch_size=case.batch, accumulation=1, learning_rate=1e-4, warmup_steps=0, b1=0.9,
         b2=0.999, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0, moments_dtype="float32", seed=0,
