@@ -152,7 +152,7 @@ def step_flops(config: ConfigDict, step: Step) -> flops.Step:
     """FLOPs of one picture's step, counted."""
     denoiser = lowering.denoiser_of(config)
     params = transformer_shapes(denoiser.network)
-    trained = step.state.student if config.trainable == "lora" else None
+    trained = step.state_shapes.student if config.trainable == "lora" else None
     bucket = lowering.planned_bucket(config)
     side = denoiser.pixel_multiple
     image = (bucket.height // side) * (bucket.width // side)

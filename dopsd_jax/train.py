@@ -72,7 +72,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     if config.encode == "ahead":
         check_captions(config, data)
 
-    # Act 2, the workdir. It becomes this run's, or was so before and the run continues.
+    # Act 2, the workdir. It becomes this run's, or was so before and the run continues. Weights
+    # are identified without loading them, so that a wrong workdir fails now.
     workdir = claim(config, identify(config, data), workdir, given)
     if loop.finished(config, workdir):
         return None
@@ -199,7 +200,7 @@ def first_state(
     The pipeline's own weights are given up for them.
     """
     params, pipe.params = pipe.params, None
-    trained = step.state.student
+    trained = step.state_shapes.student
     if step.method.trainable == "lora":
         if config.base_lora:
             params = lora.merge(params, *loras.read_lora(config.base_lora, pipe))

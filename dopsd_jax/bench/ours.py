@@ -78,7 +78,7 @@ def contexts(case: Case) -> tuple[Context, Context]:
 def measure(case: Case) -> Measured:
     """Compiles and runs the step of a case."""
     step, bucket = step_of(case), Bucket(case.side, case.side)
-    base, state = step.init(random_weights(step.base))
+    base, state = step.init(random_weights(step.base_shapes))
     features = (*contexts(case), None)
 
     def update(state, number: int):

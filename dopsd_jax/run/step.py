@@ -1,9 +1,9 @@
-"""The train step of a config, built here and nowhere else: train runs it, plan compiles it, bench
-times it.
+"""The train step of a config, built in one place for every command that uses it.
 
-Method, optimizer, objective, LoRA targets, the state and where it lies on the mesh, the options of
-jax.jit and the arrays of a batch are one decision each. Were any of them made again in a command,
-that command could describe another step than the one that trains.
+train runs it, plan compiles it and bench times it. Method, optimizer, objective, LoRA targets, the
+state and where it lies on the mesh, the options of jax.jit and the arrays of a batch are decided
+here alone: a command that built any of them again could describe another step than the one that
+trains.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Step:
         method: The choices that are fixed at compile time.
         optimizer: Of the trained tree.
         targets: Regexes of the kernels that get a LoRA; None where all parameters train.
-        state: Shapes and shardings of the train state.
-        base: The same of the frozen weights; None where all parameters train.
+        state_shapes: The train state as ShapeDtypeStruct with shardings.
+        base_shapes: The same of the frozen weights; None where all parameters train.
         rows: Which of a batch's rows this process has to provide, see `batch`.
     """
 
@@ -86,14 +86,14 @@ class Step:
         self._rows, self._everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._sigmas: dict[float, jax.Array] = {}
         params = transformer_shapes(denoiser.network)
-        self.targets = self.base = None
+        self.targets = self.base_shapes = None
         if self.method.trainable == "lora":
             self.targets = lora.parse_targets(config.lora.targets, presets)
             dtype = jnp.dtype(config.dtype)
-            self.base = self._placed(
+            self.base_shapes = self._placed(
                 jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)
             )
-        self.state = self._placed(jax.eval_shape(self._first_state, params))
+        self.state_shapes = self._placed(jax.eval_shape(self._first_state, params))
 
     def _placed(self, shapes: Tree) -> Tree:
         return jax.tree.map(
@@ -122,13 +122,13 @@ class Step:
             params: The network's parameters. They are given up: the base or the state may hold
                 the same arrays, and calling the step frees those of the state.
         """
-        if self.base is None:
+        if self.base_shapes is None:
             # In one program, so that the copies and moments of all weights come into being where
             # they belong, and are never whole on one device.
-            return None, jax.jit(self._first_state, out_shardings=_where(self.state))(params)
-        # A LoRA is small, and what is computed outside of a program needs no compiling.
-        state = sharding.place(self._first_state(params), _where(self.state))
-        return sharding.place(params, _where(self.base)), state
+            return None, jax.jit(self._first_state, out_shardings=_where(self.state_shapes))(params)
+        # A LoRA is small: it is made whole and then put in its place.
+        state = sharding.place(self._first_state(params), _where(self.state_shapes))
+        return sharding.place(params, _where(self.base_shapes)), state
 
     @functools.cached_property
     def jitted(self):
@@ -141,7 +141,7 @@ class Step:
             donate_argnums=0,
             # The state stays where it was: left to the compiler, it may come back placed in another
             # way, for which the second step would be compiled anew.
-            out_shardings=(_where(self.state), self._everywhere),
+            out_shardings=(_where(self.state_shapes), self._everywhere),
             compiler_options=sharding.compiler_options(self._mesh),
         )
 
@@ -179,7 +179,7 @@ class Step:
                 array(B, M, 4, dtype=jnp.int32) if M else None,
             )
 
-        return Shapes(self.state, self.base, Batch(
+        return Shapes(self.state_shapes, self.base_shapes, Batch(
             noise=array(*latent),
             student_ctx=context(contexts.STUDENT, config.text_tokens),
             teacher_ctx=context(contexts.TEACHER, config.teacher_tokens)
