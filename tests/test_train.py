@@ -119,7 +119,7 @@ def uninterrupted(tiny, photos, tmp_path_factory, compilation_cache):
 def test_a_run_leaves_pictures_curves_numbers_and_checkpoints(uninterrupted):
     workdir, output = uninterrupted
     for step in (0, 15, 30):
-        for name in ("step", "walk", "prompts"):
+        for name in ("step", "trajectory", "prompts"):
             picture = np.asarray(Image.open(workdir / "samples" / f"{name}_{step:06d}.png"))
             assert picture.std() > 5
     assert Image.open(workdir / "curves.png").size[0] > 500
