@@ -27,6 +27,7 @@ from dopsd_jax.method import contexts
 from dopsd_jax.planning import compiler, flops, hlo, lowering
 from dopsd_jax.planning.chips import ATTENTION, GIB, chip_of, count_chips
 from dopsd_jax.run.config import check_values
+from dopsd_jax.run.step import Step
 from dopsd_jax.weights.pipeline import transformer_shapes
 
 FLAGS = flags.FLAGS
@@ -147,18 +148,18 @@ def with_batch(config: ConfigDict, chips: int, batch: int) -> tuple[ConfigDict, 
     return config, config.batch_size / chips
 
 
-def step_flops(config: ConfigDict) -> flops.Step:
+def step_flops(config: ConfigDict, step: Step) -> flops.Step:
     """FLOPs of one picture's step, counted."""
     denoiser = lowering.denoiser_of(config)
     params = transformer_shapes(denoiser.network)
-    trained = lowering.trained_shapes(config, params) if config.trainable == "lora" else None
+    trained = step.state_shapes.student if config.trainable == "lora" else None
     bucket = lowering.planned_bucket(config)
     side = denoiser.pixel_multiple
     image = (bucket.height // side) * (bucket.width // side)
     student, teacher = (
         flops.forward(
             denoiser, params, trained, image=image, text=text,
-            references=lowering.references_of(config, denoiser, role),
+            references=step.reference_tokens(role, bucket),
         )
         for role, text in (
             (contexts.STUDENT, config.text_tokens), (contexts.TEACHER, config.teacher_tokens)
@@ -191,12 +192,12 @@ def plan(
         raise ValueError(NEEDS_LIBTPU)
     check_values(config, besides=("model", "vlm", "data"))
     config, batch = with_batch(config, chips, batch)
-    mesh = mesh_of(config, chips)
-    shapes = lowering.step_shapes(config, mesh, lowering.denoiser_of(config))
+    step = lowering.step_of(config, mesh_of(config, chips))
+    shapes = step.shapes(lowering.planned_bucket(config))
     found = Plan(
         topology, chips, batch, config.remat, chip.memory,
         lowering.bytes_per_device(shapes.base or {}), lowering.bytes_per_device(shapes.state),
-        step_flops(config),
+        step_flops(config, step),
     )
     asked = {"config": config.to_dict(), "topology": topology, "full": full}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -317,7 +318,7 @@ def plan_here(config: ConfigDict, batch: int = 0) -> str:
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     fits = "" if limit is None else ("FITS: " if total <= limit else "DOES NOT FIT: ")
     of = "" if limit is None else f" of {limit / GIB:.2f}"
-    step = step_flops(config)
+    step = step_flops(config, lowering.step_of(config, mesh))
     return "\n".join([
         f"{len(devices)} x {devices[0].device_kind}, {batch:g} pictures per device, "
         f"remat {config.remat}",

@@ -8,33 +8,23 @@ Run the same command again and it continues from the latest checkpoint.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from dopsd_jax.core import cli, distributed, mirror, sharding, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
-from dopsd_jax.data.buckets import Bucket
-from dopsd_jax.data.datasets import read_data
-from dopsd_jax.method import flow, lora
-from dopsd_jax.method.baselines import draw_sigma
-from dopsd_jax.method.train_step import (
-    Batch,
-    TrainState,
-    dopsd,
-    draw_noise,
-    init_state,
-    make_train_step,
-    optimizer_of,
-    sft,
-)
+from dopsd_jax.core.trees import Tree
+from dopsd_jax.data.cache import Cache
+from dopsd_jax.data.datasets import Data, read_data
+from dopsd_jax.method import lora
+from dopsd_jax.method.train_step import Batch, TrainState
 from dopsd_jax.mini import stages
 from dopsd_jax.run import gauges, loop, loras, preflight
 from dopsd_jax.run import workdir as workdir_lib
@@ -49,6 +39,7 @@ from dopsd_jax.run.config import (
 from dopsd_jax.run.features import (
     BatchFeatures,
     Entries,
+    Features,
     Online,
     cached,
     encode_all,
@@ -56,17 +47,11 @@ from dopsd_jax.run.features import (
     open_cache,
 )
 from dopsd_jax.run.pictures import Previews, run_preflight
-from dopsd_jax.weights.pipeline import DECODER, fingerprint, load_pipeline
+from dopsd_jax.run.step import Step
+from dopsd_jax.weights.pipeline import DECODER, Pipeline, fingerprint, load_pipeline
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
 FLAGS = flags.FLAGS
-
-
-# Act 1, the config checked before anything else, is run/config.py.
-# Act 2, the rows, all read and validated before anything is put on a device, is
-# data/datasets.py. Act 3, what student and teacher see, is encode.py. Act 4, pictures of the run,
-# always from the same noise, is pictures.py.
-# Act 5: all together.
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
@@ -79,11 +64,67 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     given, workdir = workdir, mirror.local_copy(workdir)
     if config.get("objective") in stages.STAGES:
         return stages.train(config, workdir)
-    method = check_config(config)
+
+    # Act 1, the checks. All of the config and all of the data, before anything is written or
+    # loaded: what is wrong is told within seconds.
+    check_config(config)
     data = read_data(config, needs_of_rows(config))
     if config.encode == "ahead":
         check_captions(config, data)
-    # Weights are identified without loading them: a wrong workdir fails now.
+
+    # Act 2, the workdir. It becomes this run's, or was so before and the run continues. Weights
+    # are identified without loading them, so that a wrong workdir fails now.
+    workdir = claim(config, identify(config, data), workdir, given)
+    if loop.finished(config, workdir):
+        return None
+
+    # Act 3, the model, its train step, and what student and teacher see of the data.
+    entries = Entries(config, data)
+    cache = open_cache(config.cache, entries) if config.cache else None
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    looks_ahead = (
+        config.preflight == "on" and needs_teacher(config)
+        and not (workdir / preflight.FILE).is_file()
+    )
+    pipe = load_parts(config, mesh, draws_pictures=bool(config.sample_every or looks_ahead))
+    # Before the encoders run, which may take hours: it refuses targets that match no layer.
+    step = Step(config, pipe.denoiser, pipe.lora.targets, mesh)
+    made = make_features(config, pipe, data, entries, cache)
+    features = BatchFeatures(config, data, entries, made)
+
+    # Act 4, the state at step 0, and pictures of what it can do untrained.
+    base, state = first_state(config, pipe, step)
+    if looks_ahead:
+        variables = step.method.assemble(base, state.student)
+        run_preflight(config, workdir, pipe, data, features, variables, mesh)
+    preview = None
+    if config.sample_every:
+        preview = Previews(
+            config, workdir, pipe, data, features, step.method, base, state.student, mesh
+        ).save
+
+    # Act 5, the updates, from the latest checkpoint on if there is one.
+    def make_batch(number: int, rng: jax.Array) -> Batch:
+        rows = data.plan.at(number)
+        bucket = rows.bucket
+        shift = config.shift or pipe.shift_at(config.num_steps, bucket.height, bucket.width)
+        return step.batch(number, rng, bucket, shift, features.batch(rows.take(step.rows)))
+
+    state = loop.run(config, workdir, loop.Task(
+        state, lambda state, batch: step(state, base, batch), make_batch,
+        preview=preview, epochs=data.plan.epochs,
+    ))
+    if config.sample_every:
+        distributed.on_main(lambda: choose_best(workdir))
+    return state
+
+
+def identify(config: ConfigDict, data: Data) -> dict[str, str]:
+    """Fingerprints of all that a run learns from, found without loading it: name -> fingerprint.
+
+    Raises:
+        ValueError: Processes of the run that do not see the same.
+    """
     identity = {"model": fingerprint(pipeline_directory(config.model)),
                 "data": data.fingerprint()}
     if needs_vlm(config):
@@ -92,127 +133,82 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         identity["base_lora"] = hashlib.sha256(Path(config.base_lora).read_bytes()).hexdigest()
     for what, fingerprinted in identity.items():
         distributed.check_same(what, fingerprinted)
-    distributed.on_main(lambda: claim(workdir, config, identity))
+    return identity
+
+
+def claim(
+    config: ConfigDict, identity: dict[str, str], workdir: Path, given: str | Path
+) -> Path:
+    """Takes the workdir for this run, and returns it where this process sees it.
+
+    Args:
+        config: Of the run.
+        identity: See `identify`.
+        workdir: Local copy of `given`, in which the first process writes.
+        given: As the user named it, a directory or a place in a bucket.
+
+    Raises:
+        ValueError: A workdir of another run, or one that not every process sees.
+    """
+    def take():
+        workdir_lib.claim(workdir, config.to_dict(), identity)
+        send(workdir)
+
+    distributed.on_main(take)
     if not distributed.is_main():
-        workdir = mirror.local_copy(given)
+        workdir = mirror.local_copy(given)  # again, now that the first process has written it
     if distributed.any_process(not workdir_lib.is_workdir(workdir)):
         raise ValueError(f"{workdir}: expected a directory that every process sees")
-    if loop.finished(config, workdir):
-        return None
+    return workdir
 
-    # Weights, and the contexts that only the encoders can make; then the encoders may go.
-    entries = Entries(config, data)
-    cache = open_cache(config.cache, entries) if config.cache else None
-    mesh = sharding.make_mesh(**config.mesh.to_dict())
-    encodes_images = needs_latents(config) and not config.cache
-    looks_ahead = (
-        config.preflight == "on" and needs_teacher(config)
-        and not (workdir / preflight.FILE).is_file()
-    )
-    draws_pictures = config.sample_every or looks_ahead
-    parts = ("transformer", *([] if config.cache else ["text_encoder"]),
-             *(["vae"] if encodes_images else [DECODER] if draws_pictures else []))
-    pipe = load_pipeline(
+
+def load_parts(config: ConfigDict, mesh: Mesh, *, draws_pictures: bool) -> Pipeline:
+    """The pipeline with the weights that the run needs, and no others."""
+    parts = ["transformer"]
+    if not config.cache:
+        parts.append("text_encoder")
+    if needs_latents(config) and not config.cache:
+        parts.append("vae")
+    elif draws_pictures:
+        parts.append(DECODER)
+    return load_pipeline(
         config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=config.remat,
-        parts=parts, mesh=mesh, encoder_mesh=sharding.own_mesh(),
+        parts=tuple(parts), mesh=mesh, encoder_mesh=sharding.own_mesh(),
     )
-    targets = lora.parse_targets(config.lora.targets, pipe.lora.targets)
-    if method.trainable == "lora":
-        lora.match_targets(pipe.params, targets)  # before the encoders run
+
+
+def make_features(
+    config: ConfigDict, pipe: Pipeline, data: Data, entries: Entries, cache: Cache | None
+) -> Features:
+    """What the encoders make of the data: read from a cache, made one by one, or all made now."""
     if cache is not None:
-        features = cached(cache)
-    elif config.encode == "online":
-        features = Online(load_encoders(config, pipe, data))
-    else:
-        made: dict[str, np.ndarray] = {}
-        encode_all(entries.all(), load_encoders(config, pipe, data), made.__setitem__)
-        features, pipe.text_params = cached(made), None
-    ctxs = BatchFeatures(config, data, entries, features)
+        return cached(cache)
+    encoders = load_encoders(config, pipe, data)
+    if config.encode == "online":
+        return Online(encoders)
+    made: dict[str, np.ndarray] = {}
+    encode_all(entries.all(), encoders, made.__setitem__)
+    pipe.text_params = None  # its memory is needed for training
+    return cached(made)
 
-    # What trains.
-    rng = jax.random.key(config.seed)
-    if method.trainable == "lora":
-        base = pipe.params
+
+def first_state(
+    config: ConfigDict, pipe: Pipeline, step: Step
+) -> tuple[Tree | None, TrainState]:
+    """The frozen weights, None where everything trains, and the state at step 0.
+
+    The pipeline's own weights are given up for them.
+    """
+    params, pipe.params = pipe.params, None
+    trained = step.state_shapes.student
+    if step.method.trainable == "lora":
         if config.base_lora:
-            base = lora.merge(base, *loras.read_lora(config.base_lora, pipe))
-            pipe.params = None
-        student = lora.init(jax.random.fold_in(rng, 1), base, targets, config.lora.rank)
-        log.info("LoRA: %d linears, %s parameters, scale %g", lora.num_linears(student),
-                     f"{trees.count(student):,}", method.lora_scale)
+            params = lora.merge(params, *loras.read_lora(config.base_lora, pipe))
+        log.info("LoRA: %d linears, %s parameters, scale %g", lora.num_linears(trained),
+                 f"{trees.count(trained):,}", step.method.lora_scale)
     else:
-        base, student = None, trees.cast_floats(pipe.params, jnp.float32)
-        pipe.params = None
-        log.info("full fine-tuning: %s parameters", f"{trees.count(student):,}")
-    optimizer = optimizer_of(config)
-    def make_state(student):
-        rng_data = jax.random.key_data(jax.random.fold_in(rng, 2))
-        return init_state(student, optimizer, rng_data, jnp.dtype(config.ema_dtype))
-
-    placed = sharding.shard(mesh, jax.eval_shape(make_state, student))
-    if base is not None:
-        state = sharding.place(make_state(student), placed)
-    else:  # copies and moments of all weights come into being where they belong
-        state = jax.jit(make_state, out_shardings=placed)(student)
-    del student  # placing may have copied it
-
-    if looks_ahead:
-        run_preflight(
-            config, workdir, pipe, data, ctxs, method.assemble(base, state.student), mesh
-        )
-    preview = None
-    if config.sample_every:
-        preview = Previews(
-            config, workdir, pipe, data, ctxs, method, base, state.student, mesh
-        ).save
-
-    # Compile lazily, once per bucket; the persistent cache makes a second start cheap.
-    objective = {"dopsd": dopsd, "sft": sft}[config.objective](method, pipe.denoiser.velocity)
-    jitted = jax.jit(
-        make_train_step(method, optimizer, objective), donate_argnums=0,
-        out_shardings=(placed, sharding.replicated(mesh)),
-        compiler_options=sharding.compiler_options(mesh),
-    )
-    spread, size = sharding.batch_sharding(mesh), config.batch_size
-    mine = sharding.local_rows(spread, size)
-
-    @functools.partial(jax.jit, static_argnums=(2, 3), out_shardings=(spread, spread))
-    def draws(rng, step, shape, shift):
-        rng = jax.random.wrap_key_data(rng)
-        return draw_noise(rng, step, shape), draw_sigma(rng, step, size, shift)
-
-    @functools.cache
-    def schedule(bucket: Bucket):
-        """The shift of a bucket's pictures, and the rollout's sigmas."""
-        shift = config.shift or pipe.shift_at(config.num_steps, bucket.height, bucket.width)
-        sigmas = flow.make_sigmas(config.schedule, config.num_steps, shift)
-        return shift, sharding.place(sigmas, sharding.replicated(mesh))
-
-    def make_batch(step: int, rng) -> Batch:
-        rows = data.plan.at(step)
-        student_ctx, teacher_ctx, latents = sharding.place_rows(
-            spread, size, mine, ctxs.batch(rows.take(mine))
-        )
-        shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
-        shift, sigmas = schedule(rows.bucket)
-        noise, sigma = draws(rng, step, (size, *shape), shift)
-        return Batch(
-            noise, student_ctx, teacher_ctx, sigmas, latents,
-            sigma if config.objective == "sft" else None,
-        )
-
-    state = loop.run(config, workdir, loop.Task(
-        state, lambda state, batch: jitted(state, base, batch), make_batch,
-        preview=preview, epochs=data.plan.epochs,
-    ))
-    if config.sample_every:
-        distributed.on_main(lambda: choose_best(workdir))
-    return state
-
-
-def claim(workdir: Path, config: ConfigDict, identity: dict[str, str]) -> None:
-    """Takes the workdir for this run, where every process can see it."""
-    workdir_lib.claim(workdir, config.to_dict(), identity)
-    send(workdir)
+        log.info("full fine-tuning: %s parameters", f"{trees.count(trained):,}")
+    return step.init(params)
 
 
 def send(workdir: Path) -> None:

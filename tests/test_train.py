@@ -22,6 +22,7 @@ from dopsd_jax.core import trees
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.run import loop, previews
+from dopsd_jax.run import step as step_lib
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import WeightsError
 
@@ -118,7 +119,7 @@ def uninterrupted(tiny, photos, tmp_path_factory, compilation_cache):
 def test_a_run_leaves_pictures_curves_numbers_and_checkpoints(uninterrupted):
     workdir, output = uninterrupted
     for step in (0, 15, 30):
-        for name in ("step", "walk", "prompts"):
+        for name in ("step", "trajectory", "prompts"):
             picture = np.asarray(Image.open(workdir / "samples" / f"{name}_{step:06d}.png"))
             assert picture.std() > 5
     assert Image.open(workdir / "curves.png").size[0] > 500
@@ -200,7 +201,7 @@ def test_a_second_run_compiles_nothing(tiny, photos, uninterrupted, tmp_path, co
 def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
     config, tmp_path, monkeypatch
 ):
-    made = train_lib.make_train_step
+    made = step_lib.make_train_step
 
     def poisoned(*args):
         step_fn = made(*args)
@@ -211,7 +212,7 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
 
         return train_step
 
-    monkeypatch.setattr(train_lib, "make_train_step", poisoned)
+    monkeypatch.setattr(step_lib, "make_train_step", poisoned)
     config.checkpoint_every = 2
     with pytest.raises(loop.TrainingError, match=r"step 4: loss = nan.*checkpoint of step 2"):
         train_lib.train(config, tmp_path)

@@ -5,22 +5,50 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
 
 from dopsd_jax.bench.case import ALPHA, DTYPES, MODELS, RANK, STEPS, WARM_UPS, Case, Measured
+from dopsd_jax.core import sharding
 from dopsd_jax.core.trees import Tree, map_named
-from dopsd_jax.method import flow, lora, train_step
+from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.models.denoiser import Context, ZImageDenoiser
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.run.step import Step
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
+
+SHIFT = 3.0  # of Z-Image-Turbo's schedule
+
+
+def config_of(case: Case) -> ConfigDict:
+    """What the step of a run is built from: the published recipe, with torch's weight decay."""
+    return ConfigDict(dict(
+        objective="dopsd", recipe="vlm", states="student", loss="x0", trainable="lora",
+        teacher="ema", ema_decay=0.9999, ema_dtype="float32", schedule="shifted", num_steps=STEPS,
+        shift=SHIFT, lora=dict(rank=RANK, alpha=float(ALPHA), targets="published"),
+        text_tokens=case.student_tokens, teacher_tokens=case.teacher_tokens,
+        batch_size=case.batch, accumulation=1, learning_rate=1e-4, warmup_steps=0, b1=0.9,
+        b2=0.999, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0, moments_dtype="float32", seed=0,
+        dtype=DTYPES[case.model],
+    ))
+
+
+def denoiser_of(case: Case) -> ZImageDenoiser:
+    config, dtype = ZImageConfig.from_json(MODELS[case.model]), jnp.dtype(DTYPES[case.model])
+    return ZImageDenoiser(ZImageTransformer(config, dtype, case.remat))
+
+
+def step_of(case: Case) -> Step:
+    """The run's own step, on one device."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return Step(config_of(case), denoiser_of(case), Z_IMAGE_TARGETS, mesh)
 
 
 def random_weights(shapes: Tree) -> Tree:
@@ -31,48 +59,31 @@ def random_weights(shapes: Tree) -> Tree:
         draw = scale * jax.random.normal(key, shape.shape, shape.dtype)
         return 1 + draw if "norm" in name else draw
 
-    return jax.jit(lambda: map_named(make, shapes))()
+    where = jax.tree.map(lambda s: s.sharding, shapes)
+    return jax.jit(lambda: map_named(make, shapes), out_shardings=where)()
 
 
-def contexts(case: Case, dtype) -> tuple[Context, Context]:
+def contexts(case: Case) -> tuple[Context, Context]:
     """The student's and the teacher's, full to their last token."""
     width = MODELS[case.model]["cap_feat_dim"]
 
     def draw(seed: int, length: int) -> Context:
-        text = jax.random.normal(jax.random.key(seed), (case.batch, length, width), dtype)
-        return Context(text, jnp.ones((case.batch, length), bool))
+        shape = (case.batch, length, width)
+        text = jax.random.normal(jax.random.key(seed), shape, jnp.dtype(DTYPES[case.model]))
+        return Context(np.asarray(text), np.ones((case.batch, length), bool))
 
     return draw(1, case.student_tokens), draw(2, case.teacher_tokens)
 
 
 def measure(case: Case) -> Measured:
     """Compiles and runs the step of a case."""
-    dtype = jnp.dtype(DTYPES[case.model])
-    config = ZImageConfig.from_json(MODELS[case.model])
-    denoiser = ZImageDenoiser(ZImageTransformer(config, dtype=dtype, remat=case.remat))
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), transformer_shapes(denoiser.network)
-    )
-    base = random_weights(shapes)
-    method = train_step.Method(lora_scale=ALPHA / RANK)
-    optimizer = train_step.make_optimizer(
-        learning_rate=1e-4, warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01,
-        max_grad_norm=1.0,
-    )
-    targets = Z_IMAGE_TARGETS["published"]
-    trained = lora.init(jax.random.key(3), shapes, targets, RANK)
-    state = train_step.init_state(trained, optimizer, jax.random.key_data(jax.random.key(4)))
-    step = jax.jit(
-        train_step.make_train_step(method, optimizer, train_step.dopsd(method, denoiser.velocity)),
-        donate_argnums=0,
-    )
-    student_ctx, teacher_ctx = contexts(case, dtype)
-    sigmas = jnp.asarray(flow.sigmas_shifted(STEPS, 3.0))
-    draw = jax.jit(functools.partial(jax.random.normal, shape=(case.batch, *case.latent_shape)))
+    step, bucket = step_of(case), Bucket(case.side, case.side)
+    base, state = step.init(random_weights(step.base_shapes))
+    features = (*contexts(case), None)
 
     def update(state, number: int):
-        noise = draw(jax.random.key(number))
-        batch = train_step.Batch(noise, student_ctx, teacher_ctx, sigmas)
+        batch = step.batch(number, state.rng, bucket, SHIFT, features)
+        jax.block_until_ready(batch)
         start = time.perf_counter()
         state, metrics = step(state, base, batch)
         loss = float(metrics["loss"])  # waits for the device

@@ -6,15 +6,9 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-import jax
-
-from dopsd_jax.bench.case import MODELS, RANK, STEPS, Case, Measured
-from dopsd_jax.method import lora
-from dopsd_jax.models.denoiser import ZImageDenoiser
-from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.bench.case import RANK, STEPS, Case, Measured
+from dopsd_jax.bench.ours import denoiser_of, step_of
 from dopsd_jax.planning import flops
-from dopsd_jax.weights.pipeline import transformer_shapes
-from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 # Dense bfloat16 FLOP/s, from the makers' data sheets, by a part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -33,17 +27,13 @@ class Result:
 @functools.cache
 def useful_flops(case: Case) -> float:
     """Of one update, without what is computed a second time; the same for every program."""
-    denoiser = ZImageDenoiser(ZImageTransformer(ZImageConfig.from_json(MODELS[case.model])))
-    shapes = transformer_shapes(denoiser.network)
-    targets = Z_IMAGE_TARGETS["published"]
-    trained = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, targets, RANK))
+    denoiser, step = denoiser_of(case), step_of(case)
     image = (case.side // denoiser.pixel_multiple) ** 2
     student, teacher = (
-        flops.forward(denoiser, shapes, trained, image=image, text=text)
+        flops.forward(denoiser, step.base_shapes, step.state_shapes.student, image=image, text=text)
         for text in (case.student_tokens, case.teacher_tokens)
     )
-    step = flops.train_step(student, teacher, STEPS, "lora", "none")
-    return case.batch * step.useful
+    return case.batch * flops.train_step(student, teacher, STEPS, "lora", "none").useful
 
 
 def utilisation(case: Case, found: Measured) -> float | None:

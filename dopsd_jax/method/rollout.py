@@ -84,9 +84,13 @@ def dopsd_loss_and_grad(
     num_steps = sigmas.shape[0] - 1
 
     def loss_at(student, x, sigma):
+        # The teacher is a target. Below, the gradient is taken in `student` alone, even where a
+        # live teacher has the same values; stop_gradient says so, and holds for a caller who
+        # differentiates more than that.
         v_teacher = velocity(assemble(base, jax.lax.stop_gradient(teacher)), x, sigma, teacher_ctx)
         v_student = velocity(assemble(base, student), x, sigma, student_ctx)
         v_teacher = jax.lax.stop_gradient(v_teacher)
+        # The loss needs this velocity anyway, so the sampler's step costs no further evaluation.
         v_sampler = v_teacher if states == "teacher" else v_student
         return step_loss(v_student, v_teacher, sigma, loss) / num_steps, v_sampler
 
@@ -95,11 +99,18 @@ def dopsd_loss_and_grad(
         sigma, sigma_next = sigma_pair
         if states == "noised":
             x = flow.noised(latents, noise, sigma)
+        # Inside the scan: jax.grad of the whole scan would keep the activations of all its steps
+        # for the backward pass. The sum of these gradients is the gradient of the summed loss,
+        # because every state counts as a constant.
         (value, v), g = jax.value_and_grad(loss_at, has_aux=True)(student, x, sigma)
         grads = jax.tree.map(lambda total, new: total + new.astype(total.dtype), grads, g)
+        # Where the student got to is data for the next step, not a way to lower its loss: no
+        # gradient crosses steps, not even if a caller differentiates the whole rollout.
         x = jax.lax.stop_gradient(flow.euler_step(x, v, sigma, sigma_next))
         return (x, grads), value
 
+    # The carry is float32 whatever the network computes in: over the steps, small moves add up to
+    # a state, and small gradients to a gradient, and bfloat16 would lose them.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), student)
     (x, grads), values = jax.lax.scan(
         step, (noise.astype(jnp.float32), zeros), (sigmas[:-1], sigmas[1:])

@@ -145,6 +145,15 @@ def make_optimizer(
     return update if moments_dtype == "float32" else _kept_in(jnp.dtype(moments_dtype), update)
 
 
+def method_of(config: ConfigDict) -> Method:
+    """The method of a run's config; without `ema_warmup`, as its weights do not start at random."""
+    return Method(
+        trainable=config.trainable, lora_scale=config.lora.alpha / config.lora.rank,
+        teacher=config.teacher, ema_decay=config.ema_decay, loss=config.loss,
+        states=config.states, accumulation=config.accumulation,
+    )
+
+
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
     """The optimizer of a run's config."""
     return make_optimizer(**{k: config[k] for k in (
@@ -167,6 +176,8 @@ def _kept_in(
         return KeptIn(jnp.zeros((), jnp.int32), cast_floats(optimizer.init(params), dtype))
 
     def update(grads, state, params=None):
+        # Computed in float32, then rounded at random: with b2 = 0.999 an update changes a moment by
+        # a thousandth, which bfloat16, rounded to the nearest, would lose every time.
         wide = cast_floats(state.inner, jnp.float32)
         updates, inner = optimizer.update(grads, wide, params)
         rng = jax.random.fold_in(jax.random.key(0), state.count)
@@ -194,6 +205,8 @@ def init_state(
     teacher_dtype: jnp.dtype = jnp.dtype("float32"),
 ) -> TrainState:
     """State at step 0: the teacher starts as a copy of the student, in its own dtype."""
+    # A true copy: the step donates its state, and a buffer that serves two trees cannot be donated
+    # twice.
     return TrainState(
         step=jnp.zeros((), jnp.int32), student=student,
         teacher=jax.tree.map(lambda x: jnp.array(x, teacher_dtype, copy=True), student),
@@ -254,6 +267,8 @@ def accumulated(objective: Objective, parts: int) -> Objective:
         def one(part):
             return objective(student, teacher, base, part.replace(sigmas=batch.sigmas))
 
+        # A scan, not a sum over a Python loop: one part's activations are in memory at a time, and
+        # the program holds the objective once.
         def add(total, part):
             return jax.tree.map(lambda t, n: t + n / parts, total, one(part)), None
 
@@ -279,18 +294,25 @@ def make_train_step(
         `update_norm`.
     """
     def train_step(state: TrainState, base: Tree, batch):
+        # A live teacher is the student of this very step, in the teacher's context.
         teacher = state.student if method.teacher == "live" else state.teacher
         grads, metrics = objective(state.student, teacher, base, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
+        # The teacher follows last: it averages in the student that this update has made, so that
+        # with decay 0 it equals the student at every step, while the loss above saw the old one.
         next_teacher = state.teacher
         if method.teacher == "ema":
             decay = method.ema_decay
             if method.ema_warmup:
                 decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
             averaged = lora.ema(cast_floats(state.teacher, jnp.float32), student, decay)
+            # With decay 0.9999 the average moves by less than bfloat16 resolves: rounded to the
+            # nearest it would stand still, rounded at random it moves as it should on average.
+            # The key follows from the step alone, so a resumed run rounds as it would have.
             rng = jax.random.fold_in(jax.random.key(1), state.step)
             next_teacher = round_like(averaged, state.teacher, rng)
+        # Clipping is the optimizer's first link: this is the gradient before it.
         metrics |= {
             "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)
         }

@@ -21,7 +21,7 @@ from dopsd_jax.data.buckets import make_buckets, parse_buckets
 from dopsd_jax.data.datasets import parse_data
 from dopsd_jax.data.drafts import Needs
 from dopsd_jax.method import contexts, flow, lora, rollout
-from dopsd_jax.method.train_step import TEACHERS, TRAINABLE, Method
+from dopsd_jax.method.train_step import TEACHERS, TRAINABLE, Method, method_of
 from dopsd_jax.models.layers import REMAT_POLICIES
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.families import PUBLISHED
@@ -173,11 +173,7 @@ def check_config(config: ConfigDict) -> Method:
             problems += _break_model(config, pipe, good)
     if problems:
         raise ValueError("config:\n  " + "\n  ".join(problems))
-    return Method(
-        trainable=config.trainable, lora_scale=config.lora.alpha / config.lora.rank,
-        teacher=config.teacher, ema_decay=config.ema_decay, loss=config.loss,
-        states=config.states, accumulation=config.accumulation,
-    )
+    return method_of(config)
 
 
 def check_values(config: ConfigDict, besides: Collection[str] = ()) -> None:

@@ -126,7 +126,7 @@ class Previews:
             self._base_gauge, _ = self._draw(untrained, self._gauge_noise, self._gauge_ctx)
 
     def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
-        """Writes samples/step_N.png, walk_N.png, prompts_N.png and gauge_N.png, and the gauges."""
+        """Writes step_N, trajectory_N, prompts_N and gauge_N.png in samples/, and the gauges."""
         student = self._method.assemble(self._base, state.student)
         ours, trajectory = self._draw(student, self._noise, self._student_ctx)
         shown, trajectories = [("student", ours)], [trajectory]

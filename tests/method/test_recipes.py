@@ -19,6 +19,7 @@ from dopsd_jax.data.datasets import read_data
 from dopsd_jax.data.files import DataError
 from dopsd_jax.method import contexts, flow
 from dopsd_jax.run import features as features_lib
+from dopsd_jax.run import step as step_lib
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.config import check_config
 from dopsd_jax.weights import lora_files
@@ -205,7 +206,7 @@ def test_a_run_from_a_cache_is_the_same_bit_for_bit(config, tmp_path):
 def test_every_bucket_has_the_schedule_of_its_size(config, tmp_path, monkeypatch):
     """mu follows the target's tokens alone, 16 and 24 of them; references do not count."""
     seen = {}
-    made = train_lib.make_train_step
+    made = step_lib.make_train_step
 
     def watched(*args):
         step_fn = made(*args)
@@ -219,7 +220,7 @@ def test_every_bucket_has_the_schedule_of_its_size(config, tmp_path, monkeypatch
 
         return train_step
 
-    monkeypatch.setattr(train_lib, "make_train_step", watched)
+    monkeypatch.setattr(step_lib, "make_train_step", watched)
     train_lib.train(config, tmp_path)
     assert set(seen) == {(4, 4), (4, 6)}
     for (h, w), sigmas in seen.items():

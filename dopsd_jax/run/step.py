@@ -1,0 +1,253 @@
+"""The train step of a config, built in one place for every command that uses it.
+
+train runs it, plan compiles it and bench times it. Method, optimizer, objective, LoRA targets, the
+state and where it lies on the mesh, the options of jax.jit and the arrays of a batch are decided
+here alone: a command that built any of them again could describe another step than the one that
+trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
+
+from dopsd_jax.core import sharding, trees
+from dopsd_jax.core.trees import Tree
+from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.method import contexts, flow, lora
+from dopsd_jax.method.baselines import draw_sigma
+from dopsd_jax.method.train_step import (
+    Batch,
+    TrainState,
+    dopsd,
+    draw_noise,
+    init_state,
+    make_train_step,
+    method_of,
+    optimizer_of,
+    sft,
+)
+from dopsd_jax.models.denoiser import Context, Denoiser
+from dopsd_jax.run.config import needs_targets, needs_teacher
+from dopsd_jax.weights.pipeline import transformer_shapes
+
+OBJECTIVES = {"dopsd": dopsd, "sft": sft}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What a step is called with, as trees of ShapeDtypeStruct that know their shardings."""
+
+    state: TrainState
+    base: Tree | None
+    batch: Batch
+
+
+class Step:
+    """A config's train step on a mesh; call it as (state, base, batch) -> state, metrics.
+
+    Nothing is compiled before the first call, which then compiles once for every bucket.
+
+    Attributes:
+        method: The choices that are fixed at compile time.
+        optimizer: Of the trained tree.
+        targets: Regexes of the kernels that get a LoRA; None where all parameters train.
+        state_shapes: The train state as ShapeDtypeStruct with shardings.
+        base_shapes: The same of the frozen weights; None where all parameters train.
+        rows: Which of a batch's rows this process has to provide, see `batch`.
+    """
+
+    def __init__(
+        self, config: ConfigDict, denoiser: Denoiser, presets: Mapping[str, tuple[str, ...]],
+        mesh: Mesh | AbstractMesh,
+    ):
+        """Builds the step from a config whose values are possible, see run/config.py.
+
+        Args:
+            config: Of a run.
+            denoiser: The network; its weights are not needed.
+            presets: LoRA targets of its family by name, see `lora.PRESETS`.
+            mesh: An abstract one will do for shapes, not for compiling.
+
+        Raises:
+            ValueError: LoRA targets that the network does not have.
+        """
+        self.method, self.optimizer = method_of(config), optimizer_of(config)
+        self._config, self._mesh = config, mesh
+        self._denoiser = dataclasses.replace(denoiser, mesh=mesh)
+        self._rows, self._everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        self._sigmas: dict[float, jax.Array] = {}
+        params = transformer_shapes(denoiser.network)
+        self.targets = self.base_shapes = None
+        if self.method.trainable == "lora":
+            self.targets = lora.parse_targets(config.lora.targets, presets)
+            dtype = jnp.dtype(config.dtype)
+            self.base_shapes = self._placed(
+                jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)
+            )
+        self.state_shapes = self._placed(jax.eval_shape(self._first_state, params))
+
+    def _placed(self, shapes: Tree) -> Tree:
+        return jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+            shapes, sharding.shard(self._mesh, shapes),
+        )
+
+    def _first_state(self, params: Tree) -> TrainState:
+        rng = jax.random.key(self._config.seed)
+        if self.targets is None:
+            # Updates are far below the resolution of bfloat16 weights: what trains is float32.
+            trained = trees.cast_floats(params, jnp.float32)
+        else:
+            trained = lora.init(
+                jax.random.fold_in(rng, 1), params, self.targets, self._config.lora.rank
+            )
+        return init_state(
+            trained, self.optimizer, jax.random.key_data(jax.random.fold_in(rng, 2)),
+            jnp.dtype(self._config.ema_dtype),
+        )
+
+    def init(self, params: Tree) -> tuple[Tree | None, TrainState]:
+        """What stays frozen, None where everything trains, and the state at step 0.
+
+        Args:
+            params: The network's parameters. They are given up: the base or the state may hold
+                the same arrays, and calling the step frees those of the state.
+        """
+        if self.base_shapes is None:
+            # In one program, so that the copies and moments of all weights come into being where
+            # they belong, and are never whole on one device.
+            return None, jax.jit(self._first_state, out_shardings=_where(self.state_shapes))(params)
+        # A LoRA is small: it is made whole and then put in its place.
+        state = sharding.place(self._first_state(params), _where(self.state_shapes))
+        return sharding.place(params, _where(self.base_shapes)), state
+
+    @functools.cached_property
+    def jitted(self):
+        """The function that XLA compiles."""
+        objective = OBJECTIVES[self._config.objective](self.method, self._denoiser.velocity)
+        return jax.jit(
+            make_train_step(self.method, self.optimizer, objective),
+            # The new state takes the memory of the old one; two of them may not fit. The base is
+            # not donated: the next step needs it again.
+            donate_argnums=0,
+            # The state stays where it was: left to the compiler, it may come back placed in another
+            # way, for which the second step would be compiled anew.
+            out_shardings=(_where(self.state_shapes), self._everywhere),
+            compiler_options=sharding.compiler_options(self._mesh),
+        )
+
+    def __call__(
+        self, state: TrainState, base: Tree | None, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update. The arrays of `state` are freed."""
+        return self.jitted(state, base, batch)
+
+    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
+        """The step for the batches of a bucket, ready to be compiled; nothing is computed."""
+        shapes = self.shapes(bucket)
+        return self.jitted.lower(shapes.state, shapes.base, shapes.batch)
+
+    def shapes(self, bucket: Bucket) -> Shapes:
+        """All arguments of the step for the batches of a bucket.
+
+        Raises:
+            ValueError: A bucket whose sides the network cannot take, or a schedule that does not
+                have so many steps.
+        """
+        config = self._config
+        latent = (config.batch_size, *self._denoiser.latent_shape(bucket.height, bucket.width))
+        sigmas = flow.make_sigmas(config.schedule, config.num_steps, config.shift or 1.0)
+
+        def array(*shape, dtype=jnp.float32, where=self._rows):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        def context(role: str, length: int) -> Context:
+            B, D = config.batch_size, self._denoiser.text_width
+            M = self.reference_tokens(role, bucket)
+            return Context(
+                array(B, length, D, dtype=jnp.dtype(config.dtype)), array(B, length, dtype=bool),
+                array(B, M, latent[-1]) if M else None,
+                array(B, M, 4, dtype=jnp.int32) if M else None,
+            )
+
+        return Shapes(self.state_shapes, self.base_shapes, Batch(
+            noise=array(*latent),
+            student_ctx=context(contexts.STUDENT, config.text_tokens),
+            teacher_ctx=context(contexts.TEACHER, config.teacher_tokens)
+            if needs_teacher(config) else None,
+            sigmas=array(*sigmas.shape, where=self._everywhere),
+            latents=array(*latent) if needs_targets(config) else None,
+            sigma=array(config.batch_size) if self._draws_sigma else None,
+        ))
+
+    def reference_tokens(self, role: str, bucket: Bucket) -> int:
+        """How many tokens the references are that a role sees beside a row of a bucket."""
+        h, w, _ = self._denoiser.latent_shape(bucket.height, bucket.width)  # of each, too
+        recipe = contexts.RECIPES[self._config.recipe]
+        return len(recipe.shown(role, bucket.references)) * h * w
+
+    @property
+    def _draws_sigma(self) -> bool:
+        """Whether the objective reads a noise level per row instead of the rollout's schedule."""
+        return self._config.objective == "sft"
+
+    @functools.cached_property
+    def rows(self) -> list[int]:
+        return sharding.local_rows(self._rows, self._config.batch_size)
+
+    @functools.cached_property
+    def _draws(self):
+        size = self._config.batch_size
+
+        @functools.partial(
+            jax.jit, static_argnums=(2, 3), out_shardings=(self._rows, self._rows)
+        )
+        def draws(rng, number, shape, shift):
+            rng = jax.random.wrap_key_data(rng)
+            return draw_noise(rng, number, shape), draw_sigma(rng, number, size, shift)
+
+        return draws
+
+    def batch(
+        self, number: int, rng: jax.Array, bucket: Bucket, shift: float,
+        features: tuple[Context, Context | None, np.ndarray | None],
+    ) -> Batch:
+        """The batch of an update, on the devices.
+
+        Noise and noise levels follow from `number` and `rng` alone, so that a run that resumes
+        draws what it would have drawn.
+
+        Args:
+            number: Updates done before.
+            rng: Of the state.
+            bucket: Of the batch's rows.
+            shift: Of the schedule: the config's, or the model's for this bucket.
+            features: Of this process's `rows`, as `BatchFeatures.batch` gives them: contexts of
+                student and teacher, and the targets' latents.
+        """
+        config = self._config
+        student_ctx, teacher_ctx, latents = sharding.place_rows(
+            self._rows, config.batch_size, self.rows, features
+        )
+        if shift not in self._sigmas:
+            sigmas = flow.make_sigmas(config.schedule, config.num_steps, shift)
+            self._sigmas[shift] = sharding.place(sigmas, self._everywhere)
+        shape = self._denoiser.latent_shape(bucket.height, bucket.width)
+        noise, sigma = self._draws(rng, number, (config.batch_size, *shape), shift)
+        return Batch(
+            noise, student_ctx, teacher_ctx, self._sigmas[shift], latents,
+            sigma if self._draws_sigma else None,
+        )
+
+
+def _where(shapes: Tree) -> Any:
+    return jax.tree.map(lambda s: s.sharding, shapes)

@@ -1,0 +1,375 @@
+"""One train step for three commands: what train runs, plan compiles and bench times.
+
+The commands run as ever until they come to what they gave to jax.jit under the name train_step; it
+is caught there, with its options and arguments, whoever made it.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common, flux2_klein_4b_edit
+from dopsd_jax import encode as encode_lib
+from dopsd_jax import train as train_lib
+from dopsd_jax.bench import ours
+from dopsd_jax.bench.case import Case
+from dopsd_jax.core import sharding, trees
+from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.method import lora
+from dopsd_jax.method.train_step import Method, make_optimizer, method_of
+from dopsd_jax.models.layers import Dense
+from dopsd_jax.planning import lowering
+from dopsd_jax.run.step import Step
+from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
+
+ROOT = Path(__file__).parents[2]
+CASE = Case("small", 32, 2, student_tokens=32, teacher_tokens=64)
+
+
+class Caught(Exception):
+    """A train step at its first use: the function, the options of its jit, and its arguments."""
+
+    def __init__(self, function, options, arguments):
+        super().__init__("the step was used")
+        self.function, self.options, self.arguments = function, options, arguments
+
+    @property
+    def method(self):
+        return inspect.getclosurevars(self.function).nonlocals["method"]
+
+    def lower(self):
+        return jax.jit(self.function, **self.options).lower(*self.arguments)
+
+
+def catch(command):
+    """What the command, a function without arguments, uses as its train step."""
+    real = jax.jit
+
+    class Trap:
+        def __init__(self, function, options):
+            self.function, self.options = function, options
+
+        def __call__(self, *arguments):
+            raise Caught(self.function, self.options, arguments)
+
+        lower = __call__
+
+    def jit(*functions, **options):
+        if functions and getattr(functions[0], "__name__", "") == "train_step":
+            return Trap(functions[0], options)
+        return real(*functions, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", jit)
+        with pytest.raises(Caught) as caught:
+            command()
+    return caught.value
+
+
+def of_train(config, workdir):
+    return catch(lambda: train_lib.train(config, workdir))
+
+
+def of_plan(config):
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    return catch(lambda: lowering.lower(config, mesh))
+
+
+def of_bench(config):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours, "config_of", lambda case: config)
+        weights = jax.tree.map(
+            lambda s: np.zeros(s.shape, s.dtype),
+            transformer_shapes(ours.denoiser_of(CASE).network),
+        )
+        patch.setattr(ours, "random_weights", lambda _: weights)
+        return catch(lambda: ours.measure(CASE))
+
+
+def described(tree):
+    """Structure of a tree, and shape, dtype and sharding of its arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(x.shape, x.dtype, x.sharding) for x in leaves]
+
+
+def assert_same_step(one, two):
+    assert described(one.arguments) == described(two.arguments)
+    assert one.options == two.options
+    assert one.lower().as_text() == two.lower().as_text()
+
+
+@pytest.fixture
+def config(short_run):
+    """A run that draws nothing."""
+    short_run.sample_every = 0
+    return short_run
+
+
+@pytest.fixture(scope="module")
+def cache(make_short_run, tmp_path_factory):
+    """What the encoders make for `config`, whatever it is changed to."""
+    config = make_short_run()
+    config.states = "noised"  # reads most: two contexts and targets
+    config.cache = str(tmp_path_factory.mktemp("step") / "cache")
+    encode_lib.encode(config)
+    return config.cache
+
+
+@pytest.fixture
+def commands(config, cache, tmp_path):
+    """Command -> (changes of its config) -> the step that it then uses."""
+    def changed(config, changes):
+        config = config.copy_and_resolve_references()
+        config.update_from_flattened_dict(changes)
+        return config
+
+    def train(**changes):
+        workdir = tmp_path / ("run " + " ".join(map(str, changes.values())))
+        return of_train(changed(config, {"cache": cache} | changes), workdir)
+
+    return {
+        "train": train, "plan": lambda **changes: of_plan(changed(config, changes)),
+        "bench": lambda **changes: of_bench(changed(ours.config_of(CASE), changes)),
+    }
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"accumulation": 2, "teacher": "live"},
+    {"trainable": "full", "moments_dtype": "bfloat16", "ema_dtype": "bfloat16"},
+    {"objective": "sft"}, {"states": "noised", "dtype": "bfloat16", "remat": "matmuls"},
+    {"num_steps": 8, "schedule": "reference8", "shift": 2.0},
+], ids=str)
+def test_a_plan_lowers_the_very_step_that_a_run_calls(config, cache, tmp_path, changes):
+    if "dtype" not in changes:  # in bfloat16 the encoders make something else
+        config.cache = cache
+    config.update(changes)
+    assert_same_step(of_train(config, tmp_path), of_plan(config))
+
+
+@pytest.mark.parametrize("recipe", ["edit", "edit_ref"])
+def test_a_plan_counts_the_references_of_a_run(tiny_flux2, two_photos, tmp_path, recipe):
+    config = flux2_klein_4b_edit.get_config()
+    pictures = [str(two_photos / f"{name}.png") for name in ("astronaut", "chelsea")]
+    row = {"image_path": pictures if recipe == "edit_ref" else pictures[0], "caption": "a photo"}
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 2))
+    config.model, config.data, config.recipe = str(tiny_flux2), str(tmp_path / "rows.jsonl"), recipe
+    config.update({
+        "data_root": str(two_photos), "buckets": "64x64", "batch_size": 2, "dtype": "float32",
+        "num_steps": 2, "sample_every": 0, "preflight": "off", "gauge_prompts": (),
+    })
+    caught = of_train(config, tmp_path / "run")
+    assert_same_step(caught, of_plan(config))
+    student, teacher = caught.arguments[2].student_ctx, caught.arguments[2].teacher_ctx
+    assert (student.ref_tokens is None) == (recipe == "edit") and teacher.ref_tokens is not None
+
+
+def test_bench_calls_the_step_as_it_is_lowered():
+    caught = of_bench(ours.config_of(CASE))
+    step, bucket = ours.step_of(CASE), Bucket(CASE.side, CASE.side)
+    shapes = step.shapes(bucket)
+    assert described(caught.arguments) == described((shapes.state, shapes.base, shapes.batch))
+    assert caught.lower().as_text() == step.lower(bucket).as_text()
+
+
+# Field of Method -> a change of the config that changes it and no other.
+FIELDS = {
+    "trainable": {"trainable": "full"}, "lora_scale": {"lora.alpha": 3.0},
+    "teacher": {"teacher": "frozen"}, "ema_decay": {"ema_decay": 0.5},
+    "loss": {"loss": "velocity"}, "states": {"states": "teacher"},
+    "accumulation": {"accumulation": 2},
+}
+NO_KEY = {"ema_warmup"}  # for the mini model's stages, which build their steps themselves
+
+
+def test_every_field_of_the_method_has_a_case():
+    assert {f.name for f in dataclasses.fields(Method)} == {*FIELDS, *NO_KEY}
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "bench"])
+def test_every_field_of_the_method_reaches_every_command(commands, command):
+    plain, changed = commands[command]().method, {}
+    for field, changes in FIELDS.items():
+        method = commands[command](**changes).method
+        changed[field] = [f.name for f in dataclasses.fields(Method)
+                          if getattr(method, f.name) != getattr(plain, f.name)]
+    assert changed == {field: [field] for field in FIELDS}
+
+
+def test_what_has_no_key_is_left_alone(config):
+    method = method_of(config)
+    assert {name: getattr(method, name) for name in NO_KEY} == {
+        f.name: f.default for f in dataclasses.fields(Method) if f.name in NO_KEY
+    }
+
+
+# Parameter of make_optimizer -> another value of the key of its name.
+OPTIMIZER = {
+    "learning_rate": 1e-3, "warmup_steps": 7, "b1": 0.5, "b2": 0.5, "eps": 1e-3,
+    "weight_decay": 0.5, "max_grad_norm": 7.0, "moments_dtype": "bfloat16",
+}
+OTHERS = {"objective": "sft", "num_steps": 2, "ema_dtype": "bfloat16", "dtype": "bfloat16",
+          "lora.rank": 2, "lora.targets": "x_embedder/kernel", "batch_size": 4, "text_tokens": 64}
+
+
+def test_every_key_of_the_optimizer_has_a_case():
+    keys = {*inspect.signature(make_optimizer).parameters} & {*common.base()}
+    # The number of steps is for a rate that falls at the end, as in the mini model's stages.
+    assert keys == {*OPTIMIZER, "num_train_steps"}
+
+
+class Network(nn.Module):
+    """Two layers: what a step makes of its config does not depend on the network."""
+
+    def smallest_inputs(self):
+        return jnp.zeros((1, 2, 2, 4)), jnp.zeros((1, 2, 4))
+
+    @nn.compact
+    def __call__(self, x, text):
+        text = Dense(4, name="text_embedder")(jnp.mean(text, 1))
+        return Dense(4, name="x_embedder")(x) + text[:, None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    network: Network
+    mesh: Any = None
+    text_width = 4
+
+    def latent_shape(self, height, width):
+        return height // 8, width // 8, 4
+
+    def velocity(self, variables, x, sigma, ctx):
+        return self.network.apply(variables, x, ctx.text)
+
+
+def test_whatever_changes_the_step_changes_the_program():
+    def program(changes):
+        config = ours.config_of(CASE)
+        config.update_from_flattened_dict(changes)
+        presets = {"published": (".*/kernel",)}
+        step = Step(config, Denoiser(Network()), presets, sharding.make_mesh())
+        return step.lower(Bucket(32, 32)).as_text()
+
+    plain = program({})
+    cases = [*FIELDS.values(), *({k: v} for k, v in (OPTIMIZER | OTHERS).items())]
+    assert program({}) == plain and not [c for c in cases if program(c) == plain]
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "bench"])
+def test_the_options_of_jit_reach_every_command(commands, command, monkeypatch):
+    device = jax.devices()[0].device_kind
+    assert commands[command]().options["compiler_options"] is None
+    monkeypatch.setitem(sharding.COMPILER_OPTIONS, device, {"xla_an_option": "true"})
+    caught = commands[command]()
+    state, mesh = caught.arguments[0], jax.tree.leaves(caught.arguments)[0].sharding.mesh
+    assert caught.options == {
+        "donate_argnums": 0, "compiler_options": {"xla_an_option": "true"},
+        "out_shardings": (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
+    }
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "bench"])
+def test_the_targets_of_lora_reach_every_command(commands, command):
+    target = r"layers/attention/to_q/kernel"
+    for changes, want in (({}, None), ({"lora.targets": target}, {"layers/attention/to_q"})):
+        state, base, _ = commands[command](**changes).arguments
+        found = {name.rpartition("/")[0] for name in trees.flatten(state.student)}
+        if want is None:
+            kernels = lora.match_targets(base, Z_IMAGE_TARGETS["published"])
+            want = {name.removesuffix("/kernel") for name in kernels}
+        assert found == want
+
+
+def test_targets_that_match_nothing_are_refused():
+    config = ours.config_of(CASE)
+    config.lora.targets = "no_such"
+    with pytest.raises(ValueError, match="'no_such' matches no parameter"):
+        Step(config, Denoiser(Network()), {}, sharding.make_mesh())
+
+
+# What a step is made of, and who may use it. The mini model's stages train other objectives.
+PARTS = {"Method", "Batch", "method_of", "make_optimizer", "optimizer_of", "init_state", "dopsd",
+         "sft", "make_train_step", "compiler_options", "parse_targets"}
+OPTIONS = {"donate_argnums", "donate_argnames", "compiler_options"}
+BUILDERS = ("run/step.py", "method/train_step.py", "mini/")
+# That check LoRA targets and the method without a step; that takes arrays apart while loading.
+ALLOWED = {"run/config.py": {"method_of", "parse_targets"}, "weights/load.py": {"donate_argnums"}}
+
+
+def parts_in(tree):
+    """(line, what) of every part of a step that a file's code makes."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        arguments = [a.id for a in node.args if isinstance(a, ast.Name)]  # of partial, map, ..
+        for found in (name, *arguments):
+            if found in PARTS:
+                yield node.lineno, found
+        if name == "init" and getattr(getattr(node.func, "value", None), "id", "") == "lora":
+            yield node.lineno, "lora.init"
+        yield from ((k.value.lineno, k.arg) for k in node.keywords if k.arg in OPTIONS)
+
+
+def test_nothing_but_the_builder_makes_a_part_of_a_step():
+    package = ROOT / "dopsd_jax"
+    wrong = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if not name.startswith(BUILDERS):
+            wrong += [f"{name}:{line}: {what}" for line, what in parts_in(ast.parse(
+                path.read_text())) if what not in ALLOWED.get(name, ())]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_search_for_parts_finds_them():
+    code = """
+        step = jax.jit(make_train_step(method, train_step.optimizer_of(c), o), donate_argnums=0)
+        student = lora.init(rng, params, targets, 4)
+        make = functools.partial(init_state, rng=rng)
+    """
+    found = {what for _, what in parts_in(ast.parse(inspect.cleandoc(code)))}
+    assert found == {"make_train_step", "optimizer_of", "donate_argnums", "lora.init", "init_state"}
+
+
+def in_child(config, workdir):
+    """On several devices, which need a process of their own."""
+    sharding.MIN_SHARDED_SIZE = 1
+    config = ConfigDict(json.loads(Path(config).read_text()))
+    caught = of_train(config, workdir)
+    assert_same_step(caught, of_plan(config))
+    split = [x for x in jax.tree.leaves(caught.arguments) if not x.is_fully_replicated]
+    print(json.dumps({"split": len(split), "devices": jax.device_count()}))
+
+
+def test_a_plan_for_a_mesh_lowers_the_very_step_of_a_run_on_it(config, cache, tmp_path):
+    config.update({"cache": cache, "batch_size": 4, "small_buckets": "repeat"})
+    config.mesh.data, config.mesh.fsdp = 2, 2
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path / "config.json"), str(tmp_path / "run")], cwd=ROOT,
+        capture_output=True, text=True, timeout=500, check=False,
+        env=dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu",
+                 XLA_FLAGS="--xla_force_host_platform_device_count=4"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 4 and found["split"] > 20
+
+
+if __name__ == "__main__":
+    in_child(*sys.argv[1:])
