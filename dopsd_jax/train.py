@@ -211,7 +211,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
 
 def claim(workdir: Path, config: ConfigDict, identity: dict[str, str]) -> None:
     """Takes the workdir for this run, where every process can see it."""
-    workdir_lib.claim(workdir, config.to_dict(), identity)
+    workdir_lib.claim(
+        workdir, config.to_dict(), identity, encodes_images=needs_latents(config)
+    )
     send(workdir)
 
 
