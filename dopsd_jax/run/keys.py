@@ -39,7 +39,7 @@ MAX_INT32 = 2**31 - 1  # steps are counted in int32
 MAX_TOKENS = 32_768    # more than any of these text encoders was trained with
 MAX_PIXELS = 4096**2   # up to which Qwen3-VL's own image processor goes
 MAX_RANK = 16_384      # wider than the layers of any published model; a known model says more
-FLOAT32 = np.finfo(np.float32)
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +82,9 @@ PARTS = Rule("a whole number from 1 to 1048576, or -1 for what is left",
 TOKENS = Rule(f"a multiple of 32, from 32 to {MAX_TOKENS}",
               lambda x: is_whole(x) and 32 <= x <= MAX_TOKENS and x % 32 == 0)
 POSITIVE = Rule("a number above 0 that float32 holds",
-                lambda x: is_number(x) and FLOAT32.tiny <= x <= FLOAT32.max)
+                lambda x: is_number(x) and SMALLEST <= x <= LARGEST)
 NOT_NEGATIVE = Rule("0 or a number above it that float32 holds",
-                    lambda x: is_number(x) and (x == 0 or FLOAT32.tiny <= x <= FLOAT32.max))
+                    lambda x: is_number(x) and (x == 0 or SMALLEST <= x <= LARGEST))
 DECAY = Rule("a number in [0, 1) that float32 does not round to 1",
              lambda x: is_number(x) and 0 <= x < 1 and np.float32(x) < 1)
 SHARE = Rule("a number in [0, 1]", lambda x: is_number(x) and 0 <= x <= 1)
@@ -129,16 +129,18 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         meaning="Pipeline directory (model_index.json, transformer/, vae/, ..), or mini."),
     "published": key(next(iter(PUBLISHED)), one_of(*PUBLISHED),
         meaning=f"The published model ({', '.join(PUBLISHED)}) whose sizes are planned for where "
-        "no model is given.", resume="no run reads it"),
+        "no model is given.",
+        resume="no run reads it"),
     "vlm": key("", PATH, PLACE,
-        meaning="Directory in the format of Qwen3-VL-4B-Instruct, through which the teacher of recipe vlm "
-        "looks at the target."),
+        meaning="Directory in the format of Qwen3-VL-4B-Instruct, through which the teacher of "
+        "recipe vlm looks at the target."),
     "data": key("", PATHS, PLACE,
         meaning="JSONL of the published format, a folder of images and .txt, Parquet or "
-        "ArrayRecord files, or several, `a.jsonl,b.parquet`; what a row holds depends on recipe."),
+        "ArrayRecord files, or several, `a.jsonl,b.parquet`; what a row holds depends on "
+        "recipe."),
     "data_weights": key("", TEXT, STEP,
-        meaning="Shares of the pictures from each of several data sets, `3,1`; by default each row "
-        "is seen equally often."),
+        meaning="Shares of the pictures from each of several data sets, `3,1`; by default each "
+        "row is seen equally often."),
     "data_root": key("", ANY_PATH, PLACE,
         meaning="Folder outside which images may not lie; by default where the JSONL is.",
         resume="which images are found is part of the data's fingerprint"),
@@ -146,38 +148,42 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         meaning="Folder (or gs://..) of dopsd_jax.encode; training then loads no encoder.",
         resume="an entry is named by all that it follows from, and equals what is made without"),
     "encode": key("ahead", one_of("ahead", "online"), STEP,
-        meaning="ahead: all data is checked and encoded before the run; online: an index is made, "
-        "the rest is done when a row's turn comes.",
+        meaning="ahead: all data is checked and encoded before the run; online: an index is "
+        "made, the rest is done when a row's turn comes.",
         resume="online identifies data by its index alone, ahead by all images"),
     "resolution": key(1024, whole(16, 16384, " pixels"), STEP,
-        meaning="Side of the square bucket, in pixels; the others are the published ones at its area."),
+        meaning="Side of the square bucket, in pixels; the others are the published ones at its "
+        "area."),
     "buckets": key("", TEXT, STEP,
         meaning="Own buckets instead, `512x512,768x512` (width x height)."),
     "small_buckets": key("error", one_of("error", "repeat"), STEP,
-        meaning="What to do with a bucket that has fewer rows than batch_size: error, or repeat its "
-        "rows within a batch."),
+        meaning="What to do with a bucket that has fewer rows than batch_size: error, or repeat "
+        "its rows within a batch."),
     "text_tokens": key(512, TOKENS, STUDENT,
-        meaning="Padded length of the student's prompt, in tokens; a model that attends to padding takes one "
-        "length alone, for both."),
+        meaning="Padded length of the student's prompt, in tokens; a model that attends to "
+        "padding takes one length alone, for both."),
     "teacher_tokens": key(1024, TOKENS, TEACHER,
-        meaning="Padded length of the teacher's prompt and, with recipe vlm, the image, in tokens."),
+        meaning="Padded length of the teacher's prompt and, with recipe vlm, the image, in "
+        "tokens."),
     "truncate_prompts": key(False, SWITCH, STUDENT, TEACHER,
         meaning="Cut prompts that are too long, as published; otherwise they are an error."),
 }, "The method": {
     "objective": key("dopsd", one_of(*OBJECTIVES), STEP,
         meaning="dopsd, or sft: plain flow matching on the images, to compare with."),
     "states": key("student", one_of(*rollout.STATES), STEP,
-        meaning="Where the loss is taken: on the student's own trajectory, or off-policy on that "
-        "of the teacher or on noised targets (noised)."),
+        meaning="Where the loss is taken: on the student's own trajectory, or off-policy on "
+        "that of the teacher or on noised targets (noised)."),
     "base_lora": key("", ANY_PATH, PLACE,
-        meaning="LoRA file put into the frozen weights while training, such as one that undoes a "
-        "distillation.", resume="what it holds is part of a run's identity"),
+        meaning="LoRA file put into the frozen weights while training, such as one that undoes "
+        "a distillation.",
+        resume="what it holds is part of a run's identity"),
     "recipe": key("vlm", one_of(*contexts.RECIPES), STUDENT, TEACHER, STEP,
-        meaning="What the teacher sees: vlm (prompt and target image), edit (target as reference), "
-        "edit_ref (references, target as the last), text (a longer text), subject_ref (other "
-        "pictures of the subject)."),
+        meaning="What the teacher sees: vlm (prompt and target image), edit (target as "
+        "reference), edit_ref (references, target as the last), text (a longer text), "
+        "subject_ref (other pictures of the subject)."),
     "teacher_words": key("published", TEXT, STEP,
-        meaning="Added to the teacher's prompt: the recipe's own words (published), or any text."),
+        meaning="Added to the teacher's prompt: the recipe's own words (published), or any "
+        "text."),
     "trainable": key("lora", one_of(*TRAINABLE), STEP,
         meaning="lora, or full: all weights of the transformer."),
     "num_steps": key(4, NUM_STEPS, STEP,
@@ -192,11 +198,11 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         meaning="x0, as published, which is sigma^2 times velocity; or velocity."),
     "teacher": key("ema", one_of(*TEACHERS), STEP,
         meaning="ema (average of the student), frozen, or live (known to collapse)."),
-    "ema_decay": key(0.9999, SHARE, STEP, meaning="Share of the averaged teacher that stays in each update, computed in "
-        "float32."),
+    "ema_decay": key(0.9999, SHARE, STEP,
+        meaning="Share of the averaged teacher that stays in each update, computed in float32."),
     "ema_dtype": key("float32", KEPT_DTYPE, STEP,
-        meaning="In which the averaged teacher is kept between updates; bfloat16 takes half the memory, "
-        "rounded at random."),
+        meaning="In which the averaged teacher is kept between updates; bfloat16 takes half the "
+        "memory, rounded at random."),
     "vlm_rope_theta": key(0.0, NOT_NEGATIVE, VISION,
         meaning="Rotary base beside an image; 0: Qwen3-VL's 5e6, as published; 1e6: the text "
         "encoder's own."),
@@ -209,56 +215,73 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         "accident."),
     "lora.rank": key(64, whole(1, MAX_RANK), STEP,
         meaning="Rank of the LoRA; at most what a targeted layer can express, its smaller side."),
-    "lora.alpha": key(128.0, POSITIVE, STEP, meaning="The LoRA is scaled by alpha / rank."),
+    "lora.alpha": key(128.0, POSITIVE, STEP,
+        meaning="The LoRA is scaled by alpha / rank."),
     "lora.targets": key("published", TARGETS, STEP,
         meaning="Linear layers that get a LoRA: those published, attention, all, or regexes of "
         "parameter names, separated by commas."),
 }, "The optimizer": {
     "num_train_steps": key(2000, COUNT,
-        meaning="How many updates a run has.", resume="no update depends on how many follow"),
-    "batch_size": key(4, BATCH, STEP, meaning="Images per update, over all devices."),
-    "accumulation": key(1, BATCH, STEP, meaning="Micro-batches per update; divides batch_size."),
-    "learning_rate": key(1e-4, POSITIVE, STEP, meaning="Learning rate of AdamW, constant after the warm-up."),
-    "warmup_steps": key(0, COUNT_OR_NONE, STEP, meaning="Updates over which the learning rate rises linearly to its value."),
-    "b1": key(0.9, DECAY, STEP, meaning="Decay of AdamW's average of gradients."),
-    "b2": key(0.999, DECAY, STEP, meaning="Decay of AdamW's average of squared gradients."),
-    "eps": key(1e-8, POSITIVE, STEP, meaning="Added to the denominator of AdamW's update."),
-    "weight_decay": key(0.0, NOT_NEGATIVE, STEP, meaning="Decoupled weight decay of AdamW."),
-    "max_grad_norm": key(1.0, POSITIVE, STEP, meaning="Global norm that gradients are clipped to."),
+        meaning="How many updates a run has.",
+        resume="no update depends on how many follow"),
+    "batch_size": key(4, BATCH, STEP,
+        meaning="Images per update, over all devices."),
+    "accumulation": key(1, BATCH, STEP,
+        meaning="Micro-batches per update; divides batch_size."),
+    "learning_rate": key(1e-4, POSITIVE, STEP,
+        meaning="Learning rate of AdamW, constant after the warm-up."),
+    "warmup_steps": key(0, COUNT_OR_NONE, STEP,
+        meaning="Updates over which the learning rate rises linearly to its value."),
+    "b1": key(0.9, DECAY, STEP,
+        meaning="Decay of AdamW's average of gradients."),
+    "b2": key(0.999, DECAY, STEP,
+        meaning="Decay of AdamW's average of squared gradients."),
+    "eps": key(1e-8, POSITIVE, STEP,
+        meaning="Added to the denominator of AdamW's update."),
+    "weight_decay": key(0.0, NOT_NEGATIVE, STEP,
+        meaning="Decoupled weight decay of AdamW."),
+    "max_grad_norm": key(1.0, POSITIVE, STEP,
+        meaning="Global norm that gradients are clipped to."),
     "moments_dtype": key("float32", KEPT_DTYPE, STEP,
-        meaning="In which AdamW's averages are kept between updates; bfloat16 takes half the memory, "
-        "rounded at random."),
+        meaning="In which AdamW's averages are kept between updates; bfloat16 takes half the "
+        "memory, rounded at random."),
     "seed": key(30, SEED, STEP, DISPLAY,
         meaning="Seed of the LoRA's first weights, of the order of rows and of all noise."),
 }, "The machine": {
     "dtype": key("bfloat16", DTYPE, STUDENT, TEACHER, STEP,
-        meaning="In which frozen weights are kept and used; LoRA, the averaged teacher and AdamW's averages "
-        "are float32 unless their own keys say otherwise."),
+        meaning="In which frozen weights are kept and used; LoRA, the averaged teacher and "
+        "AdamW's averages are float32 unless their own keys say otherwise."),
     "vae_dtype": key("float32", DTYPE, LATENTS, DISPLAY,
         meaning="In which the VAE's weights are kept and used.",
-        resume="elsewhere the VAE only draws previews; a cache changes nothing in this, since it "
-        "names latents by vae_dtype"),
+        resume="elsewhere the VAE only draws previews; a cache changes nothing in this, since "
+        "it names latents by vae_dtype"),
     "remat": key("full", one_of(*REMAT_POLICIES), STEP,
         meaning="What layers keep for the backward pass, from least memory to least compute: "
         f"{', '.join(REMAT_POLICIES)}.",
         resume="gradients are rounded otherwise, even on the same devices"),
-    "mesh.data": key(-1, PARTS, meaning="Devices that split the batch; -1: all that are left.",
+    "mesh.data": key(-1, PARTS,
+        meaning="Devices that split the batch; -1: all that are left.",
         resume="a run may move to other devices; sums differ by rounding alone"),
-    "mesh.fsdp": key(1, PARTS, meaning="Devices that split the batch and the weights.",
+    "mesh.fsdp": key(1, PARTS,
+        meaning="Devices that split the batch and the weights.",
         resume="as mesh.data"),
-    "mesh.tensor": key(1, PARTS, meaning="Devices that split heads and the columns of MLPs.",
+    "mesh.tensor": key(1, PARTS,
+        meaning="Devices that split heads and the columns of MLPs.",
         resume="as mesh.data"),
 }, "What to see and keep": {
     "preflight": key("on", one_of("on", "off"), DISPLAY,
-        meaning="on: before the run, see whether the teacher knows more than the student at all.",
+        meaning="on: before the run, see whether the teacher knows more than the student at "
+        "all.",
         resume="it draws with noise of its own and changes nothing"),
-    "log_every": key(10, COUNT, DISPLAY, meaning="Updates between two rows of metrics."),
+    "log_every": key(10, COUNT, DISPLAY,
+        meaning="Updates between two rows of metrics."),
     "sample_every": key(100, COUNT_OR_NONE, DISPLAY,
         meaning="Updates between two previews; 0: never."),
     "sample_steps": key(4, NUM_STEPS, DISPLAY,
         meaning="Denoiser calls of preview pictures.",
         resume="gauges before and after the change cannot be compared"),
-    "sample_rows": key(4, COUNT, DISPLAY, meaning="Training rows shown in previews.",
+    "sample_rows": key(4, COUNT, DISPLAY,
+        meaning="Training rows shown in previews.",
         resume="as sample_steps"),
     "sample_prompts": key((), TEXTS, DISPLAY,
         meaning="Further prompts, drawn by the untuned model and the student."),
@@ -267,10 +290,13 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         "portrait of an old man with a white beard, studio light",
         "a narrow street in a rainy city at night, neon signs",
     ), TEXTS, DISPLAY,
-        meaning="Unrelated prompts, the same in every run, drawn with sample_every: what became of "
-        "them is told as gauges of retention; empty: no such gauges.", resume="as sample_steps"),
-    "checkpoint_every": key(500, COUNT, DISPLAY, meaning="Updates between two checkpoints."),
-    "keep_checkpoints": key(5, COUNT, DISPLAY, meaning="How many of the latest checkpoints are kept."),
+        meaning="Unrelated prompts, the same in every run, drawn with sample_every: what became "
+        "of them is told as gauges of retention; empty: no such gauges.",
+        resume="as sample_steps"),
+    "checkpoint_every": key(500, COUNT, DISPLAY,
+        meaning="Updates between two checkpoints."),
+    "keep_checkpoints": key(5, COUNT, DISPLAY,
+        meaning="How many of the latest checkpoints are kept."),
 }}
 KEYS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
 
