@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -55,9 +56,9 @@ def check_request(
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
         raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r}")
-    longest = pipe.text.lengths[-1]
+    lengths = _text_lengths(pipe)
     problems = prompt_problems(
-        pipe.tokenizer, prompts, longest, enable_thinking=pipe.text.enable_thinking
+        pipe.tokenizer, prompts, lengths[-1], enable_thinking=pipe.text.enable_thinking
     )
     sides = {"height": height, "width": width}
     wrong = [f"{name}: expected a whole number of pixels, got {side!r}"
@@ -66,7 +67,7 @@ def check_request(
         if wrong:
             raise ValueError("; ".join(wrong))
         h, w, _ = pipe.denoiser.latent_shape(height, width)
-        pipe.denoiser.network.check_sizes(h, w, longest)
+        pipe.denoiser.network.check_sizes(h, w, lengths[0])  # of the text all fit, or none
     with noted(problems):
         flow.sigmas_shifted(num_steps, pipe.shift or 1.0)
     if not is_whole(seed) or not 0 <= seed <= MAX_SEED:
@@ -223,9 +224,23 @@ def _alike(
         yield rows, with_references(pipe, part, stacked) if stacked else part
 
 
+def _text_lengths(pipe: Pipeline) -> tuple[int, ...]:
+    """Of the model's padded text lengths those that this checkpoint has positions for.
+
+    Where it has them for none, all are given: `check_sizes` then says what is missing.
+    """
+    h, w, _ = pipe.denoiser.latent_shape(*[pipe.denoiser.pixel_multiple] * 2)
+    fitting = []
+    for length in pipe.text.lengths:
+        with contextlib.suppress(ValueError):
+            pipe.denoiser.network.check_sizes(h, w, length)
+            fitting.append(length)
+    return tuple(fitting) or pipe.text.lengths
+
+
 def _padded_length(pipe: Pipeline, prompts: Sequence[str]) -> int:
-    """The first of the model's lengths that holds every prompt."""
-    lengths = pipe.text.lengths
+    """The first of the lengths that holds every prompt."""
+    lengths = _text_lengths(pipe)
     _, mask = encode_prompts(
         pipe.tokenizer, prompts, lengths[-1], enable_thinking=pipe.text.enable_thinking
     )

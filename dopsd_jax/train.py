@@ -151,7 +151,8 @@ def claim(
         ValueError: A workdir of another run, or one that not every process sees.
     """
     def take():
-        workdir_lib.claim(workdir, config.to_dict(), identity)
+        workdir_lib.claim(workdir, config.to_dict(), identity,
+                          encodes_images=needs_latents(config))
         send(workdir)
 
     distributed.on_main(take)

@@ -22,6 +22,7 @@ from dopsd_jax.data.cache import Cache, CacheError
 from dopsd_jax.data.datasets import read_data
 from dopsd_jax.data.drafts import Needs
 from dopsd_jax.run import features as features_lib
+from dopsd_jax.run import keys
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import load, pipeline
 
@@ -126,7 +127,7 @@ def test_cached_and_online_training_are_bit_identical(config, tiny, tmp_path, op
     train_lib.train(config, tmp_path / "online")
     assert_same_runs(tmp_path / "cached", tmp_path / "online")
     # A run may go on with or without the cache.
-    assert workdir_lib.is_free("cache")
+    assert keys.may_change("cache", encodes_images=True)
 
 
 def test_online_data_is_not_opened_before_its_turn(config, own_photos, tmp_path, monkeypatch):
@@ -250,9 +251,9 @@ def test_another_tokenizer_or_chat_template_invalidates_all(config, cache, tiny,
 
 
 def test_every_config_key_is_known_to_matter_or_not():
-    """A new key must be put in a list of encode.py or in OTHER_KEYS: else caches go stale."""
-    matter = {*features_lib.STUDENT_KEYS, *features_lib.TEACHER_KEYS, *features_lib.VLM_KEYS,
-              *features_lib.IMAGE_KEYS}
+    """A new key must be said to affect what is encoded, or be put in OTHER_KEYS: else caches go
+    stale."""
+    matter = {*keys.affecting(keys.STUDENT, keys.TEACHER, keys.VISION, keys.LATENTS)}
     assert not matter & OTHER_KEYS
     assert matter | OTHER_KEYS == set(workdir_lib.flat_config(common.base().to_dict()))
 

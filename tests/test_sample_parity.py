@@ -1,5 +1,8 @@
 """`sample.generate` beside diffusers' ZImagePipeline: same pixels from the same noise."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +94,35 @@ def test_exported_lora_draws_the_same_picture_elsewhere(pipe, noise, tmp_path, f
         other.load_lora_weights(path)
     off = difference(ours, draw_torch(other, noise, 4))
     assert off.mean() <= 1 and off.max() <= 4
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny, tmp_path_factory):
+    """(positions) -> the same weights in a checkpoint with so many positions for the text."""
+    def open_with(positions):
+        directory = tmp_path_factory.mktemp("narrow") / "pipeline"
+        shutil.copytree(tiny.pipeline, directory)
+        file = directory / "transformer" / "config.json"
+        config = json.loads(file.read_text())
+        config["axes_lens"][0] = positions
+        file.write_text(json.dumps(config))
+        return weights.load_pipeline(directory, dtype="float32")
+
+    return open_with
+
+
+def test_a_checkpoint_needs_positions_for_the_lengths_that_are_used_alone(pipe, narrow, noise):
+    few = narrow(512)
+    size = dict(num_steps=2, height=HEIGHT, width=WIDTH, noise=noise)
+    ours = sample.generate(few, PROMPTS, **size)
+    assert ours.std() > 10
+    np.testing.assert_array_equal(ours, sample.generate(pipe, PROMPTS, **size))
+    long = "a long red fox " * 28
+    sample.check_request(pipe, [long], num_steps=2, height=HEIGHT, width=WIDTH)
+    with pytest.raises(ValueError, match="at most 256 tokens, template included, got .*shorten"):
+        sample.check_request(few, [long], num_steps=2, height=HEIGHT, width=WIDTH)
+    with pytest.raises(ValueError, match="length 64 needs 66 positions, the checkpoint has 65"):
+        sample.generate(narrow(65), PROMPTS, **size)
 
 
 def test_a_picture_depends_on_its_own_seed_alone(pipe):

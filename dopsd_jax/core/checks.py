@@ -10,6 +10,9 @@ import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+MAX_NAME = 255   # bytes of a name in a folder
+MAX_PATH = 3000  # bytes of a path; Linux takes 4095, the rest is for what lies below it
+
 
 @contextlib.contextmanager
 def noted(problems: list[str], name: str = "") -> Iterator[None]:
@@ -27,7 +30,27 @@ def is_whole(x: Any) -> bool:
 
 def is_number(x: Any) -> bool:
     """Whether x is a finite int or float, NumPy's included, which True is not."""
-    return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+    if not isinstance(x, numbers.Real) or isinstance(x, bool):
+        return False
+    try:
+        return math.isfinite(x)
+    except OverflowError:  # an int that no float holds
+        return False
+
+
+def path_problem(path: str) -> str:
+    """What no file system takes of a path, asked before it is looked for; "" for nothing.
+
+    Looking for such a path is an OSError in some places and a ValueError in others.
+    """
+    if "\0" in path:
+        return "holds a null character"
+    names = [name.encode(errors="surrogatepass") for name in path.split("/")]
+    if (length := max(map(len, names))) > MAX_NAME:
+        return f"holds a name of {length} bytes, at most {MAX_NAME} are possible"
+    if (length := sum(map(len, names)) + len(names) - 1) > MAX_PATH:
+        return f"is {length} bytes long, at most {MAX_PATH} are possible"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)

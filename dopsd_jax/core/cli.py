@@ -16,6 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from dopsd_jax.core import distributed
+from dopsd_jax.core.checks import path_problem
 from dopsd_jax.core.log import show
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
@@ -171,8 +172,10 @@ def check_directory(path: str | Path) -> None:
     Makes nothing: to be called before long work whose result goes there.
 
     Raises:
-        ValueError: A file is in the way, or writing is not permitted.
+        ValueError: A file is in the way, writing is not permitted, or no path is like that.
     """
+    if problem := path_problem(str(path)):
+        raise ValueError(f"{path!s:.60}..: {problem}")
     path = Path(path).absolute()
     existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not existing.is_dir():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from etils import epath
 
+from dopsd_jax.core.checks import path_problem
 from dopsd_jax.core.log import log
 
 CHECKPOINTS = "checkpoints"
@@ -32,7 +33,13 @@ def caches() -> Path:
 
 
 def local_copy(workdir: str | Path) -> Path:
-    """The directory itself, or of one in a bucket an up-to-date copy, without its checkpoints."""
+    """The directory itself, or of one in a bucket an up-to-date copy, without its checkpoints.
+
+    Raises:
+        ValueError: A path that no file system takes.
+    """
+    if problem := path_problem(str(workdir)):
+        raise ValueError(f"workdir: {workdir!s:.60}.. {problem}; choose another --workdir")
     if not is_remote(workdir):
         return Path(workdir)
     address = str(workdir).rstrip("/")

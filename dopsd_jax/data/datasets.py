@@ -7,9 +7,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -121,7 +121,7 @@ def parse_data(data: str, weights: str) -> tuple[list[str], list[float] | None]:
         ValueError: Weights that are none, or not as many as data sets.
     """
     # A path that is there may have a comma in it.
-    whole = Path(data).expanduser().exists()
+    whole = os.path.exists(os.path.expanduser(data))  # Path.exists fails where a list is too long
     sets = [data] if whole else [part.strip() for part in data.split(",")]
     if not all(sets):
         raise ValueError(f"data: expected paths between commas, got {data!r}")

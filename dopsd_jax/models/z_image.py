@@ -328,7 +328,8 @@ class ZImageTransformer(nn.Module):
             problems.append(f"text length {L} must be a positive multiple of {SEQUENCE_MULTIPLE}")
         if c.axes_lens[0] < L + 2:
             problems.append(
-                f"text length {L} needs {L + 2} positions, the checkpoint has {c.axes_lens[0]}"
+                f"text length {L} needs {L + 2} positions, the checkpoint has {c.axes_lens[0]}, "
+                f"enough for {(c.axes_lens[0] - 2) // SEQUENCE_MULTIPLE * SEQUENCE_MULTIPLE}"
             )
         for name, size, limit in (("h", h, c.axes_lens[1]), ("w", w, c.axes_lens[2])):
             need = size // c.patch_size

@@ -1,94 +1,35 @@
 """A run's config, checked before weights are read and before its directory is claimed.
 
-Every key has a rule. What follows from several keys, the devices or the files of the models is
-checked after that, as far as the values it needs are good ones.
+Every key has a rule, see run/keys.py. What follows from several keys, the devices or the files of
+the models is checked after that, as far as the values it needs are good ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import sharding
+from dopsd_jax.core import sharding, trees
 from dopsd_jax.core.checks import noted
 from dopsd_jax.data import prompts
-from dopsd_jax.data.buckets import make_buckets, parse_buckets
+from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.datasets import parse_data
 from dopsd_jax.data.drafts import Needs
-from dopsd_jax.method import contexts, flow, lora, rollout
-from dopsd_jax.method.train_step import TEACHERS, TRAINABLE, Method, method_of
-from dopsd_jax.models.layers import REMAT_POLICIES
+from dopsd_jax.method import contexts, flow, lora
+from dopsd_jax.method.train_step import Method, method_of
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.weights.families import PUBLISHED
+from dopsd_jax.run.keys import KEYS
 from dopsd_jax.weights.pipeline import (
-    DTYPES,
     Pipeline,
     load_pipeline,
     read_vl_config,
     transformer_shapes,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What a value must be, in words and as a test (which NaN fails, as every comparison)."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def one_of(*allowed: str) -> Rule:
-    return Rule(f"one of {allowed}", lambda x: x in allowed)
-
-
-def at_least(low: int) -> Rule:
-    return Rule(f"at least {low}", lambda x: low <= x < math.inf)
-
-
-OBJECTIVES = ("dopsd", "sft")
-NUM_STEPS = Rule(f"1 to {flow.MAX_STEPS} denoiser calls", lambda x: 1 <= x <= flow.MAX_STEPS)
-ANY = Rule("anything", lambda x: True)
-PATH = Rule("a path", bool)
-POSITIVE = Rule("a number above 0", lambda x: 0 < x < math.inf)
-NOT_NEGATIVE = Rule("0 or more", lambda x: 0 <= x < math.inf)
-DECAY = Rule("a number in [0, 1)", lambda x: 0 <= x < 1)
-TOKENS = Rule("a multiple of 32, above 0", lambda x: x > 0 and x % 32 == 0)
-PARTS = Rule("at least 1, or -1 for what is left", lambda x: x >= 1 or x == -1)
-TEXT = Rule("a text", lambda x: isinstance(x, str))
-TEXTS = Rule("texts", lambda x: all(isinstance(text, str) for text in x))
-
-RULES: dict[str, Rule] = {
-    "model": PATH, "published": one_of(*PUBLISHED), "vlm": PATH,
-    "data": PATH, "data_weights": TEXT, "data_root": ANY, "cache": TEXT,
-    "encode": one_of("ahead", "online"),
-    "resolution": at_least(16), "buckets": ANY, "small_buckets": one_of("error", "repeat"),
-    "text_tokens": TOKENS, "teacher_tokens": TOKENS, "truncate_prompts": ANY,
-    "objective": one_of(*OBJECTIVES), "states": one_of(*rollout.STATES), "base_lora": TEXT,
-    "recipe": one_of(*contexts.RECIPES), "trainable": one_of(*TRAINABLE),
-    "num_steps": NUM_STEPS, "schedule": one_of(*flow.SCHEDULES), "shift": NOT_NEGATIVE,
-    "loss": one_of(*rollout.LOSSES), "teacher": one_of(*TEACHERS),
-    "ema_decay": Rule("a number in [0, 1]", lambda x: 0 <= x <= 1),
-    "teacher_words": TEXT,
-    "vlm_rope_theta": NOT_NEGATIVE, "vlm_min_pixels": at_least(1), "vlm_max_pixels": at_least(1),
-    "double_template": ANY,
-    "lora.rank": at_least(1), "lora.alpha": POSITIVE, "lora.targets": ANY,
-    "num_train_steps": at_least(1), "batch_size": at_least(1), "accumulation": at_least(1),
-    "learning_rate": POSITIVE, "warmup_steps": at_least(0), "b1": DECAY, "b2": DECAY,
-    "eps": POSITIVE, "weight_decay": NOT_NEGATIVE, "max_grad_norm": POSITIVE,
-    "moments_dtype": one_of("float32", "bfloat16"), "ema_dtype": one_of("float32", "bfloat16"),
-    "seed": Rule("a whole number in [0, 2^32)", lambda x: 0 <= x < 2**32),
-    "dtype": one_of(*DTYPES), "vae_dtype": one_of(*DTYPES), "remat": one_of(*REMAT_POLICIES),
-    "mesh.data": PARTS, "mesh.fsdp": PARTS, "mesh.tensor": PARTS,
-    "log_every": at_least(1), "sample_every": at_least(0), "sample_steps": NUM_STEPS,
-    "sample_rows": at_least(1), "sample_prompts": TEXTS, "gauge_prompts": TEXTS,
-    "preflight": one_of("on", "off"), "checkpoint_every": at_least(1),
-    "keep_checkpoints": at_least(1),
-}
 
 
 def needs_teacher(config: ConfigDict) -> bool:
@@ -135,7 +76,7 @@ def check_config(config: ConfigDict) -> Method:
     values = workdir_lib.flat_config(config.to_dict())
     wrong = _break_rules(values)
     looks = {"objective", "recipe"} <= values.keys() - wrong.keys() and needs_vlm(config)
-    if not looks:
+    if not looks and not values.get("vlm"):  # it may be left empty then
         wrong.pop("vlm", None)
     problems = list(wrong.values())
 
@@ -160,7 +101,12 @@ def check_config(config: ConfigDict) -> Method:
         problems.append("encode: expected ahead with a cache, which holds all that is encoded")
     if good("schedule", "num_steps", "shift"):
         with noted(problems):
-            flow.make_sigmas(config.schedule, config.num_steps, config.shift or 1.0)
+            _check_schedule(config)
+    if good("vlm_min_pixels", "vlm_max_pixels") and config.vlm_min_pixels > config.vlm_max_pixels:
+        problems.append(
+            f"vlm_min_pixels: expected at most vlm_max_pixels = {config.vlm_max_pixels}, got "
+            f"{config.vlm_min_pixels}"
+        )
     if good("batch_size", "mesh.data", "mesh.fsdp", "mesh.tensor"):
         with noted(problems):
             _check_mesh(config, config.accumulation if good("accumulation") else 1)
@@ -177,22 +123,48 @@ def check_config(config: ConfigDict) -> Method:
 
 
 def check_values(config: ConfigDict, besides: Collection[str] = ()) -> None:
-    """Raises ValueError unless every value is possible by itself, but for those of some keys."""
-    wrong = _break_rules(workdir_lib.flat_config(config.to_dict()))
-    if problems := [words for key, words in wrong.items() if key not in besides]:
+    """Raises ValueError unless every value is possible by itself.
+
+    Args:
+        config: Of a run.
+        besides: Keys that may be left empty.
+    """
+    values = workdir_lib.flat_config(config.to_dict())
+    wrong = _break_rules(values)
+    if problems := [w for key, w in wrong.items() if key not in besides or values.get(key)]:
         raise ValueError("config:\n  " + "\n  ".join(problems))
 
 
 def _break_rules(values: dict[str, Any]) -> dict[str, str]:
     """Key -> what is wrong with its value alone."""
     wrong = {}
-    for key, rule in RULES.items():
+    for key, entry in KEYS.items():
         if key not in values:
             wrong[key] = f"{key}: missing; start from configs.common.base()"
-        elif not rule.holds(values[key]):
-            got = repr(values[key]) if values[key] != "" else f"nothing (--config.{key}=..)"
-            wrong[key] = f"{key}: expected {rule.words}, got {got}"
+        elif not entry.rule.holds(values[key]):
+            wrong[key] = f"{key}: expected {entry.rule.words}, got {_shown(key, values[key])}"
     return wrong
+
+
+def _shown(key: str, value: Any) -> str:
+    """A wrong value for a message."""
+    if isinstance(value, str) and value == "":
+        return f"nothing (--config.{key}=..)"
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return f"an int of {value.bit_length()} bits"
+    return text if len(text) <= 200 else f"{text[:80]}.. ({len(text)} characters)"
+
+
+def _check_schedule(config: ConfigDict) -> None:
+    """Raises ValueError unless the rollout has a schedule whose every step moves."""
+    sigmas = flow.make_sigmas(config.schedule, config.num_steps, config.shift or 1.0)
+    if not np.all(np.diff(sigmas) < 0):
+        raise ValueError(
+            f"shift: expected one with which each of {config.num_steps} steps lowers sigma in "
+            f"float32, got {config.shift}"
+        )
 
 
 def _check_mesh(config: ConfigDict, accumulation: int) -> None:
@@ -213,8 +185,7 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
     problems: list[str] = []
     if good("trainable", "lora.targets") and config.trainable == "lora":
         with noted(problems):
-            shapes = transformer_shapes(pipe.denoiser.network)
-            lora.match_targets(shapes, lora.parse_targets(config.lora.targets, pipe.lora.targets))
+            _check_lora(config, pipe, check_rank=good("lora.rank"))
     if good("recipe", "objective"):
         with noted(problems, "recipe"):
             contexts.check_recipe(config.recipe, pipe, roles(config))
@@ -222,17 +193,21 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
             if good(key):
                 with noted(problems, key):
                     contexts.check_length(pipe.text, config[key])
-    if good("text_tokens", "teacher_tokens", "resolution", "buckets"):
+    # Texts are padded to what the config says, those of previews and gauges included.
+    lengths = ("text_tokens", "teacher_tokens")[: len(roles(config))]
+    buckets: tuple[Bucket, ...] = ()
+    if good("resolution", "buckets"):
         with noted(problems):
             buckets = (
                 parse_buckets(config.buckets) if config.buckets
                 else make_buckets(config.resolution)
             )
-            # Of each the longest; how long the texts are in fact is not known yet.
+    if buckets and good(*lengths):
+        with noted(problems, ", ".join((*lengths, "buckets" if config.buckets else "resolution"))):
             sizes = [pipe.denoiser.latent_shape(b.height, b.width) for b in buckets]
             pipe.denoiser.network.check_sizes(
                 max(h for h, _, _ in sizes), max(w for _, w, _ in sizes),
-                max(config.text_tokens, config.teacher_tokens),
+                max(config[key] for key in lengths),
             )
     for key in ("sample_prompts", "gauge_prompts"):
         if good(key, "text_tokens"):
@@ -244,3 +219,17 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
                 )
             ]
     return problems
+
+
+def _check_lora(config: ConfigDict, pipe: Pipeline, *, check_rank: bool) -> None:
+    """Raises ValueError for targets that the model lacks, or a rank that no target can use."""
+    shapes = transformer_shapes(pipe.denoiser.network)
+    targets = lora.parse_targets(config.lora.targets, pipe.lora.targets)
+    names = lora.match_targets(shapes, targets)
+    flat = trees.flatten(shapes)
+    most = max(min(flat[name].shape[-2:]) for name in names)
+    if check_rank and config.lora.rank > most:
+        raise ValueError(
+            f"lora.rank: expected at most {most}, all that the targeted linear layers can express "
+            f"(the smaller side of each, of the largest), got {config.lora.rank}"
+        )

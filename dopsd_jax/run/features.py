@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from dopsd_jax.data.datasets import Data
 from dopsd_jax.method import contexts
 from dopsd_jax.method.contexts import RECIPES, TEACHER
 from dopsd_jax.models.denoiser import Context
+from dopsd_jax.run import keys
 from dopsd_jax.run.config import (
     needs_targets,
     needs_teacher,
@@ -35,11 +37,6 @@ from dopsd_jax.weights.pipeline import (
 )
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
-# The settings that a context follows from, besides caption, image, bucket and weights.
-STUDENT_KEYS = ("recipe", "text_tokens", "truncate_prompts", "dtype")
-TEACHER_KEYS = ("recipe", "teacher_tokens", "truncate_prompts", "dtype")
-VLM_KEYS = ("vlm_rope_theta", "vlm_min_pixels", "vlm_max_pixels", "double_template")
-IMAGE_KEYS = ("vae_dtype",)
 FORMAT = 1  # raised when the encoders' code changes what they compute
 LISTED = 10
 ONLINE_BYTES = 1 << 30  # of host memory for what is encoded during a run
@@ -75,20 +72,25 @@ class Entries:
         self._recipe = RECIPES[config.recipe]
         model = pipeline_directory(config.model)
         text = fingerprint(model, ("text_encoder", "tokenizer"))
+
+        def settings(*affected: str) -> dict[str, Any]:
+            """Besides caption, image, bucket and weights: what their encoders depend on."""
+            return {key: config[key] for key in keys.affecting(*affected)}
+
+        looks = needs_vlm(config)
         self._student = {
             "role": "student", "format": FORMAT, "weights": text,
-            "settings": {k: config[k] for k in STUDENT_KEYS},
+            "settings": settings(keys.STUDENT),
         }
         self._teacher = {
             "role": "teacher", "format": FORMAT, "weights": [text],
-            "settings": {k: config[k] for k in TEACHER_KEYS},
+            "settings": settings(keys.TEACHER, *([keys.VISION] if looks else [])),
         }
-        if needs_vlm(config):
+        if looks:
             self._teacher["weights"].append(fingerprint(vlm_directory(config.vlm)))
-            self._teacher["settings"] |= {k: config[k] for k in VLM_KEYS}
         self._latents = {
             "role": "target", "format": FORMAT, "weights": fingerprint(model, ("vae",)),
-            "settings": {k: config[k] for k in IMAGE_KEYS},
+            "settings": settings(keys.LATENTS),
         }
 
     def student(self, caption: str, where: str = "") -> Entry:

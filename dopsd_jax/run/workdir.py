@@ -17,20 +17,10 @@ from dopsd_jax.core.checks import COUNT, OBJECT, SCALE, TEXT, value_problems
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.core.mirror import caches, checkpoints_of, is_remote
+from dopsd_jax.run import keys
 from dopsd_jax.weights.lora_files import LoraSpec
 
 COMMITTED = "commit_success.txt"  # in a finished checkpoint in a bucket, by Orbax
-# A run may be continued with other values of these: they do not change what a step computes. The
-# name of a group stands for all keys in it.
-FREE_KEYS = (
-    "num_train_steps", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints",
-    "sample_steps", "sample_rows", "sample_prompts", "gauge_prompts",
-    "preflight",
-    # The VAE only draws previews; sums over other meshes differ by rounding alone.
-    "vae_dtype", "mesh",
-    # Paths may move; what they hold is compared by fingerprint.
-    "model", "vlm", "data", "data_root", "cache",
-)
 
 
 def enable_compilation_cache() -> None:
@@ -106,12 +96,6 @@ def _has_checkpoint(workdir: Path) -> bool:
     return bool(saved_steps(workdir))
 
 
-def is_free(key: str) -> bool:
-    """Whether a run may be continued with another value of a key such as "mesh.data"."""
-    parts = key.split(".")
-    return any(".".join(parts[:n]) in FREE_KEYS for n in range(1, len(parts) + 1))
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     """A JSON object of a run's directory.
 
@@ -130,7 +114,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str]) -> None:
+def claim(
+    workdir: str | Path, config: dict[str, Any], identity: dict[str, str], *,
+    encodes_images: bool = True,
+) -> None:
     """Writes config.json and identity.json, or checks them against a run that is already there.
 
     The directory is locked first, for as long as the process lives.
@@ -139,6 +126,8 @@ def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str])
         workdir: The run's directory; made if missing.
         config: The resolved config.
         identity: Fingerprints of weights and data, by name.
+        encodes_images: Whether the run learns from what the VAE makes of images, or shows it to
+            the networks; see `keys.may_change`.
 
     Raises:
         ValueError: Another process trains there, or the directory holds a run of another
@@ -158,7 +147,8 @@ def claim(workdir: str | Path, config: dict[str, Any], identity: dict[str, str])
         different = [
             f"{k}: the run has {old.get(k)!r}, now {new.get(k)!r}"
             for k in sorted(set(old) | set(new))
-            if old.get(k) != new.get(k) and not is_free(k)
+            if old.get(k) != new.get(k)
+            and not keys.may_change(k, encodes_images=encodes_images)
         ]
         old = _read_json(workdir / "identity.json")
         different += [

@@ -1,11 +1,11 @@
-"""Shape checks and trees by name."""
+"""Checks of shapes, values and paths, and trees by name."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dopsd_jax.core import trees
+from dopsd_jax.core import checks, cli, mirror, trees
 from dopsd_jax.core.checks import check_shapes
 
 
@@ -92,3 +92,22 @@ def test_bfloat16_averages_and_moments_move_by_less_than_their_resolution():
     assert counts[1] / counts.sum() == pytest.approx(2**-5, rel=0.1)
     assert np.isposinf(np.asarray(trees.round_like(
         jnp.full((1,), jnp.inf), jnp.zeros((1,), jnp.bfloat16), jax.random.key(0)), np.float32))
+
+
+def test_a_number_is_finite_and_one_that_a_float_holds():
+    assert all(map(checks.is_number, (0, -1, 2.5, 10**300)))
+    assert not any(map(checks.is_number, (True, "1", None, float("nan"), float("inf"), 10**400)))
+
+
+def test_a_path_that_no_file_system_takes_is_told_before_it_is_looked_for():
+    assert not any(map(checks.path_problem, ("", "a b/c", "x" * 255, "gs://bucket/run")))
+    assert checks.path_problem("a/" + "x" * 256) == (
+        "holds a name of 256 bytes, at most 255 are possible"
+    )
+    assert checks.path_problem("\u00e4" * 200).startswith("holds a name of 400 bytes")
+    assert checks.path_problem("abc/" * 1000) == "is 4000 bytes long, at most 3000 are possible"
+    assert checks.path_problem("a\0b") == "holds a null character"
+    with pytest.raises(ValueError, match=r"^workdir: xxx.*choose another --workdir$"):
+        mirror.local_copy("x" * 5000)
+    with pytest.raises(ValueError, match=r"^xxx.*holds a name of 5000 bytes"):
+        cli.check_directory("x" * 5000)

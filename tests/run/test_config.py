@@ -1,5 +1,6 @@
 """Every impossible config is refused with all its problems, from configs and tokenizer alone."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import pytest
 from configs import common
 from configs import tiny as tiny_config
 from dopsd_jax.method.train_step import Method
-from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.run.config import RULES, check_config
+from dopsd_jax.run import config as config_lib
+from dopsd_jax.run.config import check_config, check_values
+from dopsd_jax.run.keys import KEYS
 from dopsd_jax.weights import pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -42,10 +44,6 @@ def problems(config, **changes):
     return lines
 
 
-def test_every_key_has_a_rule_and_every_rule_a_key():
-    assert set(RULES) == set(workdir_lib.flat_config(common.base().to_dict()))
-
-
 def test_the_shipped_configs_pass(config, tiny):
     assert check_config(config) == Method(lora_scale=2.0, ema_decay=0.99)
     c = common.base()
@@ -65,22 +63,26 @@ def test_all_problems_are_told_and_each_once(config):
 
 
 @pytest.mark.parametrize("key,value,words", [
-    ("lora.rank", 0, "at least 1, got 0"),
-    ("num_steps", 1001, "1 to 1000 denoiser calls, got 1001"),
-    ("sample_steps", 0, "1 to 1000 denoiser calls, got 0"),
-    ("lora.alpha", 0.0, "a number above 0, got 0.0"),
-    ("lora.alpha", float("nan"), "a number above 0, got nan"),
-    ("sample_rows", 0, "at least 1, got 0"),
-    ("sample_every", -1, "at least 0, got -1"),
+    ("lora.rank", 0, "a whole number from 1 to 16384, got 0"),
+    ("lora.rank", 10**12, "a whole number from 1 to 16384, got 1000000000000"),
+    ("num_steps", 1001, "a whole number from 1 to 1000 denoiser calls, got 1001"),
+    ("sample_steps", 0, "a whole number from 1 to 1000 denoiser calls, got 0"),
+    ("lora.alpha", 0.0, "a number above 0 that float32 holds, got 0.0"),
+    ("lora.alpha", float("nan"), "a number above 0 that float32 holds, got nan"),
+    ("sample_rows", 0, "a whole number from 1 to 2147483647, got 0"),
+    ("sample_every", -1, "a whole number from 0 to 2147483647, got -1"),
     ("remat", "some", "one of ('full', 'attention', 'matmuls', 'linears', 'dots', 'activations', "
                       "'none'), got 'some'"),
     ("dtype", "float12", "one of ('bfloat16', 'float16', 'float32'), got 'float12'"),
     ("vae_dtype", "int8", "one of ('bfloat16', 'float16', 'float32'), got 'int8'"),
-    ("learning_rate", 0.0, "a number above 0, got 0.0"),
-    ("learning_rate", float("inf"), "a number above 0, got inf"),
-    ("text_tokens", 0, "a multiple of 32, above 0, got 0"),
+    ("learning_rate", 0.0, "a number above 0 that float32 holds, got 0.0"),
+    ("learning_rate", float("inf"), "a number above 0 that float32 holds, got inf"),
+    ("text_tokens", 0, "a multiple of 32, from 32 to 32768, got 0"),
     ("seed", -1, "a whole number in [0, 2^32), got -1"),
     ("sample_prompts", (1,), "texts, got [1]"),
+    ("learning_rate", 1e39, "a number above 0 that float32 holds, got 1e+39"),
+    ("b2", 1 - 1e-9, "a number in [0, 1) that float32 does not round to 1, got 0.999999999"),
+    ("vlm_min_pixels", 10**12, "a whole number from 1 to 16777216, got 1000000000000"),
     ("small_buckets", "drop", "one of ('error', 'repeat'), got 'drop'"),
 ])
 def test_values_impossible_by_themselves(config, key, value, words):
@@ -92,6 +94,12 @@ def test_values_that_do_not_go_together(config):
         "batch_size: expected a multiple of accumulation = 2, got 3",
         "schedule reference8 has 8 steps, got num_steps = 4",
     ]
+    changes = dict(batch_size=2, schedule="shifted", shift=1e12, vlm_min_pixels=600_000)
+    assert problems(config, **changes) == [
+        "shift: expected one with which each of 4 steps lowers sigma in float32, got "
+        "1000000000000.0",
+        "vlm_min_pixels: expected at most vlm_max_pixels = 589824, got 600000",
+    ]
 
 
 def test_what_does_not_fit_the_model(config):
@@ -100,11 +108,73 @@ def test_what_does_not_fit_the_model(config):
         "sample_prompts": ("a fox", "a b c d e f g h i j", " "),
     })
     assert lines[0].startswith("LoRA targets: 'no_such' matches no parameter. Expected one of ")
-    assert "text length 2048 needs 2050 positions, the checkpoint has 1536" in lines[1]
+    assert lines[1].startswith("text_tokens, teacher_tokens, buckets: ")
+    assert "text length 2048 needs 2050 positions, the checkpoint has 1536, enough for 1504" in (
+        lines[1]
+    )
     assert lines[2].startswith("sample_prompts: prompt 1 ('a b c d e f g h i j'): expected at most "
                                "32 tokens, template included, got ")
     assert lines[2].endswith("; shorten it (text_tokens = 32)")
     assert lines[3:] == ["sample_prompts: prompt 2 is empty (text_tokens = 32)"]
+
+
+def test_a_length_that_no_role_uses_need_not_fit(config):
+    config.objective, config.teacher_tokens = "sft", 2048
+    check_config(config)
+    assert "text length 1536 needs 1538 positions" in problems(config, text_tokens=1536)[0]
+
+
+def test_a_rank_that_no_layer_can_express_is_refused(config):
+    assert problems(config, **{"lora.rank": 65}) == [
+        "lora.rank: expected at most 64, all that the targeted linear layers can express (the "
+        "smaller side of each, of the largest), got 65"
+    ]
+    config.lora.rank = 64
+    check_config(config)
+
+
+@pytest.mark.parametrize("key", ["model", "vlm", "data", "data_root", "cache", "base_lora"])
+@pytest.mark.parametrize("path", ["x" * 5000, "/".join(["x" * 200] * 25), "a\0b"])
+def test_a_path_that_no_file_system_takes_is_named(config, key, path):
+    (line,) = problems(config, **{key: path})
+    assert line.startswith(f"{key}: expected ") and len(line) < 300
+    assert "of at most 3000 bytes, each name in it of at most 255, got '" in line
+    with pytest.raises(ValueError, match=f"{key}: expected"):
+        check_values(config, besides=("model", "vlm", "data"))
+
+
+def test_many_data_sets_may_be_longer_than_a_name(config):
+    config.data = ",".join(f"{i}.jsonl" for i in range(1000))
+    check_config(config)
+
+
+ABSURD = [1e12, 10**12, -1, 0, float("nan"), float("inf"), -float("inf"), 10**400, 10**5000, 1e-300,
+          None, True, "x", "", "x" * 5000, [], [None]]
+
+
+@pytest.fixture(scope="module")
+def opened_once():
+    """What reads the models, each file once for all tests of this module."""
+    return {name: functools.cache(getattr(config_lib, name))
+            for name in ("load_pipeline", "read_vl_config", "transformer_shapes")}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_absurd_values_are_refused_by_name_or_harmless(config, key, monkeypatch, opened_once):
+    """Of every key and of any type, as a config file may set them."""
+    for name, function in opened_once.items():
+        monkeypatch.setattr(config_lib, name, function)
+    for value in ABSURD:
+        changed = config.copy_and_resolve_references()
+        try:
+            with changed.ignore_type():
+                changed.update_from_flattened_dict({key: value})
+        except OverflowError:  # by ConfigDict, which makes ints floats where the default is one
+            continue
+        try:
+            check_config(changed)
+        except ValueError as e:
+            assert key.partition(".")[0] in str(e).lower(), (value, str(e))
 
 
 def test_directories_that_are_not_models(config, tmp_path):

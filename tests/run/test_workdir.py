@@ -12,7 +12,7 @@ import pytest
 from dopsd_jax.run import workdir as workdir_lib
 
 ROOT = Path(__file__).parents[2]
-CLAIM = "import sys; from dopsd_jax import workdir; workdir.claim(sys.argv[1], {}, {})"
+CLAIM = "import sys; from dopsd_jax.run import workdir; workdir.claim(sys.argv[1], {}, {})"
 
 
 def claim_elsewhere(workdir):
@@ -78,12 +78,17 @@ def run(tmp_path):
 def test_a_run_may_continue_elsewhere_but_not_with_another_method(run):
     old = {"seed": 1, "vae_dtype": "float32", "mesh": {"data": -1, "fsdp": 1}, "lora": {"rank": 2}}
     (run / "config.json").write_text(json.dumps(old))
-    new = old | {"vae_dtype": "bfloat16", "mesh": {"data": 2, "fsdp": 4}}
+    new = old | {"mesh": {"data": 2, "fsdp": 4}}
     workdir_lib.claim(run, new, {})
     with pytest.raises(ValueError, match=r"values:\n  lora.rank: the run has 2, now 4$"):
         workdir_lib.claim(run, new | {"lora": {"rank": 4}}, {})
-    assert workdir_lib.is_free("mesh.data") and workdir_lib.is_free("mesh")
-    assert not workdir_lib.is_free("meshes") and not workdir_lib.is_free("lora.mesh")
+
+
+def test_the_dtype_of_the_vae_may_change_only_where_it_encodes_nothing(run):
+    (run / "config.json").write_text('{"vae_dtype": "float32"}')
+    with pytest.raises(ValueError, match="vae_dtype: the run has 'float32', now 'bfloat16'$"):
+        workdir_lib.claim(run, {"vae_dtype": "bfloat16"}, {}, encodes_images=True)
+    workdir_lib.claim(run, {"vae_dtype": "bfloat16"}, {}, encodes_images=False)
 
 
 @pytest.mark.parametrize("name", ["config.json", "identity.json"])

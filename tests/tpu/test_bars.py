@@ -1,7 +1,7 @@
 """What the TPU compiler says of the real train step, against the bars it must stay below.
 
 Each case is compiled once, from shapes, as far as memory and schedule: 20 to 40 s of CPU. The one
-without a mark belongs to the normal run; all of them, with the README's table as their output:
+without a mark belongs to the normal run; all of them, with the table of docs/planning.md as their output:
 
     bash launch/test.sh -n 0 -s -m "tpu or not slow" tests/tpu
 
@@ -189,7 +189,7 @@ def test_temporaries_do_not_grow_with_the_number_of_steps():
 @pytest.mark.tpu
 @pytest.mark.parametrize("topology,bar", [("v5e:4x4", 40), ("v5p:2x2x4", 50), ("v6e:4x4", 45)])
 def test_estimated_utilisation(topology, bar):
-    """Of the best policy that fits; see the README for what bounds it."""
+    """Of the best policy that fits; see docs/planning.md for what bounds it."""
     p = planned("lora", topology, remat="matmuls")
     assert p.fits, p.total
     show(f"{name('lora', topology, remat='matmuls')}: estimated MFU", 100 * p.mfu, bar, "%")

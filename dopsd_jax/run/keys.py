@@ -1,0 +1,371 @@
+"""Every key of a run: its default, its meaning, what its value must be, and what it affects.
+
+This table is the only place where a key is described. From it follow the config that all config
+files start from (`base`), the values that are refused (`run/config.py`), the keys whose value may
+change when a run is continued (`may_change`), the settings that name an entry of a cache
+(`affecting`), and the table of keys for readers: `python -m dopsd_jax.run.keys > docs/keys.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dopsd_jax.core.checks import is_number, is_whole, path_problem
+from dopsd_jax.method import contexts, flow, rollout
+from dopsd_jax.method.train_step import TEACHERS, TRAINABLE
+from dopsd_jax.models.layers import REMAT_POLICIES
+from dopsd_jax.weights.families import PUBLISHED
+from dopsd_jax.weights.pipeline import DTYPES
+
+# What a key may affect. The first four are what frozen encoders make; a cache names each entry by
+# the settings that affect it. What an encoder is given (a caption with its added words, an image
+# cut to its bucket, weights) is in that name by content, so a key that chooses it affects STEP.
+STUDENT = "student"  # what the text encoder makes of the student's text
+TEACHER = "teacher"  # what the text encoder makes of the teacher's text
+VISION = "vision"    # what the teacher sees of the target image through Qwen3-VL
+LATENTS = "latents"  # what the VAE makes of the images that a run learns from or shows
+STEP = "step"        # anything else that an update computes with
+DISPLAY = "display"  # pictures, logs, and which checkpoints are kept
+PLACE = "place"      # where files lie; what they hold is compared by fingerprint or by name
+
+OBJECTIVES = ("dopsd", "sft")
+MAX_INT32 = 2**31 - 1  # steps are counted in int32
+MAX_TOKENS = 32_768    # more than any of these text encoders was trained with
+MAX_PIXELS = 4096**2   # up to which Qwen3-VL's own image processor goes
+MAX_RANK = 16_384      # wider than the layers of any published model; a known model says more
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value must be, in words and as a test, which any object may be given to."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def one_of(*allowed: str) -> Rule:
+    return Rule(f"one of {allowed}", lambda x: x in allowed)
+
+
+def whole(low: int, high: int, what: str = "") -> Rule:
+    return Rule(f"a whole number from {low} to {high}{what}",
+                lambda x: is_whole(x) and low <= x <= high)
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _are_texts(x: Any) -> bool:
+    return isinstance(x, list | tuple) and all(map(_is_text, x))
+
+
+def _is_path(x: Any) -> bool:
+    return _is_text(x) and not path_problem(x)
+
+
+_POSSIBLE = "of at most 3000 bytes, each name in it of at most 255"
+COUNT = whole(1, MAX_INT32)
+COUNT_OR_NONE = whole(0, MAX_INT32)
+NUM_STEPS = whole(1, flow.MAX_STEPS, " denoiser calls")
+BATCH = whole(1, 2**20)
+PIXELS = whole(1, MAX_PIXELS)
+PARTS = Rule("a whole number from 1 to 1048576, or -1 for what is left",
+             lambda x: is_whole(x) and (x == -1 or 1 <= x <= 2**20))
+TOKENS = Rule(f"a multiple of 32, from 32 to {MAX_TOKENS}",
+              lambda x: is_whole(x) and 32 <= x <= MAX_TOKENS and x % 32 == 0)
+POSITIVE = Rule("a number above 0 that float32 holds",
+                lambda x: is_number(x) and SMALLEST <= x <= LARGEST)
+NOT_NEGATIVE = Rule("0 or a number above it that float32 holds",
+                    lambda x: is_number(x) and (x == 0 or SMALLEST <= x <= LARGEST))
+DECAY = Rule("a number in [0, 1) that float32 does not round to 1",
+             lambda x: is_number(x) and 0 <= x < 1 and np.float32(x) < 1)
+SHARE = Rule("a number in [0, 1]", lambda x: is_number(x) and 0 <= x <= 1)
+SEED = Rule("a whole number in [0, 2^32)", lambda x: is_whole(x) and 0 <= x < 2**32)
+SWITCH = Rule("True or False", lambda x: isinstance(x, bool))
+TEXT = Rule("a text", _is_text)
+TEXTS = Rule("texts", _are_texts)
+TARGETS = Rule("a text or texts", lambda x: _is_text(x) or _are_texts(x))
+PATH = Rule(f"a path {_POSSIBLE}", lambda x: _is_path(x) and x != "")
+PATHS = Rule(f"paths {_POSSIBLE}",
+             lambda x: _is_text(x) and x != "" and all(map(_is_path, x.split(","))))
+ANY_PATH = Rule(f"nothing or a path {_POSSIBLE}", _is_path)
+DTYPE = one_of(*DTYPES)
+KEPT_DTYPE = one_of("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of a run.
+
+    Attributes:
+        default: Its value where a config file says nothing.
+        rule: What its value must be, whatever the other keys are.
+        affects: What follows from its value, of the words above; may be empty.
+        meaning: One sentence for the table of keys.
+        resume: Why it may change or not when a run is continued, where that is not obvious.
+    """
+
+    default: Any
+    rule: Rule
+    affects: frozenset[str]
+    meaning: str
+    resume: str = ""
+
+
+def key(default: Any, rule: Rule, *affects: str, meaning: str, resume: str = "") -> Key:
+    return Key(default, rule, frozenset(affects), meaning, resume)
+
+
+SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
+    "model": key("", PATH, PLACE,
+        meaning="Pipeline directory (model_index.json, transformer/, vae/, ..), or mini."),
+    "published": key(next(iter(PUBLISHED)), one_of(*PUBLISHED),
+        meaning=f"The published model ({', '.join(PUBLISHED)}) whose sizes are planned for where "
+        "no model is given.",
+        resume="no run reads it"),
+    "vlm": key("", PATH, PLACE,
+        meaning="Directory in the format of Qwen3-VL-4B-Instruct, through which the teacher of "
+        "recipe vlm looks at the target."),
+    "data": key("", PATHS, PLACE,
+        meaning="JSONL of the published format, a folder of images and .txt, Parquet or "
+        "ArrayRecord files, or several, `a.jsonl,b.parquet`; what a row holds depends on "
+        "recipe."),
+    "data_weights": key("", TEXT, STEP,
+        meaning="Shares of the pictures from each of several data sets, `3,1`; by default each "
+        "row is seen equally often."),
+    "data_root": key("", ANY_PATH, PLACE,
+        meaning="Folder outside which images may not lie; by default where the JSONL is.",
+        resume="which images are found is part of the data's fingerprint"),
+    "cache": key("", ANY_PATH, PLACE,
+        meaning="Folder (or gs://..) of dopsd_jax.encode; training then loads no encoder.",
+        resume="an entry is named by all that it follows from, and equals what is made without"),
+    "encode": key("ahead", one_of("ahead", "online"), STEP,
+        meaning="ahead: all data is checked and encoded before the run; online: an index is "
+        "made, the rest is done when a row's turn comes.",
+        resume="online identifies data by its index alone, ahead by all images"),
+    "resolution": key(1024, whole(16, 16384, " pixels"), STEP,
+        meaning="Side of the square bucket, in pixels; the others are the published ones at its "
+        "area."),
+    "buckets": key("", TEXT, STEP,
+        meaning="Own buckets instead, `512x512,768x512` (width x height)."),
+    "small_buckets": key("error", one_of("error", "repeat"), STEP,
+        meaning="What to do with a bucket that has fewer rows than batch_size: error, or repeat "
+        "its rows within a batch."),
+    "text_tokens": key(512, TOKENS, STUDENT,
+        meaning="Padded length of the student's prompt, in tokens; a model that attends to "
+        "padding takes one length alone, for both."),
+    "teacher_tokens": key(1024, TOKENS, TEACHER,
+        meaning="Padded length of the teacher's prompt and, with recipe vlm, the image, in "
+        "tokens."),
+    "truncate_prompts": key(False, SWITCH, STUDENT, TEACHER,
+        meaning="Cut prompts that are too long, as published; otherwise they are an error."),
+}, "The method": {
+    "objective": key("dopsd", one_of(*OBJECTIVES), STEP,
+        meaning="dopsd, or sft: plain flow matching on the images, to compare with."),
+    "states": key("student", one_of(*rollout.STATES), STEP,
+        meaning="Where the loss is taken: on the student's own trajectory, or off-policy on "
+        "that of the teacher or on noised targets (noised)."),
+    "base_lora": key("", ANY_PATH, PLACE,
+        meaning="LoRA file put into the frozen weights while training, such as one that undoes "
+        "a distillation.",
+        resume="what it holds is part of a run's identity"),
+    "recipe": key("vlm", one_of(*contexts.RECIPES), STUDENT, TEACHER, STEP,
+        meaning="What the teacher sees: vlm (prompt and target image), edit (target as "
+        "reference), edit_ref (references, target as the last), text (a longer text), "
+        "subject_ref (other pictures of the subject)."),
+    "teacher_words": key("published", TEXT, STEP,
+        meaning="Added to the teacher's prompt: the recipe's own words (published), or any "
+        "text."),
+    "trainable": key("lora", one_of(*TRAINABLE), STEP,
+        meaning="lora, or full: all weights of the transformer."),
+    "num_steps": key(4, NUM_STEPS, STEP,
+        meaning="Denoiser calls of the training rollout; memory does not grow with them."),
+    "schedule": key("shifted", one_of(*flow.SCHEDULES), STEP,
+        meaning="shifted: the sampler's own; as published for training: reference8 (8 steps), "
+        "reference (any number)."),
+    "shift": key(0.0, NOT_NEGATIVE, STEP, DISPLAY,
+        meaning="Shift of the schedule towards noise; 0: the sampler's own, which may follow "
+        "num_steps and the bucket."),
+    "loss": key("x0", one_of(*rollout.LOSSES), STEP,
+        meaning="x0, as published, which is sigma^2 times velocity; or velocity."),
+    "teacher": key("ema", one_of(*TEACHERS), STEP,
+        meaning="ema (average of the student), frozen, or live (known to collapse)."),
+    "ema_decay": key(0.9999, SHARE, STEP,
+        meaning="Share of the averaged teacher that stays in each update, computed in float32."),
+    "ema_dtype": key("float32", KEPT_DTYPE, STEP,
+        meaning="In which the averaged teacher is kept between updates; bfloat16 takes half the "
+        "memory, rounded at random."),
+    "vlm_rope_theta": key(0.0, NOT_NEGATIVE, VISION,
+        meaning="Rotary base beside an image; 0: Qwen3-VL's 5e6, as published; 1e6: the text "
+        "encoder's own."),
+    "vlm_min_pixels": key(512 * 512, PIXELS, VISION,
+        meaning="Least area at which the vision tower looks at the target, in pixels."),
+    "vlm_max_pixels": key(768 * 768, PIXELS, VISION,
+        meaning="Largest area at which the vision tower looks at the target, in pixels."),
+    "double_template": key(False, SWITCH, VISION,
+        meaning="Put the chat template around the teacher's prompt twice, as published by "
+        "accident."),
+    "lora.rank": key(64, whole(1, MAX_RANK), STEP,
+        meaning="Rank of the LoRA; at most what a targeted layer can express, its smaller side."),
+    "lora.alpha": key(128.0, POSITIVE, STEP,
+        meaning="The LoRA is scaled by alpha / rank."),
+    "lora.targets": key("published", TARGETS, STEP,
+        meaning="Linear layers that get a LoRA: those published, attention, all, or regexes of "
+        "parameter names, separated by commas."),
+}, "The optimizer": {
+    "num_train_steps": key(2000, COUNT,
+        meaning="How many updates a run has.",
+        resume="no update depends on how many follow"),
+    "batch_size": key(4, BATCH, STEP,
+        meaning="Images per update, over all devices."),
+    "accumulation": key(1, BATCH, STEP,
+        meaning="Micro-batches per update; divides batch_size."),
+    "learning_rate": key(1e-4, POSITIVE, STEP,
+        meaning="Learning rate of AdamW, constant after the warm-up."),
+    "warmup_steps": key(0, COUNT_OR_NONE, STEP,
+        meaning="Updates over which the learning rate rises linearly to its value."),
+    "b1": key(0.9, DECAY, STEP,
+        meaning="Decay of AdamW's average of gradients."),
+    "b2": key(0.999, DECAY, STEP,
+        meaning="Decay of AdamW's average of squared gradients."),
+    "eps": key(1e-8, POSITIVE, STEP,
+        meaning="Added to the denominator of AdamW's update."),
+    "weight_decay": key(0.0, NOT_NEGATIVE, STEP,
+        meaning="Decoupled weight decay of AdamW."),
+    "max_grad_norm": key(1.0, POSITIVE, STEP,
+        meaning="Global norm that gradients are clipped to."),
+    "moments_dtype": key("float32", KEPT_DTYPE, STEP,
+        meaning="In which AdamW's averages are kept between updates; bfloat16 takes half the "
+        "memory, rounded at random."),
+    "seed": key(30, SEED, STEP, DISPLAY,
+        meaning="Seed of the LoRA's first weights, of the order of rows and of all noise."),
+}, "The machine": {
+    "dtype": key("bfloat16", DTYPE, STUDENT, TEACHER, STEP,
+        meaning="In which frozen weights are kept and used; LoRA, the averaged teacher and "
+        "AdamW's averages are float32 unless their own keys say otherwise."),
+    "vae_dtype": key("float32", DTYPE, LATENTS, DISPLAY,
+        meaning="In which the VAE's weights are kept and used.",
+        resume="elsewhere the VAE only draws previews; a cache changes nothing in this, since "
+        "it names latents by vae_dtype"),
+    "remat": key("full", one_of(*REMAT_POLICIES), STEP,
+        meaning="What layers keep for the backward pass, from least memory to least compute: "
+        f"{', '.join(REMAT_POLICIES)}.",
+        resume="gradients are rounded otherwise, even on the same devices"),
+    "mesh.data": key(-1, PARTS,
+        meaning="Devices that split the batch; -1: all that are left.",
+        resume="a run may move to other devices; sums differ by rounding alone"),
+    "mesh.fsdp": key(1, PARTS,
+        meaning="Devices that split the batch and the weights.",
+        resume="as mesh.data"),
+    "mesh.tensor": key(1, PARTS,
+        meaning="Devices that split heads and the columns of MLPs.",
+        resume="as mesh.data"),
+}, "What to see and keep": {
+    "preflight": key("on", one_of("on", "off"), DISPLAY,
+        meaning="on: before the run, see whether the teacher knows more than the student at "
+        "all.",
+        resume="it draws with noise of its own and changes nothing"),
+    "log_every": key(10, COUNT, DISPLAY,
+        meaning="Updates between two rows of metrics."),
+    "sample_every": key(100, COUNT_OR_NONE, DISPLAY,
+        meaning="Updates between two previews; 0: never."),
+    "sample_steps": key(4, NUM_STEPS, DISPLAY,
+        meaning="Denoiser calls of preview pictures.",
+        resume="gauges before and after the change cannot be compared"),
+    "sample_rows": key(4, COUNT, DISPLAY,
+        meaning="Training rows shown in previews.",
+        resume="as sample_steps"),
+    "sample_prompts": key((), TEXTS, DISPLAY,
+        meaning="Further prompts, drawn by the untuned model and the student."),
+    "gauge_prompts": key((
+        "a lighthouse on a rocky coast at dawn", "a bowl of ramen on a wooden table, from above",
+        "portrait of an old man with a white beard, studio light",
+        "a narrow street in a rainy city at night, neon signs",
+    ), TEXTS, DISPLAY,
+        meaning="Unrelated prompts, the same in every run, drawn with sample_every: what became "
+        "of them is told as gauges of retention; empty: no such gauges.",
+        resume="as sample_steps"),
+    "checkpoint_every": key(500, COUNT, DISPLAY,
+        meaning="Updates between two checkpoints."),
+    "keep_checkpoints": key(5, COUNT, DISPLAY,
+        meaning="How many of the latest checkpoints are kept."),
+}}
+KEYS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
+
+
+def base() -> ConfigDict:
+    """A config of all keys with their defaults: the published recipe for the first family, except
+    where a meaning says otherwise."""
+    config = ConfigDict()
+    for name, entry in KEYS.items():
+        *groups, last = name.split(".")
+        inner = config
+        for group in groups:
+            if group not in inner:
+                inner[group] = ConfigDict()
+            inner = inner[group]
+        inner[last] = entry.default
+    return config
+
+
+def affecting(*what: str) -> tuple[str, ...]:
+    """The keys that some of `what` follows from."""
+    return tuple(name for name, entry in KEYS.items() if entry.affects & set(what))
+
+
+def may_change(name: str, *, encodes_images: bool) -> bool:
+    """Whether a run may be continued with another value of a key.
+
+    It may where no update depends on the value. A name that is no key may not.
+
+    Args:
+        name: Such as "lora.rank".
+        encodes_images: Whether the run learns from what the VAE makes of images, or shows it to
+            the networks; otherwise the VAE only draws.
+    """
+    if name not in KEYS:
+        return False
+    free = {DISPLAY, PLACE} if encodes_images else {DISPLAY, PLACE, LATENTS}
+    return KEYS[name].affects <= free
+
+
+def resume_words(name: str) -> str:
+    """What the table of keys says of `may_change`."""
+    words = "no"
+    if may_change(name, encodes_images=True):
+        words = "yes"
+    elif may_change(name, encodes_images=False):
+        words = "only where no image is encoded, neither as target nor as reference"
+    return f"{words}; {reason}" if (reason := KEYS[name].resume) else words
+
+
+def document() -> str:
+    """The table of keys in Markdown: docs/keys.md."""
+    lines = [
+        "# Keys of a run",
+        "",
+        "Made by `python -m dopsd_jax.run.keys > docs/keys.md` from the table in "
+        "`dopsd_jax/run/keys.py`; do not edit it here.",
+        "Any key can be set on the command line, as in `--config.lora.rank=32`. The last column "
+        "says whether a run may be continued with another value; of a path, what it holds must "
+        "stay the same.",
+    ]
+    for title, section in SECTIONS.items():
+        lines += ["", f"## {title}", "", "| key | default | meaning | may change on resume |",
+                  "|---|---|---|---|"]
+        for name, entry in section.items():
+            cells = (f"`{name}`", f"`{entry.default!r}`", entry.meaning, resume_words(name))
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())
