@@ -1,11 +1,15 @@
-"""The seam between the method and the model families: every family is v = dx/dsigma here."""
+"""The seam between the method and the model families: every family is v = dx/dsigma here.
+
+The method knows `Denoiser` alone, the protocol.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -44,13 +48,68 @@ class Passes:
     Attributes:
         layers: (regex of the names of layers, tokens); the first match counts.
         attends: Stack of layers -> length of the sequence that attends to itself in each.
+        matmuls_again: Share of the products with weights that the remat policy "matmuls", see
+            models/layers.py, computes again.
     """
 
     layers: tuple[tuple[str, int], ...]
     attends: dict[str, int]
+    matmuls_again: float
 
 
-def _latent_shape(denoiser: Denoiser, height: int, width: int) -> tuple[int, int, int]:
+class Denoiser(Protocol):
+    """A family's network as the method sees it: a frozen dataclass with these fields.
+
+    Attributes:
+        network: The Flax module; its config has `dim`, the width of all that attends.
+        pixels_per_latent: Of the VAE, along each side.
+        mesh: Over which evaluations are spread, or None; all arrays they get must then live on its
+            devices.
+        max_references: How many reference images it takes; their tokens come with positions
+            (t, h, w, 0), see `reference_tokens`.
+        pixel_multiple: Image sides must be multiples of this: one token is so many pixels.
+        text_width: D of the text features.
+    """
+
+    network: nn.Module
+    pixels_per_latent: int
+    mesh: Mesh | None
+    max_references: int
+
+    @property
+    def pixel_multiple(self) -> int: ...
+
+    @property
+    def text_width(self) -> int: ...
+
+    def passes(self, image: int, text: int, references: int = 0) -> Passes:
+        """Where so many tokens of an image, its text and its references pass."""
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape [h, w, C] of the latents of one image, see `latent_shape`."""
+
+    def velocity(
+        self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context
+    ) -> jax.Array:
+        """v = dx/dsigma = noise - x0 at x.
+
+        Args:
+            variables: {"params": ..} and, with LoRA, {"lora": ..} already scaled.
+            x: float32 [B, h, w, C].
+            sigma: float32 scalar or [B].
+            ctx: Context of the batch.
+
+        Returns:
+            float32 [B, h, w, C].
+        """
+
+
+def latent_shape(denoiser: Denoiser, height: int, width: int) -> tuple[int, int, int]:
+    """Shape [h, w, C] of the latents of one image.
+
+    Raises:
+        ValueError: Sides that are not positive multiples of `pixel_multiple`.
+    """
     m = denoiser.pixel_multiple
     if height < m or width < m or height % m or width % m:
         raise ValueError(
@@ -95,6 +154,7 @@ class ZImageDenoiser:
                 (r"context_refiner/.*|cap_embedder", text), (r"x_embedder|final_linear", image),
             ),
             {"layers": padded + text, "noise_refiner": padded, "context_refiner": text},
+            matmuls_again=11 / 36,  # to_out and w2, (1 + 8 / 3) of 12 D^2
         )
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -103,7 +163,7 @@ class ZImageDenoiser:
         Raises:
             ValueError: Sides that are not positive multiples of `pixel_multiple`.
         """
-        return _latent_shape(self, height, width)
+        return latent_shape(self, height, width)
 
     def velocity(
         self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context
@@ -184,6 +244,7 @@ class Flux2Denoiser:
                 (r"transformer_blocks/.*|x_embedder", seen), (r"proj_out", image),
             ),
             {"transformer_blocks": whole, "single_transformer_blocks": whole},
+            matmuls_again=11 / 36,  # at most: the last linears' outputs enter no norm
         )
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -192,7 +253,7 @@ class Flux2Denoiser:
         Raises:
             ValueError: Sides that are not positive multiples of `pixel_multiple`.
         """
-        return _latent_shape(self, height, width)
+        return latent_shape(self, height, width)
 
     def velocity(
         self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context
@@ -216,9 +277,6 @@ class Flux2Denoiser:
                 ctx.ref_ids,
             )
         return v.astype(jnp.float32)
-
-
-Denoiser = ZImageDenoiser | Flux2Denoiser
 
 
 def reference_tokens(latents: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -30,7 +30,7 @@ from dopsd_jax.method.train_step import (
 )
 from dopsd_jax.models.denoiser import Context, Denoiser
 from dopsd_jax.planning import compiler
-from dopsd_jax.weights.families import lora_rules_of, published_denoiser
+from dopsd_jax.weights.families import family_of_tree, published_denoiser
 from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
 
 
@@ -76,7 +76,7 @@ def trained_shapes(config: ConfigDict, params: Tree) -> Tree:
     """What trains, float32."""
     if config.trainable == "full":
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), params)
-    targets = lora.parse_targets(config.lora.targets, lora_rules_of(params).targets)
+    targets = lora.parse_targets(config.lora.targets, family_of_tree(params).targets)
     return jax.eval_shape(
         lambda: lora.init(jax.random.key(0), params, targets, config.lora.rank)
     )
