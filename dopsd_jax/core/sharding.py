@@ -269,7 +269,7 @@ def shard(mesh: Mesh, shapes: Tree) -> Tree:
     if unknown:
         raise ValueError(
             "no sharding rule accounts for: " + ", ".join(unknown)
-            + "; add one to RULES of dopsd_jax/core/sharding.py, or to the ParamNames of the network"
+            + "; add one to RULES of dopsd_jax/core/sharding.py or to the network's ParamNames"
         )
     return jax.tree_util.tree_unflatten(structure, placed)
 
