@@ -42,7 +42,9 @@ def register(family: Family) -> None:
             its parameters' names has another place on a mesh already.
     """
     taken = [f.pipeline for f in FAMILIES.values() if f.config is family.config]
-    taken += FAMILIES.keys() & {family.pipeline} | PUBLISHED.keys() & family.published.keys()
+    taken += sorted(PUBLISHED.keys() & family.published.keys())
+    if family.pipeline in FAMILIES:
+        taken.append(family.pipeline)
     if taken or not family.published:
         raise ValueError(
             f"family {family.pipeline}: expected a pipeline, a config class and at least one "
