@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from dopsd_jax.bench.case import ALPHA, DTYPES, MODELS, RANK, STEPS, WARM_UPS, Case, Measured
 from dopsd_jax.core.trees import Tree, map_named
 from dopsd_jax.method import flow, lora, train_step
-from dopsd_jax.models.denoiser import Context, ZImageDenoiser
+from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS

@@ -10,8 +10,8 @@ import jax
 
 from dopsd_jax.bench.case import MODELS, RANK, STEPS, Case, Measured
 from dopsd_jax.method import lora
-from dopsd_jax.models.denoiser import ZImageDenoiser
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.planning import flops
 from dopsd_jax.weights.pipeline import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS

@@ -26,7 +26,7 @@ from dopsd_jax.models.layers import (
     scan_layers,
     sinusoid,
 )
-from dopsd_jax.models.rope import axis_tables, gather_cos_sin, rotate_interleaved
+from dopsd_jax.models.rope import axis_tables, gather_cos_sin, image_ids, rotate_interleaved
 
 # Positions per axis. The checkpoint has no limit; 1024 are 16384 pixels a side and 102 references.
 POSITIONS = 1024
@@ -263,15 +263,6 @@ class SingleBlock(nn.Module):
         shift, scale, gate = jnp.split(mod, 3, axis=-1)
         h = modulated(x, shift, scale, self.config)
         return x + gate * ParallelAttention(self.config, self.dtype, name="attn")(h, cos, sin), None
-
-
-def image_ids(rows: int, cols: int, t: int = 0) -> np.ndarray:
-    """Positions (t, h, w, l) of an image's tokens in raster order: int32 [rows cols, 4].
-
-    t is 0 for the image that is drawn and 10, 20, .. for references.
-    """
-    h, w = np.divmod(np.arange(rows * cols, dtype=np.int32), np.int32(cols))
-    return np.stack([np.full_like(h, t), h, w, np.zeros_like(h)], axis=-1)
 
 
 def text_ids(length: int) -> np.ndarray:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from dopsd_jax.models.denoiser import Flux2Denoiser
 from dopsd_jax.models.family import Family, TextRules
 from dopsd_jax.models.flux2 import NAMES, Flux2Config, Flux2Transformer
+from dopsd_jax.models.flux2_denoiser import Flux2Denoiser
 from dopsd_jax.weights.flux2_names import (
     FLUX2_TARGETS,
     flux2_bfl_table,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dopsd_jax.models.denoiser import ZImageDenoiser
 from dopsd_jax.models.family import Family, TextRules
 from dopsd_jax.models.qwen3 import Qwen3Config
 from dopsd_jax.models.z_image import NAMES, ZImageConfig, ZImageTransformer
+from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.weights.vae_names import PLAIN_VAE
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS, z_image_modules, z_image_table
 

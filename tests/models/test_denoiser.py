@@ -8,8 +8,9 @@ import pytest
 from dopsd_jax.core import trees
 from dopsd_jax.method import flow, lora, train_step
 from dopsd_jax.method.rollout import dopsd_loss_and_grad
-from dopsd_jax.models.denoiser import Context, Flux2Denoiser, reference_tokens
+from dopsd_jax.models.denoiser import Context, reference_tokens
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
+from dopsd_jax.models.flux2_denoiser import Flux2Denoiser
 from dopsd_jax.weights.flux2 import empirical_shift
 
 CONFIG = Flux2Config(

@@ -8,9 +8,11 @@ import pytest
 from dopsd_jax.core import trees
 from dopsd_jax.method import lora
 from dopsd_jax.method.train_step import Batch, Method, dopsd
-from dopsd_jax.models.denoiser import Context, Flux2Denoiser, ZImageDenoiser
+from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
+from dopsd_jax.models.flux2_denoiser import Flux2Denoiser
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.planning import flops
 from dopsd_jax.weights.pipeline import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
