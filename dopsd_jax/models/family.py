@@ -91,7 +91,6 @@ class Family:
             no tensor name may be one of `table`.
         modules: What LoRA files call its linear layers, see `weights.names.linear_modules`.
         targets: LoRA targets, regexes over parameter names by preset, see `lora.PRESETS`.
-        text_width: Of the features of one token that the transformer takes, by the config.
         text: Rules of its prompts, by the text encoder's config.
         vae: Its autoencoder.
         published: Configs of published checkpoints by name, which are planned for without their
@@ -109,7 +108,6 @@ class Family:
     table: Callable[[Any], list[Rule]]
     modules: Callable[[Any], Modules]
     targets: Mapping[str, tuple[str, ...]]
-    text_width: Callable[[Any], int]
     text: Callable[[Qwen3Config], TextRules]
     vae: VaeKind
     published: Mapping[str, Any]

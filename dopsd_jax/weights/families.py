@@ -60,11 +60,12 @@ def _add_names(names: ParamNames) -> None:
     sharding.add_names(names.columns, names.rows, names.whole)
 
 
-def find(key: Any) -> Family:
+def find(key: Any, where: str | Path = "model family") -> Family:
     """The family of a model.
 
     Args:
         key: The `_class_name` of its model_index.json, or the config of its transformer.
+        where: It stands; for the message.
 
     Raises:
         WeightsError: No registered family has it.
@@ -72,8 +73,7 @@ def find(key: Any) -> Family:
     for family in FAMILIES.values():
         if key == family.pipeline or isinstance(key, family.config):
             return family
-    known = ", ".join(FAMILIES)
-    raise WeightsError(f"model family: expected one of {known}, got {key!r:.200}")
+    raise WeightsError(f"{where}: expected one of {', '.join(FAMILIES)}, got {key!r:.200}")
 
 
 def example(family: Family) -> Any:
@@ -171,17 +171,16 @@ def open_networks(source: Source) -> Networks:
     Raises:
         WeightsError: An unknown family, unsupported values, or parts that do not fit one another.
     """
-    try:
-        family = find(source.index.get("_class_name"))
-    except WeightsError as e:
-        raise WeightsError(f"{source.directory}/model_index.json: {e}") from e
+    family = find(source.index.get("_class_name"), source.directory / "model_index.json")
     config = source.read("transformer", family.config.from_json)
     text_config = source.read("text_encoder", Qwen3Config.from_json)
     vae_config = source.read("vae", family.vae.config.from_json)
     text = family.text(text_config)
+    network = family.network(config, source.dtype, source.remat)
+    denoiser = family.denoiser(network, vae_config.factor)
     _check_widths(
         source, family.vae.channels(vae_config), config.in_channels,
-        len(text.taps) * text_config.hidden_size, family.text_width(config),
+        len(text.taps) * text_config.hidden_size, denoiser.text_width,
     )
     depth = max(text.taps)
     if text_config.num_layers < depth:
@@ -192,11 +191,10 @@ def open_networks(source: Source) -> Networks:
     if not family.is_distilled(source.index):
         log.warning("%s: not step-distilled, so made for guidance, which is not done here",
                     source.directory)
-    network = family.network(config, source.dtype, source.remat)
     dynamic = family.shift is not None
     return Networks(
         family=family,
-        denoiser=family.denoiser(network, vae_config.factor),
+        denoiser=denoiser,
         vae=family.vae.network(vae_config, source.vae_dtype),
         text_encoder=Qwen3(text_config, depth, source.dtype),
         text=text,

@@ -47,7 +47,6 @@ FLUX2 = Family(
     other_tables=(flux2_bfl_table,),
     modules=flux2_modules,
     targets=FLUX2_TARGETS,
-    text_width=lambda config: config.joint_attention_dim,
     text=lambda config: TextRules((9, 18, 27), False, (512,), attends_pads=True),
     vae=FLUX2_VAE,
     published={

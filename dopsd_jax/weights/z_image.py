@@ -26,7 +26,6 @@ Z_IMAGE = Family(
     table=z_image_table,
     modules=z_image_modules,
     targets=Z_IMAGE_TARGETS,
-    text_width=lambda config: config.cap_feat_dim,
     text=_text,
     vae=PLAIN_VAE,
     published={"z_image_turbo": ZImageConfig.turbo()},

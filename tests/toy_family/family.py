@@ -14,7 +14,6 @@ TOY = Family(
     table=toy_table,
     modules=toy_modules,
     targets=TOY_TARGETS,
-    text_width=lambda config: config.words,
     text=lambda config: TextRules((1, 3), True, (64, 128), attends_pads=False),
     vae=PLAIN_VAE,
     published={"toy": ToyConfig()},

@@ -116,6 +116,8 @@ def test_it_is_planned_with_its_own_share_computed_again(config):
     config.remat = "full"
     assert step.parts["recomputed"] < 0.4 * whole
     assert plan.step_flops(config).parts["recomputed"] == whole
+    config.model, config.published = "", "toy"
+    assert plan.step_flops(config).parts["student forward"] == whole
 
 
 def test_its_shift_follows_the_picture(toy):
