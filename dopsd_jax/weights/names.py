@@ -108,13 +108,13 @@ class Modules:
         return iter(self.rules)
 
 
-def expanded(rule: Rule, name: str) -> Iterator[tuple[str, str]]:
-    """(tensor, `name`) of a rule for each choice of its groups; {layer} stays as it is."""
-    groups = re.findall(r"\(\?P<(\w+)>([^)]*)\)", rule.pattern)
+def _expanded(r: Rule) -> Iterator[tuple[str, str]]:
+    """(tensor, target) of a rule for each choice of its groups; {layer} stays as it is."""
+    groups = re.findall(r"\(\?P<(\w+)>([^)]*)\)", r.pattern)
     chosen = [(g, ["{layer}"] if g == "layer" else values.split("|")) for g, values in groups]
     for values in itertools.product(*(choices for _, choices in chosen)):
         filled = dict(zip((g for g, _ in chosen), values, strict=True))
-        yield rule.template.format(**filled), name.format(**filled)
+        yield r.template.format(**filled), r.target.format(**filled)
 
 
 def linear_modules(table: Iterable[Rule], comfyui: str, *, idle: Iterable[str] = ()) -> Modules:
@@ -123,13 +123,14 @@ def linear_modules(table: Iterable[Rule], comfyui: str, *, idle: Iterable[str] =
     Args:
         table: Its rules are of `rule`; a group other than {layer} lists its values, "q|k|v".
         comfyui: See `Modules`.
-        idle: Modules without weights whose names a suffix of a Linear's name ends, as templates.
-            PEFT refuses a suffix that hits one, so that lora_files must know of them.
+        idle: Templates of modules that hold no weights (activations, lists of modules) and whose
+            path may end like that of a Linear. PEFT refuses a target that also matches such a
+            module, so the writer of PEFT files has to know them.
     """
     found = [
         (module.removesuffix(".weight"), target.removesuffix("/kernel"))
         for r in table if r.target is not None and r.target.endswith("/kernel")
-        for module, target in expanded(r, r.target)
+        for module, target in _expanded(r)
     ]
     found.sort(key=lambda pair: "{layer}" not in pair[0])  # those of blocks come first
     return Modules((*(rule(*pair) for pair in found), *(rule(m, None) for m in idle)), comfyui)
@@ -139,7 +140,7 @@ def stacks_of(table: Iterable[Rule]) -> tuple[str, ...]:
     """Names of the stacks of layers in a network's parameters, from its name table."""
     names = (
         target for r in table if r.target is not None and "(?P<layer>" in r.pattern
-        for _, target in expanded(r, r.target)
+        for _, target in _expanded(r)
     )
     return tuple(dict.fromkeys(name.partition("/")[0] for name in names))
 

@@ -122,7 +122,7 @@ def test_it_is_planned_with_its_own_share_computed_again(config):
 
 def test_its_shift_follows_the_picture(toy):
     pipe = load_pipeline(toy, parts=())
-    assert pipe.shift is None and pipe.shift_at(4, 64, 128) == 1 + 8 * 16 / 64
+    assert pipe.shift is None and pipe.shift_at(4, 64, 96) == 1 + 8 * 12 / 64
 
 
 def test_its_arrays_lie_as_its_names_say(toy_registered, monkeypatch):
