@@ -10,11 +10,14 @@ from pathlib import Path
 from absl import flags
 
 from dopsd_jax.core import cli, mirror
+from dopsd_jax.core.trees import Tree
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.families import lora_rules_of, transformer_table
-from dopsd_jax.weights.pipeline import load_pipeline
+from dopsd_jax.weights.families import example, family_of_tree, transformer_table
+from dopsd_jax.weights.names import Modules
+from dopsd_jax.weights.pipeline import load_pipeline, read_config
 from dopsd_jax.weights.save import write_component
+from dopsd_jax.weights.shipped import pipeline_directory
 
 FLAGS = flags.FLAGS
 FORMATS = lora_files.FORMATS
@@ -42,11 +45,23 @@ def export(
         raise ValueError(f"format: expected one of {sorted(FORMATS)}, got {fmt!r}")
     cli.check_directory(Path(out).parent)
     workdir = mirror.local_copy(workdir)
-    if workdir_lib.read_config(workdir)["trainable"] == "full":
+    config = workdir_lib.read_config(workdir)
+    if config["trainable"] == "full":
         _export_full(workdir, fmt, out, step, role, overwrite)
         return
     tree, spec = workdir_lib.read_lora(workdir, step=step, role=role)
-    FORMATS[fmt](out, tree, spec, lora_rules_of(tree).modules, overwrite=overwrite)
+    FORMATS[fmt](out, tree, spec, _modules(config["model"], tree), overwrite=overwrite)
+
+
+def _modules(model: str, tree: Tree) -> Modules:
+    """What files call the linear layers of a LoRA: a network's config may stand in the names.
+
+    A run can be exported without its model; the names are then those of the published one.
+    """
+    family = family_of_tree(tree)
+    file = pipeline_directory(model) / "transformer" / "config.json"
+    config = read_config(file, family.config.from_json) if file.is_file() else example(family)
+    return family.modules(config)
 
 
 def _export_full(

@@ -9,9 +9,12 @@ from safetensors.numpy import load_file, save_file
 
 from dopsd_jax import export as export_lib
 from dopsd_jax.core.checkpoints import Checkpoints
+from dopsd_jax.models.z_image import ZImageConfig
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
+from dopsd_jax.weights.z_image import Z_IMAGE
+
+Z_IMAGE_MODULES = Z_IMAGE.modules(ZImageConfig())
 
 CONFIG = {"model": "m", "trainable": "lora", "teacher": "ema", "lora": {"rank": 2, "alpha": 4.0}}
 

@@ -21,8 +21,9 @@ from dopsd_jax.method.train_step import (
     make_optimizer,
     make_train_step,
 )
-from dopsd_jax.models.denoiser import Context, ZImageDenoiser
+from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.weights.pipeline import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 

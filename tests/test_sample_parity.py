@@ -10,9 +10,12 @@ from diffusers import ZImagePipeline
 
 from dopsd_jax import sample, weights
 from dopsd_jax.core import trees
+from dopsd_jax.models.z_image import ZImageConfig
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import transformer_shapes
-from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
+from dopsd_jax.weights.z_image import Z_IMAGE
+
+Z_IMAGE_MODULES = Z_IMAGE.modules(ZImageConfig())
 
 PROMPTS = ["a red fox", "a long description of a quiet harbour town, with boats and gulls, at dawn"]
 HEIGHT, WIDTH = 96, 64

@@ -18,8 +18,9 @@ from dopsd_jax.bench.case import ALPHA, DTYPES, MODELS, RANK, STEPS, WARM_UPS, C
 from dopsd_jax.core import sharding
 from dopsd_jax.core.trees import Tree, map_named
 from dopsd_jax.data.buckets import Bucket
-from dopsd_jax.models.denoiser import Context, ZImageDenoiser
+from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.step import Step
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,20 +35,64 @@ COMPILER_OPTIONS = {  # by how a chip names itself
 }
 
 # Name -> how the last axes of an array lie on the mesh; axes before them, such as a stack's, stay
-# whole. The first pattern that matches the end of a name counts. Names of trained trees, moments
-# and averages end as their parameters do.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    # [in, out] of linears whose outputs are heads or MLP columns, and of those that take them.
-    (r"(to_q|to_k|to_v|add_[qkv]_proj|w1|w3|[qkv]_proj|gate_proj|up_proj|linear_fc1)/kernel",
-     ("fsdp", "tensor")),
-    (r"(to_out|to_add_out|w2|o_proj|down_proj|linear_fc2)/kernel", ("tensor", "fsdp")),
-    (r"kernel", ("fsdp", None)),
-    (r"embed_tokens", ("fsdp", None)),
-    (r"a", ("fsdp", None)),  # LoRA [in, r] and [r, out]
-    (r"b", (None, "fsdp")),
-    (r"scale|bias|bn_mean|bn_var|\w+_pad_token|pos_embed", ()),
-    (r"step|rng|count", ()),  # of a train state
-)
+# whole. The last part of a name counts: names of trained trees, moments and averages end as their
+# parameters do. What a network adds with `add_names` comes before these.
+RULES: dict[str, tuple[str | None, ...]] = {
+    "kernel": ("fsdp", None),  # of a linear layer, [in, out]
+    "embed_tokens": ("fsdp", None),
+    "a": ("fsdp", None), "b": (None, "fsdp"),  # LoRA [in, r] and [r, out]
+    **dict.fromkeys(("scale", "bias"), ()),
+    **dict.fromkeys(("step", "rng", "count"), ()),  # of a train state
+}
+_ADDED: dict[str, tuple[str | None, ...]] = {}  # like RULES, by one or two parts of a name
+
+
+def add_names(
+    columns: Sequence[str] = (), rows: Sequence[str] = (), whole: Sequence[str] = ()
+) -> None:
+    """Says where parameters of a network lie that RULES do not know or would place otherwise.
+
+    Networks share one table, so the order in which they are added does not matter: a name has one
+    place, whoever asks.
+
+    Args:
+        columns: Linears whose outputs are heads or MLP columns; the axis "tensor" splits these.
+        rows: Linears that take such outputs; "tensor" splits their inputs.
+        whole: Other parameters, which every device holds whole.
+
+    Raises:
+        ValueError: A name that has another place already.
+    """
+    wanted = {
+        **{f"{name}/kernel": ("fsdp", "tensor") for name in columns},
+        **{f"{name}/kernel": ("tensor", "fsdp") for name in rows},
+        **dict.fromkeys(whole, ()),
+    }
+    known = RULES | _ADDED
+    wrong = [
+        f"{name}: expected its place {known[name]}, which RULES or another network gave it, got "
+        f"{axes}" for name, axes in wanted.items() if known.get(name, axes) != axes
+    ]
+    if both := set(columns) & set(rows):
+        wrong.append(f"{', '.join(sorted(both))}: expected among columns or among rows, got both")
+    if wrong:
+        raise ValueError("sharding: " + "; ".join(wrong) + "; call the parameter something else")
+    _ADDED.update(wanted)
+
+
+def _axes_of(name: str) -> tuple[str | None, ...]:
+    """The place of a parameter by the last two parts of its name, or by the last.
+
+    Raises:
+        KeyError: Nobody has said where it lies.
+    """
+    last_two = "/".join(name.split("/")[-2:])
+    last = name.rpartition("/")[2]
+    for part in (last_two, last):
+        for table in (_ADDED, RULES):
+            if part in table:
+                return table[part]
+    raise KeyError(name)
 
 
 def mesh_sizes(count: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
@@ -141,7 +184,7 @@ def all_gather_param(name: str, w: jax.Array) -> jax.Array:
     what is moved should be small.
 
     Args:
-        name: Of the parameter; RULES place it.
+        name: Of the parameter, by which it is placed.
         w: [in, out], one layer of a stack.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -176,16 +219,14 @@ def barrier(inputs: Tree, variables: Tree) -> tuple[Tree, Tree]:
 
 
 def spec_of(name: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """Where a parameter lies on a mesh, by RULES.
+    """Where a parameter lies on a mesh, by RULES and what `add_names` added to them.
 
     An axis that does not divide stays whole; fsdp then takes the other of the last two, if it can.
 
     Raises:
         KeyError: No rule matches the name.
     """
-    axes = next((a for pattern, a in RULES if re.search(rf"(^|/)({pattern})$", name)), None)
-    if axes is None:
-        raise KeyError(name)
+    axes = _axes_of(name)
     size = int(np.prod(shape[len(shape) - len(axes):])) if axes else 0
     if size < MIN_SHARDED_SIZE or len(shape) < len(axes):
         return PartitionSpec()
@@ -212,7 +253,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shard(mesh: Mesh, shapes: Tree) -> Tree:
-    """Where every array of a tree lies, by RULES: parameters, LoRA, moments and averages alike.
+    """Where every array of a tree lies: parameters, LoRA, moments and averages alike.
 
     Raises:
         ValueError: Every array that no rule accounts for, together.
@@ -228,7 +269,7 @@ def shard(mesh: Mesh, shapes: Tree) -> Tree:
     if unknown:
         raise ValueError(
             "no sharding rule accounts for: " + ", ".join(unknown)
-            + "; add one to RULES of dopsd_jax/core/sharding.py"
+            + "; add one to RULES of dopsd_jax/core/sharding.py or to the network's ParamNames"
         )
     return jax.tree_util.tree_unflatten(structure, placed)
 

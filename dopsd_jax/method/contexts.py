@@ -24,10 +24,10 @@ from dopsd_jax.core import sharding
 from dopsd_jax.data import prompts as prompts_lib
 from dopsd_jax.data.drafts import Needs
 from dopsd_jax.models.denoiser import Context, reference_tokens
+from dopsd_jax.models.family import TextRules
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import VisionTower, multimodal_features
 from dopsd_jax.models.vae import Vae
-from dopsd_jax.weights.families import TextRules
 from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage
 
 STUDENT, TEACHER = "student", "teacher"

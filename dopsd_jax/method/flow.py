@@ -5,8 +5,6 @@ sigma runs from 1 (noise) to 0 (data) and is float32 everywhere.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import numpy as np
 
@@ -21,7 +19,7 @@ def sigmas_shifted(num_steps: int, shift: float) -> np.ndarray:
 
     Args:
         num_steps: S, the number of denoiser calls, 1 to MAX_STEPS.
-        shift: s > 0; 1 is linear, Z-Image-Turbo ships 3, FLUX.2 has `empirical_shift`.
+        shift: s > 0; 1 is linear, Z-Image-Turbo ships 3, see `Pipeline.shift_at`.
 
     Returns:
         float32 [S + 1], from exactly 1 down to exactly 0.
@@ -55,27 +53,6 @@ def sigmas_reference8() -> np.ndarray:
 
     grid = shifted(np.linspace(1.0, shifted(1e-3), 9))
     return np.append(grid[:8], 0).astype(np.float32)
-
-
-def empirical_shift(num_steps: int, num_tokens: int) -> float:
-    """The shift s = e^mu of FLUX.2: larger pictures spend longer in the noise.
-
-    Args:
-        num_steps: S.
-        num_tokens: Image tokens of the picture that is drawn; references do not count.
-
-    Source: diffusers Flux2KleinPipeline, `compute_empirical_mu`, for an exponential time shift,
-        e^mu / (e^mu + 1 / u - 1), which is `sigmas_shifted`.
-    """
-    slope10, bias10 = 8.73809524e-05, 1.89833333
-    slope200, bias200 = 0.00016927, 0.45666666
-    mu200 = slope200 * num_tokens + bias200
-    if num_tokens > 4300:
-        return math.exp(mu200)
-    mu10 = slope10 * num_tokens + bias10
-    # A line in S through the values measured at 10 and at 200 steps.
-    slope = (mu200 - mu10) / 190.0
-    return math.exp(slope * num_steps + mu200 - 200.0 * slope)
 
 
 def sigmas_reference(num_steps: int, shift: float) -> np.ndarray:

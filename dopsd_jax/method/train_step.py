@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -20,7 +22,6 @@ from dopsd_jax.models.denoiser import Context
 TEACHERS = ("ema", "frozen", "live")
 TRAINABLE = ("lora", "full")
 OPTIMIZERS = ("adamw", "muon")
-MUON_STACKS = ("layers", "noise_refiner", "context_refiner", "mid_block")
 
 
 @flax.struct.dataclass
@@ -109,7 +110,7 @@ class Method:
 def make_optimizer(
     *, learning_rate: float, warmup_steps: int, b1: float, b2: float, eps: float,
     weight_decay: float, max_grad_norm: float, optimizer: str = "adamw", decay_steps: int = 0,
-    num_train_steps: int = 0, moments_dtype: str = "float32",
+    num_train_steps: int = 0, moments_dtype: str = "float32", stacks: Sequence[str] = (),
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW or Muon.
 
@@ -120,12 +121,15 @@ def make_optimizer(
         optimizer: "adamw", or "muon": orthogonalised momentum for the kernels inside blocks, its
             steps scaled to the size of Adam's, and Adam for everything else.
         moments_dtype: In which the moments are kept between updates, which are float32 inside.
+        stacks: Of "muon": regexes of the names under which blocks stand in the parameters.
 
     Raises:
         ValueError: Unknown optimizer.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {OPTIMIZERS}, got {optimizer!r}")
+    if optimizer == "muon" and not stacks:
+        raise ValueError("optimizer muon: expected the names of the stacks of blocks, got none")
 
     def schedule(count):
         rate = learning_rate * jnp.minimum(1.0, (count + 1) / max(warmup_steps, 1))
@@ -137,7 +141,7 @@ def make_optimizer(
         update = optax.contrib.muon(
             schedule, adam_b1=b1, adam_b2=b2, eps=eps, weight_decay=weight_decay,
             adam_weight_decay=weight_decay, consistent_rms=0.2,
-            muon_weight_dimension_numbers=_muon_dimensions,
+            muon_weight_dimension_numbers=functools.partial(_muon_dimensions, stacks=stacks),
         )
     else:
         update = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
@@ -186,11 +190,12 @@ def _kept_in(
     return optax.GradientTransformation(init, update)
 
 
-def _muon_dimensions(params: Tree) -> Tree:
+def _muon_dimensions(params: Tree, stacks: Sequence[str]) -> Tree:
     """Which axes of a kernel are its inputs and outputs; None where Muon does not apply."""
     def dimensions(path, x):
         names = [k.key for k in path]
-        if names[-1] != "kernel" or not any(n in MUON_STACKS or "blocks" in n for n in names[:-1]):
+        in_block = any(re.fullmatch(stack, n) for stack in stacks for n in names[:-1])
+        if names[-1] != "kernel" or not in_block:
             return None
         kind = optax.contrib.MuonDimensionNumbers
         if x.ndim == 4:  # convolution [kh, kw, in, out]

@@ -34,8 +34,11 @@ from dopsd_jax.mini import encoding
 from dopsd_jax.mini import world as world_lib
 from dopsd_jax.mini.guidance import GuidedContext, guided
 from dopsd_jax.mini.model import fresh, save_models
+from dopsd_jax.models import qwen3, qwen3_vl
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import loop, previews
+from dopsd_jax.weights.families import transformer_table
+from dopsd_jax.weights.names import stacks_of
 from dopsd_jax.weights.pipeline import (
     Pipeline,
     VisionLanguage,
@@ -304,7 +307,10 @@ def prepare(config: ConfigDict, workdir: Path):
         PLACEMENT: _reader(network.dim, world_lib.PLACEMENT),
         PICTURE: _reader(network.cap_feat_dim, numbers // encoding.IMAGE_TOKENS),
     }
-    optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
+    stacks = (*stacks_of(transformer_table(pipe.denoiser)), *qwen3.STACKS, *qwen3_vl.STACKS)
+    optimizer = make_optimizer(
+        **config.optimizer.to_dict(), num_train_steps=config.num_train_steps, stacks=stacks
+    )
     state = init_state(
         jax.tree.map(jnp.asarray, params | readers), optimizer,
         jax.random.key_data(jax.random.key(config.seed + 1)),

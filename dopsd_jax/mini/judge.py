@@ -151,7 +151,9 @@ def prepare(config: ConfigDict, workdir: Path):
     scenes = data_lib.read_part(config.data, "scenes")
     blank = jnp.zeros((1, *train.pixels.shape[1:]))
     params = jax.jit(Judge().init)(jax.random.key(config.seed), blank)["params"]
-    optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
+    optimizer = make_optimizer(
+        **config.optimizer.to_dict(), num_train_steps=config.num_train_steps, stacks=("blocks_.*",)
+    )
     state = init_state(params, optimizer, jax.random.key_data(jax.random.key(config.seed + 1)))
     method = Method(
         trainable="full", teacher="ema", ema_decay=config.ema_decay, ema_warmup=True

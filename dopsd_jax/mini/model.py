@@ -23,12 +23,12 @@ from tokenizers import pre_tokenizers, trainers
 from dopsd_jax.core import cli, trees
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig
 from dopsd_jax.weights import random_pipeline, random_tokenizer
+from dopsd_jax.weights.families import transformer_table
 from dopsd_jax.weights.pipeline import load_pipeline, read_json
 from dopsd_jax.weights.qwen3_names import qwen3_table, vision_table
 from dopsd_jax.weights.random_pipeline import Sizes
 from dopsd_jax.weights.save import replace_tensors
 from dopsd_jax.weights.vae_names import vae_table
-from dopsd_jax.weights.z_image_names import z_image_table
 
 FLAGS = flags.FLAGS
 PIPELINE, VLM = "pipeline", "qwen3_vl"
@@ -136,9 +136,7 @@ def save_models(
         text = pipe.text_encoder
         vision = Qwen3VLConfig.from_json(read_json(new_vlm / "config.json")).vision
         tables = {
-            "transformer": (
-                new_pipeline / "transformer", z_image_table(pipe.denoiser.network.config)
-            ),
+            "transformer": (new_pipeline / "transformer", transformer_table(pipe.denoiser)),
             "vae": (new_pipeline / "vae", vae_table(pipe.vae.config)),
             "text_encoder": (new_pipeline / "text_encoder", qwen3_table(text.config, text.depth)),
             "vision": (new_vlm, vision_table(vision)),

@@ -22,7 +22,6 @@ from dopsd_jax.mini.model import save_models
 from dopsd_jax.run import loop, loras
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import Pipeline
-from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
 
 TARGETS = (r".*/(attention|feed_forward)/.*/kernel", r".*/adaLN_modulation/kernel")
 UNDO = "undistilled_lora.safetensors"  # what turns the distilled transformer back into the base
@@ -129,7 +128,7 @@ def prepare(config: ConfigDict, workdir: Path):
         save_models(config.model, config.vlm, workdir, {"transformer": merged})
         undo = jax.tree.map(np.asarray, lora.scaled(state.teacher[STUDENT], -1.0))
         spec = lora_files.LoraSpec(config.rank, float(config.rank), "")
-        lora_files.save_diffusers(workdir / UNDO, undo, spec, Z_IMAGE_MODULES)
+        lora_files.save_diffusers(workdir / UNDO, undo, spec, pipe.lora.modules)
 
     return loop.Task(
         state, lambda state, batch: step_fn(state, pipe.params, batch), make_batch, preview,

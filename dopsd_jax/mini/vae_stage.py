@@ -16,7 +16,7 @@ from dopsd_jax.data.images import to_uint8
 from dopsd_jax.method.train_step import Method, init_state, make_optimizer, make_train_step
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini.model import fresh, save_models
-from dopsd_jax.models.vae import Vae
+from dopsd_jax.models.vae import STACKS, Vae
 from dopsd_jax.run import loop, previews
 from dopsd_jax.weights.pipeline import load_pipeline, vae_shapes
 
@@ -69,7 +69,9 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple[loop.Task, object]:
     test = data_lib.read_part(config.data, "judge_test")
     pipe = load_pipeline(config.model, dtype="float32", parts=())
     vae, size = pipe.vae, scenes.pixels.shape[1]
-    optimizer = make_optimizer(**config.optimizer.to_dict(), num_train_steps=config.num_train_steps)
+    optimizer = make_optimizer(
+        **config.optimizer.to_dict(), num_train_steps=config.num_train_steps, stacks=STACKS
+    )
     state = init_state(
         jax.tree.map(jnp.asarray, fresh(vae_shapes(vae), jax.random.key(config.seed))), optimizer,
         jax.random.key_data(jax.random.key(config.seed + 1)),

@@ -1,20 +1,22 @@
-"""The seam between the method and the model families: every family is v = dx/dsigma here."""
+"""The seam between the method and the model families: every family is v = dx/dsigma here.
+
+The method knows `Denoiser` alone, the protocol.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dopsd_jax.core import sharding
 from dopsd_jax.core.checks import check_shapes
-from dopsd_jax.models.flux2 import Flux2Transformer, image_ids
-from dopsd_jax.models.z_image import ZImageTransformer, round_up
+from dopsd_jax.models.rope import image_ids
 
 Variables = dict[str, Any]
 
@@ -44,66 +46,45 @@ class Passes:
     Attributes:
         layers: (regex of the names of layers, tokens); the first match counts.
         attends: Stack of layers -> length of the sequence that attends to itself in each.
+        matmuls_again: Share of the products with weights that the remat policy "matmuls", see
+            models/layers.py, computes again.
     """
 
     layers: tuple[tuple[str, int], ...]
     attends: dict[str, int]
+    matmuls_again: float
 
 
-def _latent_shape(denoiser: Denoiser, height: int, width: int) -> tuple[int, int, int]:
-    m = denoiser.pixel_multiple
-    if height < m or width < m or height % m or width % m:
-        raise ValueError(
-            f"image size: expected height and width in positive multiples of {m}, got "
-            f"{height}x{width} (height x width)"
-        )
-    f = denoiser.pixels_per_latent
-    return height // f, width // f, denoiser.network.config.in_channels
+class Denoiser(Protocol):
+    """A family's network as the method sees it: a frozen dataclass with these fields.
 
-
-@dataclasses.dataclass(frozen=True)
-class ZImageDenoiser:
-    """Z-Image: the network sees t = 1 - sigma and points from noise to data.
-
-    With a mesh, evaluations are spread over it; all arrays they get must live on its devices.
+    Attributes:
+        network: The Flax module; its config has `dim`, the width of all that attends.
+        pixels_per_latent: Of the VAE, along each side.
+        mesh: Over which evaluations are spread, or None; all arrays they get must then live on its
+            devices.
+        max_references: How many reference images it takes; their tokens come with positions
+            (t, h, w, 0), see `reference_tokens`.
+        pixel_multiple: Image sides must be multiples of this: one token is so many pixels.
+        text_width: D of the text features.
     """
 
-    network: ZImageTransformer
-    pixels_per_latent: int = 8
-    mesh: Mesh | None = None
-
-    max_references = 0
-
-    @property
-    def pixel_multiple(self) -> int:
-        """Image sides must be multiples of this: one token is so many pixels."""
-        return self.pixels_per_latent * self.network.config.patch_size
+    network: nn.Module
+    pixels_per_latent: int
+    mesh: Mesh | None
+    max_references: int
 
     @property
-    def text_width(self) -> int:
-        """D of the text features."""
-        return self.network.config.cap_feat_dim
+    def pixel_multiple(self) -> int: ...
+
+    @property
+    def text_width(self) -> int: ...
 
     def passes(self, image: int, text: int, references: int = 0) -> Passes:
-        """Where so many tokens of an image and its text pass; it takes no references."""
-        del references
-        padded = round_up(image)
-        return Passes(
-            (
-                (r".*adaLN_modulation|t_embedder/.*|final_modulation", 1),
-                (r"layers/.*", padded + text), (r"noise_refiner/.*", padded),
-                (r"context_refiner/.*|cap_embedder", text), (r"x_embedder|final_linear", image),
-            ),
-            {"layers": padded + text, "noise_refiner": padded, "context_refiner": text},
-        )
+        """Where so many tokens of an image, its text and its references pass."""
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape [h, w, C] of the latents of one image.
-
-        Raises:
-            ValueError: Sides that are not positive multiples of `pixel_multiple`.
-        """
-        return _latent_shape(self, height, width)
+        """Shape [h, w, C] of the latents of one image, see `latent_shape`."""
 
     def velocity(
         self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context
@@ -118,107 +99,26 @@ class ZImageDenoiser:
 
         Returns:
             float32 [B, h, w, C].
-
-        Raises:
-            ValueError: A context with reference tokens, which this family cannot take.
         """
-        return -self._apply(variables, x, sigma, ctx).astype(jnp.float32)
 
-    def velocity_and_layers(
-        self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context
-    ) -> tuple[jax.Array, jax.Array]:
-        """`velocity`, and what every layer of the main stream gives on, [layers, B, N, dim].
 
-        Image tokens come first in N. All layers stay in memory.
-        """
-        u, seen = self._apply(variables, x, sigma, ctx, mutable=["intermediates"])
-        return -u.astype(jnp.float32), seen["intermediates"]["layers"]["hidden"][0]
+def latent_shape(denoiser: Denoiser, height: int, width: int) -> tuple[int, int, int]:
+    """Shape [h, w, C] of the latents of one image.
 
-    def _apply(self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context, **kwargs):
-        dims = check_shapes(
-            "velocity", x=(x, "B h w C"), text=(ctx.text, "B L D"), mask=(ctx.text_mask, "B L")
+    Raises:
+        ValueError: Sides that are not positive multiples of `pixel_multiple`.
+    """
+    m = denoiser.pixel_multiple
+    if height < m or width < m or height % m or width % m:
+        raise ValueError(
+            f"image size: expected height and width in positive multiples of {m}, got "
+            f"{height}x{width} (height x width)"
         )
-        if ctx.ref_tokens is not None:
-            raise ValueError("Z-Image takes no reference tokens; use the recipe vlm")
-        t = jnp.broadcast_to(1.0 - jnp.asarray(sigma, jnp.float32), (dims["B"],))
-        with sharding.use_mesh(self.mesh):
-            return self.network.apply(
-                variables, x.astype(self.network.dtype), t, ctx.text, ctx.text_mask, **kwargs
-            )
+    f = denoiser.pixels_per_latent
+    return height // f, width // f, denoiser.network.config.in_channels
 
 
 REFERENCE_SPACING = 10  # of the references' t coordinates; the image that is drawn has t = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Flux2Denoiser:
-    """FLUX.2: the network sees t = sigma, points from data to noise, and looks at references.
-
-    With a mesh, evaluations are spread over it; all arrays they get must live on its devices.
-    """
-
-    network: Flux2Transformer
-    pixels_per_latent: int = 16
-    mesh: Mesh | None = None
-    max_references = 100  # t = 10, 20, .., below the network's POSITIONS
-
-    @property
-    def pixel_multiple(self) -> int:
-        """Image sides must be multiples of this: one token is so many pixels."""
-        return self.pixels_per_latent
-
-    @property
-    def text_width(self) -> int:
-        """D of the text features."""
-        return self.network.config.joint_attention_dim
-
-    def passes(self, image: int, text: int, references: int = 0) -> Passes:
-        """Where so many tokens of an image, its text and its references pass."""
-        seen, whole = image + references, image + references + text
-        return Passes(
-            (
-                (r"time_embedder/.*|.*_modulation.*|norm_out", 1),
-                (r"transformer_blocks/attn/(add_._proj|to_add_out)|.*/ff_context/.*|"
-                 r"context_embedder", text),
-                (r"single_transformer_blocks/.*", whole),
-                (r"transformer_blocks/.*|x_embedder", seen), (r"proj_out", image),
-            ),
-            {"transformer_blocks": whole, "single_transformer_blocks": whole},
-        )
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape [h, w, C] of the latents of one image.
-
-        Raises:
-            ValueError: Sides that are not positive multiples of `pixel_multiple`.
-        """
-        return _latent_shape(self, height, width)
-
-    def velocity(
-        self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context
-    ) -> jax.Array:
-        """v = dx/dsigma = noise - x0 at x.
-
-        Args:
-            variables: {"params": ..} and, with LoRA, {"lora": ..} already scaled.
-            x: float32 [B, h, w, C].
-            sigma: float32 scalar or [B].
-            ctx: Context of the batch; its mask is not read, because no token is masked.
-
-        Returns:
-            float32 [B, h, w, C].
-        """
-        dims = check_shapes("velocity", x=(x, "B h w C"), text=(ctx.text, "B L D"))
-        sigma = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), (dims["B"],))
-        with sharding.use_mesh(self.mesh):
-            v = self.network.apply(
-                variables, x.astype(self.network.dtype), sigma, ctx.text, ctx.ref_tokens,
-                ctx.ref_ids,
-            )
-        return v.astype(jnp.float32)
-
-
-Denoiser = ZImageDenoiser | Flux2Denoiser
 
 
 def reference_tokens(latents: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:

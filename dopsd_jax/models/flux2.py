@@ -17,12 +17,29 @@ import numpy as np
 
 from dopsd_jax.core.checks import check_shapes
 from dopsd_jax.models.attention import attention
-from dopsd_jax.models.layers import Dense, Dtype, LayerNorm, RMSNorm, scan_layers, sinusoid
-from dopsd_jax.models.rope import axis_tables, gather_cos_sin, rotate_interleaved
+from dopsd_jax.models.layers import (
+    Dense,
+    Dtype,
+    LayerNorm,
+    ParamNames,
+    RMSNorm,
+    scan_layers,
+    sinusoid,
+)
+from dopsd_jax.models.rope import axis_tables, gather_cos_sin, image_ids, rotate_interleaved
 
 # Positions per axis. The checkpoint has no limit; 1024 are 16384 pixels a side and 102 references.
 POSITIONS = 1024
 TIME_SCALE = 1000.0
+# The fused linears are split as any other: their columns are of two kinds. The last ones are added
+# up as they are, without a norm, and the gates need them only if they train.
+NAMES = ParamNames(
+    columns=("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"),
+    rows=("to_out", "to_add_out"),
+    matmuls=("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "linear_in",
+             "to_qkv_mlp_proj"),
+    last=("to_out", "to_add_out", "linear_out"),
+)
 
 # What diffusers assumes for a key that config.json leaves out: the numbers of FLUX.2-dev.
 DIFFUSERS_DEFAULTS = {
@@ -248,15 +265,6 @@ class SingleBlock(nn.Module):
         return x + gate * ParallelAttention(self.config, self.dtype, name="attn")(h, cos, sin), None
 
 
-def image_ids(rows: int, cols: int, t: int = 0) -> np.ndarray:
-    """Positions (t, h, w, l) of an image's tokens in raster order: int32 [rows cols, 4].
-
-    t is 0 for the image that is drawn and 10, 20, .. for references.
-    """
-    h, w = np.divmod(np.arange(rows * cols, dtype=np.int32), np.int32(cols))
-    return np.stack([np.full_like(h, t), h, w, np.zeros_like(h)], axis=-1)
-
-
 def text_ids(length: int) -> np.ndarray:
     """Positions (0, 0, 0, n) of text tokens: int32 [length, 4]."""
     return np.pad(np.arange(length, dtype=np.int32)[:, None], ((0, 0), (3, 0)))
@@ -324,13 +332,13 @@ class Flux2Transformer(nn.Module):
         def modulation(parts, name):
             return dense(parts * c.dim, self.dtype, name)(nn.silu(time))[:, None]
 
-        double = scan_layers(DoubleBlock, c.num_layers, self.remat, num_broadcast=4)
+        double = scan_layers(DoubleBlock, c.num_layers, self.remat, NAMES, num_broadcast=4)
         (text, image), _ = double(c, self.dtype, name="transformer_blocks")(
             (text, image), modulation(6, "double_stream_modulation_txt"),
             modulation(6, "double_stream_modulation_img"), cos, sin,
         )
         both = jnp.concatenate([text, image], axis=1)
-        single = scan_layers(SingleBlock, c.num_single_layers, self.remat, num_broadcast=3)
+        single = scan_layers(SingleBlock, c.num_single_layers, self.remat, NAMES, 3)
         both, _ = single(c, self.dtype, name="single_transformer_blocks")(
             both, modulation(3, "single_stream_modulation"), cos, sin
         )

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from dopsd_jax.core.checks import check_shapes
+from dopsd_jax.models.layers import ParamNames
 from dopsd_jax.models.vae import CONV_FIELDS, Vae, read_config
 
 PATCH = 2  # raw latents per normalised one along h and w
+NAMES = ParamNames(whole=("bn_mean", "bn_var"))
 
 # The class defaults of diffusers, which are the published numbers.
 DIFFUSERS_DEFAULTS = {

@@ -6,6 +6,7 @@ their product is added. The network itself never learns who provides them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -105,14 +106,25 @@ def sinusoid(t: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-# The linears whose outputs the policy "matmuls" keeps: all but the last of attention and of MLPs.
-MATMULS = (
-    "to_q", "to_k", "to_v", "w1", "w3", "add_q_proj", "add_k_proj", "add_v_proj", "linear_in",
-    "to_qkv_mlp_proj",
-)
-# Those, which Z-Image norms before it adds them up: a norm's gradient needs what went in. FLUX.2
-# adds them as they are, and its gates need them only if they train.
-LAST = ("to_out", "w2", "to_add_out", "linear_out", "adaLN_modulation")
+@dataclasses.dataclass(frozen=True)
+class ParamNames:
+    """What a network calls its linears and parameters, by what is done with them.
+
+    Attributes:
+        columns, rows, whole: Where they lie on a mesh, see `sharding.add_names`.
+        matmuls: Linears of the blocks whose outputs the remat policy "matmuls" keeps: all but the
+            last of attention and of MLPs.
+        last: Those, and what modulates: "linears" keeps these too. They count where a norm follows,
+            whose gradient needs what went in.
+    """
+
+    columns: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    matmuls: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+
+
 # What brings a whole weight into being: a policy that keeps any of these values, the cast before
 # the gather included, keeps a whole weight per layer.
 WEIGHT_PRIMITIVES = (
@@ -136,12 +148,11 @@ def _linears(prim, *inputs, **params) -> bool:
 # attention and of the MLP's second half, "linears" what every linear layer gives, "dots" that too,
 # but products with base and with LoRA apart, "activations" all but gathered weights; "none" unrolls
 # the layers and keeps all.
-_names = jax.checkpoint_policies.save_only_these_names
-REMAT_POLICIES: dict[str, Callable | None] = {
+REMAT_POLICIES: dict[str, Callable | tuple[str, ...] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": _names(attention.NAME),
-    "matmuls": _names(attention.NAME, *MATMULS),
-    "linears": _names(attention.NAME, *MATMULS, *LAST),
+    "attention": (),  # attention's output, and the linears of these fields of ParamNames
+    "matmuls": ("matmuls",),
+    "linears": ("matmuls", "last"),
     "dots": _linears,
     "activations": _all_but_weights,
     "none": None,
@@ -171,13 +182,16 @@ def _placed(layer: type[nn.Module]) -> type[nn.Module]:
     return functools.wraps(layer, updated=())(Placed)
 
 
-def scan_layers(layer: type[nn.Module], length: int, remat: str, num_broadcast: int):
+def scan_layers(
+    layer: type[nn.Module], length: int, remat: str, names: ParamNames, num_broadcast: int
+):
     """Stacks `length` copies of `layer` on a leading parameter axis and runs them by nn.scan.
 
     Args:
         layer: Module class whose __call__ is (carry, *broadcast) -> (carry, None).
         length: Number of layers.
         remat: A key of REMAT_POLICIES.
+        names: Of the network, which say what some policies keep.
         num_broadcast: How many further arguments every layer sees unchanged.
 
     Returns:
@@ -188,9 +202,12 @@ def scan_layers(layer: type[nn.Module], length: int, remat: str, num_broadcast: 
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat: expected one of {sorted(REMAT_POLICIES)}, got {remat!r}")
-    layer = _placed(layer)
-    if REMAT_POLICIES[remat] is not None:
-        layer = nn.remat(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    layer, policy = _placed(layer), REMAT_POLICIES[remat]
+    if isinstance(policy, tuple):
+        kept = (name for field in policy for name in getattr(names, field))
+        policy = jax.checkpoint_policies.save_only_these_names(attention.NAME, *kept)
+    if policy is not None:
+        layer = nn.remat(layer, policy=policy, prevent_cse=False)
     return nn.scan(
         layer,
         variable_axes={"params": 0, "lora": 0, "intermediates": 0},
@@ -198,5 +215,5 @@ def scan_layers(layer: type[nn.Module], length: int, remat: str, num_broadcast: 
         in_axes=(nn.broadcast,) * num_broadcast,
         length=length,
         # Small networks: a loop would copy each layer's weights and activations out of the stack.
-        unroll=length if REMAT_POLICIES[remat] is None else 1,
+        unroll=length if policy is None else 1,
     )

@@ -15,8 +15,13 @@ import numpy as np
 
 from dopsd_jax.core.checks import COUNT, POSITIVE, check_shapes, value_problems
 from dopsd_jax.models.attention import attention
-from dopsd_jax.models.layers import Dense, Dtype, RMSNorm
+from dopsd_jax.models.layers import Dense, Dtype, ParamNames, RMSNorm
 from dopsd_jax.models.rope import rotate_half
+
+NAMES = ParamNames(
+    columns=("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), rows=("o_proj", "down_proj")
+)
+STACKS = ("layers",)
 
 
 @dataclasses.dataclass(frozen=True)

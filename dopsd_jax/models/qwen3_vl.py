@@ -28,12 +28,14 @@ from dopsd_jax.core.checks import (
     value_problems,
 )
 from dopsd_jax.models.attention import attention
-from dopsd_jax.models.layers import Dense, Dtype, LayerNorm
+from dopsd_jax.models.layers import Dense, Dtype, LayerNorm, ParamNames
 from dopsd_jax.models.qwen3 import Qwen3, inverse_frequencies, record, rope_theta, rope_values
 from dopsd_jax.models.rope import rotate_half
 
 VISION_ROPE_THETA = 10000.0
 NORM_EPS = 1e-6
+NAMES = ParamNames(columns=("linear_fc1",), rows=("linear_fc2",), whole=("pos_embed",))
+STACKS = ("blocks",)
 
 
 @dataclasses.dataclass(frozen=True)

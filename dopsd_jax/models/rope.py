@@ -20,6 +20,15 @@ def axis_tables(
     return tables
 
 
+def image_ids(rows: int, cols: int, t: int = 0) -> np.ndarray:
+    """Positions (t, h, w, l) of an image's tokens in raster order: int32 [rows cols, 4].
+
+    t is 0 for the image that is drawn and 10, 20, .. for references.
+    """
+    h, w = np.divmod(np.arange(rows * cols, dtype=np.int32), np.int32(cols))
+    return np.stack([np.full_like(h, t), h, w, np.zeros_like(h)], axis=-1)
+
+
 def gather_cos_sin(tables: Sequence[np.ndarray], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Looks positions up, axis by axis.
 

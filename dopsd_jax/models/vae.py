@@ -29,6 +29,7 @@ from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, Dtype
 
 NORM_EPS = 1e-6
+STACKS = (r"(down|up)_blocks_\d+", "mid_block")
 
 # What diffusers assumes for a key that config.json leaves out: its class defaults, some of
 # which (the quant convs) this port does not support.

@@ -14,12 +14,24 @@ import numpy as np
 
 from dopsd_jax.core.checks import COUNT, POSITIVE, check_shapes, list_of, value_problems
 from dopsd_jax.models.attention import attention
-from dopsd_jax.models.layers import Dense, Dtype, LayerNorm, RMSNorm, scan_layers, sinusoid
+from dopsd_jax.models.layers import (
+    Dense,
+    Dtype,
+    LayerNorm,
+    ParamNames,
+    RMSNorm,
+    scan_layers,
+    sinusoid,
+)
 from dopsd_jax.models.rope import axis_tables, gather_cos_sin, rotate_interleaved
 
 SEQUENCE_MULTIPLE = 32  # image and caption are each padded to it; the pads are attended
 TIME_CHANNELS = 256
-
+NAMES = ParamNames(
+    columns=("to_q", "to_k", "to_v", "w1", "w3"), rows=("to_out", "w2"),
+    whole=("x_pad_token", "cap_pad_token"),
+    matmuls=("to_q", "to_k", "to_v", "w1", "w3"), last=("to_out", "w2", "adaLN_modulation"),
+)
 
 KINDS = {
     "in_channels": COUNT, "dim": COUNT, "n_layers": COUNT, "n_refiner_layers": COUNT,
@@ -344,6 +356,6 @@ class ZImageTransformer(nn.Module):
 
     def _blocks(self, name: str, x: jax.Array, time, cos, sin, mask) -> jax.Array:
         length = self.config.n_layers if name == "layers" else self.config.n_refiner_layers
-        scanned = scan_layers(Block, length, self.remat, num_broadcast=4)
+        scanned = scan_layers(Block, length, self.remat, NAMES, num_broadcast=4)
         block = scanned(self.config, self.dtype, modulated=name != "context_refiner", name=name)
         return block(x, time, cos, sin, mask)[0]

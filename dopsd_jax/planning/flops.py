@@ -24,11 +24,13 @@ class Count:
         base: Products with the network's own weights.
         lora: Products with the low-rank factors.
         attention: Queries with keys, and weights with values.
+        matmuls_again: See `denoiser.Passes`.
     """
 
     base: float
     lora: float
     attention: float
+    matmuls_again: float = 1.0
 
     @property
     def total(self) -> float:
@@ -73,7 +75,7 @@ def forward(
         depth = next(x.shape[0] for n, x in flat.items() if n.startswith(f"{stack}/"))
         c = denoiser.network.config
         attention += depth * 4.0 * length**2 * c.dim
-    return Count(base, low_rank, attention)
+    return Count(base, low_rank, attention, passes.matmuls_again)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +99,10 @@ class Step:
         return sum(self.parts.values())
 
 
-# What share of a layer's forward products a policy of models/layers.py computes again: "matmuls"
-# in Z-Image to_out and w2, (1 + 8 / 3) of 12 D^2, in FLUX.2 less.
-_LINEAR_AGAIN = {"full": 1.0, "attention": 1.0, "matmuls": 11 / 36, "linears": 0.0, "dots": 0.0,
-                 "activations": 0.0, "none": 0.0}
+# What share of a layer's forward products a policy of models/layers.py computes again; that of
+# "matmuls" is the family's own.
+_LINEAR_AGAIN = {"full": 1.0, "attention": 1.0, "linears": 0.0, "dots": 0.0, "activations": 0.0,
+                 "none": 0.0}
 KERNELS_BACKWARD = 2.5  # attention kernels compute the weights again: five products for two
 
 
@@ -118,7 +120,8 @@ def train_step(
     weights = student.base if trainable == "full" else student.lora
     watching = teacher.total if teacher else 0.0
     attention_again = student.attention if remat == "full" else 0.0
-    again = _LINEAR_AGAIN[remat] * (student.base + student.lora) + attention_again
+    share = student.matmuls_again if remat == "matmuls" else _LINEAR_AGAIN[remat]
+    again = share * (student.base + student.lora) + attention_again
     parts = {
         "teacher forward": watching,
         "student forward": student.total,

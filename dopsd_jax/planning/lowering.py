@@ -21,8 +21,8 @@ from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.planning import compiler
 from dopsd_jax.run.step import Shapes, Step
-from dopsd_jax.weights.families import lora_rules_of, published_denoiser
-from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
+from dopsd_jax.weights.families import find, published_denoiser
+from dopsd_jax.weights.pipeline import load_pipeline
 
 
 def buckets_of(config: ConfigDict) -> tuple[Bucket, ...]:
@@ -53,8 +53,7 @@ def denoiser_of(config: ConfigDict) -> Denoiser:
 def step_of(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Step:
     """The run's own step; config.batch_size rows in all."""
     denoiser = denoiser_of(config)
-    presets = lora_rules_of(transformer_shapes(denoiser.network)).targets
-    return Step(config, denoiser, presets, mesh)
+    return Step(config, denoiser, find(denoiser.network.config).targets, mesh)
 
 
 def bytes_per_device(tree: Tree) -> int:

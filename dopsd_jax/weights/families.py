@@ -1,4 +1,4 @@
-"""What a pipeline directory holds, family by family: networks, tensor names, rules of its text.
+"""The registry of model families, and what a pipeline directory of any of them holds.
 
 `model_index.json` names the family. Everything here is known from the configs alone; weights are
 read by weights/pipeline.py, alike for all.
@@ -7,83 +7,117 @@ read by weights/pipeline.py, alike for all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 
-from dopsd_jax.core import trees
+from dopsd_jax.core import sharding, trees
 from dopsd_jax.core.checks import POSITIVE, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.core.trees import Tree
-from dopsd_jax.models.denoiser import Denoiser, Flux2Denoiser, ZImageDenoiser
-from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
-from dopsd_jax.models.flux2_vae import Flux2Vae, Flux2VaeConfig
+from dopsd_jax.models import qwen3, qwen3_vl
+from dopsd_jax.models.denoiser import Denoiser
+from dopsd_jax.models.family import Family, TextRules
+from dopsd_jax.models.layers import ParamNames
 from dopsd_jax.models.qwen3 import Qwen3, Qwen3Config
-from dopsd_jax.models.vae import Vae, VaeConfig
-from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
-from dopsd_jax.weights.flux2_names import (
-    FLUX2_MODULES,
-    FLUX2_TARGETS,
-    flux2_bfl_table,
-    flux2_table,
-)
+from dopsd_jax.weights.flux2 import FLUX2
 from dopsd_jax.weights.names import Modules, Rule, WeightsError
 from dopsd_jax.weights.qwen3_names import qwen3_table
-from dopsd_jax.weights.vae_names import (
-    decoder_table,
-    flux2_decoder_table,
-    flux2_vae_table,
-    vae_table,
-)
-from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES, Z_IMAGE_TARGETS, z_image_table
+from dopsd_jax.weights.z_image import Z_IMAGE
 
-FLUX2_TAPS = (9, 18, 27)
 DECODER = "vae_decoder"  # instead of "vae": latents to images alone
+FAMILIES: dict[str, Family] = {}  # by `pipeline`
+# (family, config) of published checkpoints by name.
+PUBLISHED: dict[str, tuple[Family, Any]] = {}
 
 
-@dataclasses.dataclass(frozen=True)
-class TextRules:
-    """How a family turns prompts into features.
+def register(family: Family) -> None:
+    """Makes a family known to everything that opens, trains, plans or exports a model.
 
-    Attributes:
-        taps: Depths of the text encoder whose outputs stand side by side in the features.
-        enable_thinking: Of the chat template.
-        lengths: Padded lengths to choose from, ascending.
-        attends_pads: Whether the denoiser attends to the features of pads: then the picture
-            depends on the padded length, and `lengths` is a single one.
+    Raises:
+        ValueError: Its `pipeline`, its config's class or a name of `published` is taken, or one of
+            its parameters' names has another place on a mesh already.
     """
+    taken = [f.pipeline for f in FAMILIES.values() if f.config is family.config]
+    taken += sorted(PUBLISHED.keys() & family.published.keys())
+    if family.pipeline in FAMILIES:
+        taken.append(family.pipeline)
+    if taken or not family.published:
+        raise ValueError(
+            f"family {family.pipeline}: expected a pipeline, a config class and at least one "
+            f"published name of its own, got {', '.join(taken) or 'no published name'}"
+        )
+    for names in (family.names, family.vae.names):
+        _add_names(names)
+    FAMILIES[family.pipeline] = family
+    PUBLISHED.update({name: (family, config) for name, config in family.published.items()})
 
-    taps: tuple[int, ...]
-    enable_thinking: bool
-    lengths: tuple[int, ...]
-    attends_pads: bool
+
+def _add_names(names: ParamNames) -> None:
+    sharding.add_names(names.columns, names.rows, names.whole)
+
+
+def find(key: Any, where: str | Path = "model family") -> Family:
+    """The family of a model.
+
+    Args:
+        key: The `_class_name` of its model_index.json, or the config of its transformer.
+        where: It stands; for the message.
+
+    Raises:
+        WeightsError: No registered family has it.
+    """
+    for family in FAMILIES.values():
+        if key == family.pipeline or isinstance(key, family.config):
+            return family
+    raise WeightsError(f"{where}: expected one of {', '.join(FAMILIES)}, got {key!r:.200}")
+
+
+def example(family: Family) -> Any:
+    """The config that stands for a family where no model is at hand."""
+    return next(iter(family.published.values()))
+
+
+def family_of_tree(tree: Tree) -> Family:
+    """The family that the names of a LoRA or of parameters belong to, or most of them.
+
+    Raises:
+        WeightsError: No family has any of these names.
+    """
+    paths = {name.rpartition("/")[0] for name in trees.flatten(tree)}
+    shared = {
+        name: len(paths & {r.target for r in family.modules(example(family))})
+        for name, family in FAMILIES.items()
+    }
+    best = max(shared, key=shared.get)
+    if not shared[best]:
+        raise WeightsError(
+            f"expected linear layers of one of {', '.join(FAMILIES)}, got "
+            f"{', '.join(sorted(paths)[:5]) or 'none'}"
+        )
+    return FAMILIES[best]
+
+
+_add_names(qwen3.NAMES)  # of the text encoder of all families, and of the eyes beside it
+_add_names(qwen3_vl.NAMES)
+register(Z_IMAGE)
+register(FLUX2)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraRules:
-    """LoRA of a family.
+    """LoRA of a model.
 
     Attributes:
         targets: Regexes over parameter names by preset, see lora.PRESETS.
         modules: How files name its Linears.
     """
 
-    targets: dict[str, tuple[str, ...]]
+    targets: Mapping[str, tuple[str, ...]]
     modules: Modules
-
-
-LORA_RULES = (
-    LoraRules(Z_IMAGE_TARGETS, Z_IMAGE_MODULES), LoraRules(FLUX2_TARGETS, FLUX2_MODULES),
-)
-Z_IMAGE_LORA, FLUX2_LORA = LORA_RULES
-
-
-def lora_rules_of(tree: Tree) -> LoraRules:
-    """The rules of the family that a LoRA's names belong to, or most of them."""
-    paths = {name.rpartition("/")[0] for name in trees.flatten(tree)}
-    return max(LORA_RULES, key=lambda rules: len(paths & {r.target for r in rules.modules}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +125,7 @@ class Networks:
     """A pipeline without weights.
 
     Attributes:
+        family: Whose.
         denoiser, vae, text_encoder: See `Pipeline`.
         text: Rules of its prompts.
         shift: The scheduler's static shift, or None where it depends on the picture's size.
@@ -98,8 +133,9 @@ class Networks:
         lora: Targets and names of its LoRA.
     """
 
+    family: Family
     denoiser: Denoiser
-    vae: Vae
+    vae: nn.Module
     text_encoder: Qwen3
     text: TextRules
     shift: float | None
@@ -129,90 +165,54 @@ class Source:
     remat: str
 
 
-def z_image(source: Source) -> Networks:
-    """Tongyi-MAI/Z-Image-Turbo and Z-Image."""
-    config = source.read("transformer", ZImageConfig.from_json)
-    text_config = source.read("text_encoder", Qwen3Config.from_json)
-    vae_config = source.read("vae", VaeConfig.from_json)
-    _check_widths(
-        source, vae_config.latent_channels, config.in_channels, text_config.hidden_size,
-        config.cap_feat_dim,
-    )
-    # The feature is the residual stream before the last layer, which is therefore never run.
-    depth = text_config.num_layers - 1
-    return Networks(
-        denoiser=ZImageDenoiser(
-            ZImageTransformer(config, source.dtype, source.remat), vae_config.factor
-        ),
-        vae=Vae(vae_config, source.vae_dtype),
-        text_encoder=Qwen3(text_config, depth, source.dtype),
-        # Fewer tokens for short prompts, few programs to compile, and the same picture, because
-        # whatever lies beyond the next 32 tokens is masked.
-        text=TextRules((depth,), True, (64, 128, 256, 512), attends_pads=False),
-        shift=source.read("scheduler", lambda values: _shift(values, dynamic=False)),
-        tables={"transformer": z_image_table(config), "vae": vae_table(vae_config),
-                DECODER: decoder_table(vae_config),
-                "text_encoder": qwen3_table(text_config, depth)},
-        lora=Z_IMAGE_LORA,
-    )
-
-
-def flux2(source: Source) -> Networks:
-    """FLUX.2-klein-4B and 9B."""
-    config = source.read("transformer", Flux2Config.from_json)
-    text_config = source.read("text_encoder", Qwen3Config.from_json)
-    vae_config = source.read("vae", Flux2VaeConfig.from_json)
-    _check_widths(
-        source, vae_config.normalised_channels, config.in_channels,
-        len(FLUX2_TAPS) * text_config.hidden_size, config.joint_attention_dim,
-    )
-    depth = max(FLUX2_TAPS)
-    if text_config.num_layers < depth:
-        raise WeightsError(
-            f"{source.directory}: the text encoder has {text_config.num_layers} layers, its "
-            f"features are taken after layers {FLUX2_TAPS}"
-        )
-    if not source.index.get("is_distilled", False):
-        log.warning("%s: not step-distilled, so made for guidance, which is not done here",
-                    source.directory)
-    return Networks(
-        denoiser=Flux2Denoiser(
-            Flux2Transformer(config, source.dtype, source.remat), vae_config.factor
-        ),
-        vae=Flux2Vae(vae_config, source.vae_dtype),
-        text_encoder=Qwen3(text_config, depth, source.dtype),
-        text=TextRules(FLUX2_TAPS, False, (512,), attends_pads=True),
-        shift=source.read("scheduler", lambda values: _shift(values, dynamic=True)),
-        tables={"transformer": [*flux2_table(config), *flux2_bfl_table(config)],
-                "vae": flux2_vae_table(vae_config),
-                DECODER: flux2_decoder_table(vae_config),
-                "text_encoder": qwen3_table(text_config, depth)},
-        lora=FLUX2_LORA,
-    )
-
-
-def transformer_table(denoiser: Denoiser) -> list[Rule]:
-    """The name table of a denoiser's network."""
-    config = denoiser.network.config
-    return (z_image_table if isinstance(config, ZImageConfig) else flux2_table)(config)
-
-
-FAMILIES = {"ZImagePipeline": z_image, "Flux2KleinPipeline": flux2}
-
-
 def open_networks(source: Source) -> Networks:
     """The networks of a pipeline directory.
 
     Raises:
         WeightsError: An unknown family, unsupported values, or parts that do not fit one another.
     """
-    name = source.index.get("_class_name")
-    if name not in FAMILIES:
+    family = find(source.index.get("_class_name"), source.directory / "model_index.json")
+    config = source.read("transformer", family.config.from_json)
+    text_config = source.read("text_encoder", Qwen3Config.from_json)
+    vae_config = source.read("vae", family.vae.config.from_json)
+    text = family.text(text_config)
+    network = family.network(config, source.dtype, source.remat)
+    denoiser = family.denoiser(network, vae_config.factor)
+    _check_widths(
+        source, family.vae.channels(vae_config), config.in_channels,
+        len(text.taps) * text_config.hidden_size, denoiser.text_width,
+    )
+    depth = max(text.taps)
+    if text_config.num_layers < depth:
         raise WeightsError(
-            f"{source.directory}/model_index.json: expected one of {', '.join(FAMILIES)}, got "
-            f"{name!r}"
+            f"{source.directory}: the text encoder has {text_config.num_layers} layers, its "
+            f"features are taken after layers {text.taps}"
         )
-    return FAMILIES[name](source)
+    if not family.is_distilled(source.index):
+        log.warning("%s: not step-distilled, so made for guidance, which is not done here",
+                    source.directory)
+    dynamic = family.shift is not None
+    return Networks(
+        family=family,
+        denoiser=denoiser,
+        vae=family.vae.network(vae_config, source.vae_dtype),
+        text_encoder=Qwen3(text_config, depth, source.dtype),
+        text=text,
+        shift=source.read("scheduler", lambda values: _shift(values, dynamic=dynamic)),
+        tables={
+            "transformer": [r for t in (family.table, *family.other_tables) for r in t(config)],
+            "vae": family.vae.table(vae_config),
+            DECODER: family.vae.decoder_table(vae_config),
+            "text_encoder": qwen3_table(text_config, depth),
+        },
+        lora=LoraRules(family.targets, family.modules(config)),
+    )
+
+
+def transformer_table(denoiser: Denoiser) -> list[Rule]:
+    """The name table of a denoiser's network, in the layout in which it is written."""
+    config = denoiser.network.config
+    return find(config).table(config)
 
 
 def _check_widths(
@@ -247,20 +247,7 @@ def _shift(values: dict, *, dynamic: bool) -> float | None:
     return None if dynamic else float(values["shift"])
 
 
-# Networks of published checkpoints, for plans without their files.
-PUBLISHED: dict[str, Callable[[jnp.dtype, str], Denoiser]] = {
-    "z_image_turbo": lambda dtype, remat: ZImageDenoiser(
-        ZImageTransformer(ZImageConfig.turbo(), dtype, remat)
-    ),
-    "flux2_klein_4b": lambda dtype, remat: Flux2Denoiser(
-        Flux2Transformer(Flux2Config.klein_4b(), dtype, remat)
-    ),
-    "flux2_klein_9b": lambda dtype, remat: Flux2Denoiser(
-        Flux2Transformer(Flux2Config.klein_9b(), dtype, remat)
-    ),
-}
-
-
 def published_denoiser(name: str, dtype: jnp.dtype, remat: str) -> Denoiser:
     """The network of a published checkpoint, by a name of PUBLISHED; it has no weights."""
-    return PUBLISHED[name](dtype, remat)
+    family, config = PUBLISHED[name]
+    return family.denoiser(family.network(config, dtype, remat))

@@ -10,6 +10,7 @@ from dopsd_jax.weights.names import (
     Modules,
     Rule,
     Transform,
+    linear_modules,
     rule,
 )
 
@@ -17,25 +18,8 @@ MODULATIONS = (
     "double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation"
 )
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
-DOUBLE_ATTENTION = (
-    "to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-)
-# ComfyUI knows diffusers' module paths of this network behind "transformer." only.
-FLUX2_MODULES = Modules((
-    *(rule(f"{DOUBLE}.{{layer}}.attn.{p}{'.0' if p == 'to_out' else ''}", f"{DOUBLE}/attn/{p}")
-      for p in DOUBLE_ATTENTION),
-    *(rule(f"{DOUBLE}.{{layer}}.{ff}.{p}", f"{DOUBLE}/{ff}/{p}")
-      for ff in ("ff", "ff_context") for p in ("linear_in", "linear_out")),
-    *(rule(f"{SINGLE}.{{layer}}.attn.{p}", f"{SINGLE}/attn/{p}")
-      for p in ("to_qkv_mlp_proj", "to_out")),
-    *(rule(p, p) for p in ("x_embedder", "context_embedder", "proj_out")),
-    *(rule(f"time_guidance_embed.timestep_embedder.{p}", f"time_embedder/{p}")
-      for p in ("linear_1", "linear_2")),
-    *(rule(f"{p}.linear", p) for p in (*MODULATIONS.split("|"), "norm_out")),
-    # A list of modules, unused: PEFT refuses a suffix that hits it, see lora_files.
-    rule(f"{DOUBLE}.{{layer}}.attn.to_out", None),
-), "transformer.")
-ATTENTION = rf"{DOUBLE}/attn/({'|'.join(DOUBLE_ATTENTION)})/kernel"
+PROJECTIONS = "to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|to_add_out"
+ATTENTION = rf"{DOUBLE}/attn/({PROJECTIONS}|to_out)/kernel"
 # LoRA targets by preset: regexes over parameter names. D-OPSD's list also names feed-forward layers
 # of FLUX.1, which match nothing; "published" is what is left: 8 linears per two-stream block.
 FLUX2_TARGETS = {
@@ -69,8 +53,7 @@ def flux2_table(config: Flux2Config) -> list[Rule]:
         linear("time_guidance_embed.timestep_embedder.{p}", "time_embedder/{p}",
                p="linear_1|linear_2"),
         linear("{p}.linear", "{p}", p=f"{MODULATIONS}|norm_out"),
-        layers(DOUBLE, "attn.{p}", "attn/{p}/kernel",
-               p="to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|to_add_out"),
+        layers(DOUBLE, "attn.{p}", "attn/{p}/kernel", p=PROJECTIONS),
         layers(DOUBLE, "attn.to_out.0", "attn/to_out/kernel"),
         layers(DOUBLE, "attn.{p}", "attn/{p}/scale", SAME,
                p="norm_q|norm_k|norm_added_q|norm_added_k"),
@@ -79,6 +62,17 @@ def flux2_table(config: Flux2Config) -> list[Rule]:
         layers(SINGLE, "attn.{p}", "attn/{p}/kernel", p="to_qkv_mlp_proj|to_out"),
         layers(SINGLE, "attn.{p}", "attn/{p}/scale", SAME, p="norm_q|norm_k"),
     ]
+
+
+def flux2_modules(config: Flux2Config) -> Modules:
+    """What LoRA files call its linear layers.
+
+    ComfyUI knows diffusers' module paths of this network behind "transformer." only. The list of
+    modules that holds `to_out.0` has no weights.
+    """
+    return linear_modules(
+        flux2_table(config), "transformer.", idle=[f"{DOUBLE}.{{layer}}.attn.to_out"]
+    )
 
 
 def flux2_bfl_table(config: Flux2Config) -> list[Rule]:

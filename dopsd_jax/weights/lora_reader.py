@@ -25,11 +25,8 @@ STUDENT = "student"  # the published torch code keeps its two adapters in studen
 OUR_METADATA = "dopsd_jax_lora"
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # of pipe.save_lora_weights
 
-KEY = re.compile(
-    r"(?P<prefix>base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_|)"
-    r"(?P<module>.+)\."
-    r"(?:(?P<a>(?:lora_A|lora_down)\.weight)|(?P<b>(?:lora_B|lora_up)\.weight)|(?P<alpha>alpha))"
-)
+# Of every network; `Modules.comfyui` may be another one.
+PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.", "lora_unet_")
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 # What lora_files.py writes as OUR_METADATA.
@@ -189,16 +186,26 @@ def _locate(path: Path) -> Path:
 Keys = dict[tuple[str, int | None], dict[str, str]]
 
 
+def _key_pattern(comfyui: str) -> re.Pattern:
+    """Matches the name of a LoRA's tensor, in parts."""
+    prefixes = "|".join(map(re.escape, (*PREFIXES, comfyui)))
+    return re.compile(
+        rf"(?P<prefix>{prefixes}|)(?P<module>.+)\."
+        r"(?:(?P<a>(?:lora_A|lora_down)\.weight)|(?P<b>(?:lora_B|lora_up)\.weight)"
+        r"|(?P<alpha>alpha))"
+    )
+
+
 def _match_keys(file: Path, names: Iterable[str], modules: Modules) -> tuple[Keys, list]:
     """{(tree path, layer): {"a" | "b" | "alpha": key}}, and what is wrong with the names.
 
     Raises:
         LoraFileError: No key looks like LoRA, or none belongs to this network.
     """
-    modules = list(modules)
+    key, modules = _key_pattern(modules.comfyui), list(modules)
     kohya = [rule(r.template.replace(".", "_"), r.target) for r in modules]
     names = sorted(names)
-    matches = {name: m for name in names if (m := KEY.fullmatch(name))}
+    matches = {name: m for name in names if (m := key.fullmatch(name))}
     if not any(m["a"] or m["b"] for m in matches.values()):
         raise LoraFileError(
             f"{file}: expected LoRA tensors (X.lora_A.weight and X.lora_B.weight, or lora_down and "

@@ -6,6 +6,7 @@ be filled exactly once; all violations are collected and raised together.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -105,6 +106,43 @@ class Modules:
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
+
+
+def _expanded(r: Rule) -> Iterator[tuple[str, str]]:
+    """(tensor, target) of a rule for each choice of its groups; {layer} stays as it is."""
+    groups = re.findall(r"\(\?P<(\w+)>([^)]*)\)", r.pattern)
+    chosen = [(g, ["{layer}"] if g == "layer" else values.split("|")) for g, values in groups]
+    for values in itertools.product(*(choices for _, choices in chosen)):
+        filled = dict(zip((g for g, _ in chosen), values, strict=True))
+        yield r.template.format(**filled), r.target.format(**filled)
+
+
+def linear_modules(table: Iterable[Rule], comfyui: str, *, idle: Iterable[str] = ()) -> Modules:
+    """Every Linear of a network, from its name table: the rules that fill a kernel.
+
+    Args:
+        table: Its rules are of `rule`; a group other than {layer} lists its values, "q|k|v".
+        comfyui: See `Modules`.
+        idle: Templates of modules that hold no weights (activations, lists of modules) and whose
+            path may end like that of a Linear. PEFT refuses a target that also matches such a
+            module, so the writer of PEFT files has to know them.
+    """
+    found = [
+        (module.removesuffix(".weight"), target.removesuffix("/kernel"))
+        for r in table if r.target is not None and r.target.endswith("/kernel")
+        for module, target in _expanded(r)
+    ]
+    found.sort(key=lambda pair: "{layer}" not in pair[0])  # those of blocks come first
+    return Modules((*(rule(*pair) for pair in found), *(rule(m, None) for m in idle)), comfyui)
+
+
+def stacks_of(table: Iterable[Rule]) -> tuple[str, ...]:
+    """Names of the stacks of layers in a network's parameters, from its name table."""
+    names = (
+        target for r in table if r.target is not None and "(?P<layer>" in r.pattern
+        for _, target in _expanded(r)
+    )
+    return tuple(dict.fromkeys(name.partition("/")[0] for name in names))
 
 
 @dataclass(frozen=True)

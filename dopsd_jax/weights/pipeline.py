@@ -20,8 +20,8 @@ from dopsd_jax.core import memory, sharding, trees
 from dopsd_jax.core.checks import COUNT, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
-from dopsd_jax.method import flow
 from dopsd_jax.models.denoiser import Denoiser
+from dopsd_jax.models.family import Family, TextRules
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
 from dopsd_jax.models.vae import Vae
@@ -30,7 +30,6 @@ from dopsd_jax.weights.families import (
     LoraRules,
     Networks,
     Source,
-    TextRules,
     open_networks,
 )
 from dopsd_jax.weights.load import load_tree, weight_files
@@ -49,6 +48,7 @@ class Pipeline:
 
     Attributes:
         directory: Where it came from.
+        family: All that is known of models of its kind.
         denoiser: The transformer behind the family's adapter.
         params: The transformer's parameters, {layers: ..}.
         vae, vae_params: Images to normalised latents and back.
@@ -62,6 +62,7 @@ class Pipeline:
     """
 
     directory: Path
+    family: Family
     denoiser: Denoiser
     tokenizer: Any
     text: TextRules
@@ -80,7 +81,7 @@ class Pipeline:
         if self.shift is not None:
             return self.shift
         m = self.denoiser.pixel_multiple
-        return flow.empirical_shift(num_steps, (height // m) * (width // m))
+        return self.family.shift(num_steps, (height // m) * (width // m))
 
 
 @dataclasses.dataclass
@@ -225,6 +226,7 @@ def load_pipeline(
     nets = _open(directory, dtype, vae_dtype, remat)
     pipe = Pipeline(
         directory=directory,
+        family=nets.family,
         denoiser=dataclasses.replace(nets.denoiser, mesh=mesh),
         tokenizer=prompts.load_tokenizer(directory / "tokenizer"),
         text=nets.text,

@@ -27,9 +27,10 @@ from dopsd_jax.weights.random_pipeline import (
     write_tokenizer,
 )
 from dopsd_jax.weights.random_shapes import (
-    flux2_transformer_shapes,
-    flux2_vae_shapes,
+    Shapes,
+    affine,
     language_shapes,
+    vae_shapes,
 )
 from dopsd_jax.weights.random_tokenizer import TEXT_TEMPLATE
 
@@ -70,6 +71,51 @@ MODEL_INDEX = {
 }
 
 LAYERS = 28  # of the text encoder: the features are taken after 9, 18 and 27
+
+
+def flux2_transformer_shapes(c: dict) -> Shapes:
+    """Tensor names and shapes of a FLUX.2 transformer with config `c`; it has no biases."""
+    head = c["attention_head_dim"]
+    dim = head * c["num_attention_heads"]
+    mlp = int(dim * c["mlp_ratio"])
+    shapes = {
+        "x_embedder": (dim, c["in_channels"]),
+        "context_embedder": (dim, c["joint_attention_dim"]),
+        "time_guidance_embed.timestep_embedder.linear_1": (dim, c["timestep_guidance_channels"]),
+        "time_guidance_embed.timestep_embedder.linear_2": (dim, dim),
+        "double_stream_modulation_img.linear": (6 * dim, dim),
+        "double_stream_modulation_txt.linear": (6 * dim, dim),
+        "single_stream_modulation.linear": (3 * dim, dim),
+        "norm_out.linear": (2 * dim, dim),
+        "proj_out": (c["in_channels"], dim),
+    }
+    for block in (f"transformer_blocks.{i}" for i in range(c["num_layers"])):
+        for p in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",
+                  "to_add_out"):
+            shapes[f"{block}.attn.{p}"] = (dim, dim)
+        for p in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            shapes[f"{block}.attn.{p}"] = (head,)
+        for ff in ("ff", "ff_context"):
+            shapes[f"{block}.{ff}.linear_in"] = (2 * mlp, dim)
+            shapes[f"{block}.{ff}.linear_out"] = (dim, mlp)
+    for block in (f"single_transformer_blocks.{i}" for i in range(c["num_single_layers"])):
+        shapes[f"{block}.attn.to_qkv_mlp_proj"] = (3 * dim + 2 * mlp, dim)
+        shapes[f"{block}.attn.to_out"] = (dim, dim + mlp)
+        for p in ("norm_q", "norm_k"):
+            shapes[f"{block}.attn.{p}"] = (head,)
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def flux2_vae_shapes(c: dict) -> Shapes:
+    """Tensor names and shapes of an AutoencoderKLFlux2 with config `c`, but for the step count."""
+    latent = c["latent_channels"]
+    return {
+        **vae_shapes(c),
+        **affine("quant_conv", 2 * latent, 2 * latent, 1, 1),
+        **affine("post_quant_conv", latent, latent, 1, 1),
+        "bn.running_mean": (4 * latent,),
+        "bn.running_var": (4 * latent,),
+    }
 
 
 def write_random_flux2(

@@ -26,8 +26,8 @@ from safetensors.numpy import save_file
 
 from dopsd_jax.weights.random_shapes import (
     Shapes,
+    affine,
     language_shapes,
-    transformer_shapes,
     vae_shapes,
     vision_shapes,
 )
@@ -131,6 +131,39 @@ TINY = Sizes(
     TRANSFORMER, VAE, LANGUAGE, VISION, mrope_section=(4, 2, 2), vlm_rope_theta=5000000,
     preprocessor=PREPROCESSOR, merges=MERGES,
 )
+
+
+def transformer_shapes(c: dict) -> Shapes:
+    """Tensor names and shapes of a Z-Image transformer with config `c`."""
+    dim, cond, mlp = c["dim"], min(c["dim"], 256), int(c["dim"] / 3 * 8)
+    (patch,), (frames,) = c["all_patch_size"], c["all_f_patch_size"]
+    patch_dim, key = patch**2 * frames * c["in_channels"], f"{patch}-{frames}"
+    shapes = {
+        "x_pad_token": (1, dim),
+        "cap_pad_token": (1, dim),
+        **affine(f"all_x_embedder.{key}", dim, patch_dim),
+        **affine(f"all_final_layer.{key}.linear", patch_dim, dim),
+        **affine(f"all_final_layer.{key}.adaLN_modulation.1", dim, cond),
+        **affine("t_embedder.mlp.0", 1024, 256),
+        **affine("t_embedder.mlp.2", cond, 1024),
+        "cap_embedder.0.weight": (c["cap_feat_dim"],),
+        **affine("cap_embedder.1", dim, c["cap_feat_dim"]),
+    }
+    refiners = c["n_refiner_layers"]
+    stacks = {"noise_refiner": refiners, "context_refiner": refiners, "layers": c["n_layers"]}
+    for stack, depth in stacks.items():
+        for block in (f"{stack}.{i}" for i in range(depth)):
+            for p in ("to_q", "to_k", "to_v", "to_out.0"):
+                shapes[f"{block}.attention.{p}.weight"] = (dim, dim)
+            for p in ("norm_q", "norm_k"):
+                shapes[f"{block}.attention.{p}.weight"] = (dim // c["n_heads"],)
+            for p, shape in {"w1": (mlp, dim), "w2": (dim, mlp), "w3": (mlp, dim)}.items():
+                shapes[f"{block}.feed_forward.{p}.weight"] = shape
+            for p in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+                shapes[f"{block}.{p}.weight"] = (dim,)
+            if stack != "context_refiner":
+                shapes |= affine(f"{block}.adaLN_modulation.0", 4 * dim, cond)
+    return shapes
 
 
 def language_config(sizes: Sizes, ids: dict[str, int], dtype: str) -> dict:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dopsd_jax.models.flux2_vae import Flux2VaeConfig
-from dopsd_jax.models.vae import VaeConfig
+from dopsd_jax.models import flux2_vae
+from dopsd_jax.models.family import VaeKind
+from dopsd_jax.models.flux2_vae import Flux2Vae, Flux2VaeConfig
+from dopsd_jax.models.vae import Vae, VaeConfig
 from dopsd_jax.weights.names import CONV, LINEAR, SAME, Rule, Transform, rule
 
 SIDES = "encoder|decoder"
@@ -81,3 +83,12 @@ def vae_table(config: VaeConfig | Flux2VaeConfig, sides: str = SIDES) -> list[Ru
         *affine(f"{attention}.to_out.0", f"{attention_target}/to_out_0", "kernel", LINEAR,
                 side=sides),
     ]
+
+
+PLAIN_VAE = VaeKind(
+    VaeConfig, Vae, lambda config: config.latent_channels, vae_table, decoder_table
+)
+FLUX2_VAE = VaeKind(
+    Flux2VaeConfig, Flux2Vae, lambda config: config.normalised_channels, flux2_vae_table,
+    flux2_decoder_table, flux2_vae.NAMES,
+)

@@ -3,40 +3,11 @@
 from __future__ import annotations
 
 from dopsd_jax.models.z_image import ZImageConfig
-from dopsd_jax.weights.names import LINEAR, SAME, Modules, Rule, rule
+from dopsd_jax.weights.names import LINEAR, SAME, Modules, Rule, linear_modules, rule
 
-STACKS = "layers|noise_refiner|context_refiner"
+MODULATED = "layers|noise_refiner"
+STACKS = f"{MODULATED}|context_refiner"
 BLOCK_NORMS = "attention_norm1|attention_norm2|ffn_norm1|ffn_norm2"
-
-Z_IMAGE_BLOCK = {
-    "attention.to_q": "attention/to_q",
-    "attention.to_k": "attention/to_k",
-    "attention.to_v": "attention/to_v",
-    "attention.to_out.0": "attention/to_out",
-    "feed_forward.w1": "feed_forward/w1",
-    "feed_forward.w2": "feed_forward/w2",
-    "feed_forward.w3": "feed_forward/w3",
-    "adaLN_modulation.0": "adaLN_modulation",
-}
-Z_IMAGE_REST = {
-    "all_x_embedder.2-1": "x_embedder",
-    "all_final_layer.2-1.linear": "final_linear",
-    "all_final_layer.2-1.adaLN_modulation.1": "final_modulation",
-    "t_embedder.mlp.0": "t_embedder/mlp_0",
-    "t_embedder.mlp.2": "t_embedder/mlp_2",
-    "cap_embedder.1": "cap_embedder",
-}
-Z_IMAGE_MODULES = Modules((
-    *(
-        rule(f"{stack}.{{layer}}.{module}", f"{stack}/{path}")
-        for stack in ("layers", "noise_refiner", "context_refiner")
-        for module, path in Z_IMAGE_BLOCK.items()
-        if not (stack == "context_refiner" and path == "adaLN_modulation")
-    ),
-    *(rule(module, path) for module, path in Z_IMAGE_REST.items()),
-    # A SiLU, listed as unused: PEFT refuses a suffix that hits it, see lora_files.
-    rule("all_final_layer.2-1.adaLN_modulation.0", None),
-), "diffusion_model.")
 
 # LoRA targets by preset: regexes over parameter names. "published" is what D-OPSD's list matches:
 # 238 linears, both refiners among them.
@@ -78,5 +49,13 @@ def z_image_table(config: ZImageConfig) -> list[Rule]:
         rule(f"{block}.feed_forward.{{p}}.weight", "{stack}/feed_forward/{p}/kernel", LINEAR,
              stack=STACKS, p="w1|w2|w3"),
         rule(f"{block}.{{p}}.weight", "{stack}/{p}/scale", stack=STACKS, p=BLOCK_NORMS),
-        *linear(f"{block}.adaLN_modulation.0", "{stack}/adaLN_modulation", stack=STACKS),
+        *linear(f"{block}.adaLN_modulation.0", "{stack}/adaLN_modulation", stack=MODULATED),
     ]
+
+
+def z_image_modules(config: ZImageConfig) -> Modules:
+    """What LoRA files call its linear layers; the SiLU before the last modulation is none."""
+    return linear_modules(
+        z_image_table(config), "diffusion_model.",
+        idle=[f"all_final_layer.{config.patch_size}-1.adaLN_modulation.0"],
+    )

@@ -1,5 +1,7 @@
 """Rules of placement: every array of every network has one, and what it says."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,18 @@ def specs(mesh, shapes):
     return {k: v.spec for k, v in trees.flatten(sharding.shard(mesh, shapes)).items()}
 
 
+# Where the arrays of both families and their encoders lay when one table of regexes knew all of
+# them: by the end of a name, the first that matches.
+RECORDED = (
+    (r"(to_q|to_k|to_v|add_[qkv]_proj|w1|w3|[qkv]_proj|gate_proj|up_proj|linear_fc1)/kernel",
+     ("fsdp", "tensor")),
+    (r"(to_out|to_add_out|w2|o_proj|down_proj|linear_fc2)/kernel", ("tensor", "fsdp")),
+    (r"kernel|embed_tokens|a", ("fsdp", None)),
+    (r"b", (None, "fsdp")),
+    (r"scale|bias|bn_mean|bn_var|\w+_pad_token|pos_embed|step|rng|count", ()),
+)
+
+
 def networks():
     pipe = load_pipeline("mini", parts=())
     yield transformer_shapes(Z_IMAGE)
@@ -49,6 +63,27 @@ def networks():
 def test_the_rules_account_for_every_parameter_of_every_network():
     for shapes in networks():
         assert trees.flatten(sharding.shard(mesh(), shapes)).keys() == trees.flatten(shapes).keys()
+
+
+@pytest.mark.parametrize("least", [1, sharding.MIN_SHARDED_SIZE])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 8), (1, 3, 2), (8, 1, 1)])
+def test_every_array_lies_where_it_lay(tiny, tiny_flux2, monkeypatch, sizes, least):
+    """Of both families, tiny and as published, with a LoRA on every linear."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", least)
+    tinies = (load_pipeline(path, parts=()) for path in (tiny.pipeline, tiny_flux2))
+    shapes = [*networks(), *(transformer_shapes(pipe.denoiser.network) for pipe in tinies)]
+    low_rank = [
+        jax.eval_shape(lambda x=x: lora.init(jax.random.key(0), x, [".*/to_.*/kernel"], 8))
+        for x in (shapes[0], shapes[1], *shapes[-2:])
+    ]
+    arrays = [pair for tree in (*shapes, *low_rank) for pair in trees.flatten(tree).items()]
+    found = [sharding.spec_of(name, x.shape, mesh(*sizes)) for name, x in arrays]
+
+    def recorded(name):
+        return next(a for p, a in RECORDED if re.search(rf"(^|/)({p})$", name))
+
+    monkeypatch.setattr(sharding, "_axes_of", recorded)
+    assert found == [sharding.spec_of(name, x.shape, mesh(*sizes)) for name, x in arrays]
 
 
 def test_linears_are_split_and_vectors_are_not():

@@ -14,10 +14,13 @@ from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.encode import encode
 from dopsd_jax.method import baselines
 from dopsd_jax.method.train_step import Batch, Method, sft
+from dopsd_jax.models.z_image import ZImageConfig
 from dopsd_jax.run import loras
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import load_pipeline
-from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
+from dopsd_jax.weights.z_image import Z_IMAGE
+
+Z_IMAGE_MODULES = Z_IMAGE.modules(ZImageConfig())
 
 
 def linear(variables, x, sigma, ctx):

@@ -6,6 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from dopsd_jax.method import flow
+from dopsd_jax.weights.flux2 import empirical_shift
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8, 9, 28])
@@ -44,7 +45,7 @@ KLEIN = {
 
 @pytest.mark.parametrize("size", KLEIN)
 def test_klein_lists_are_the_published_ones(size):
-    shift = flow.empirical_shift(4, size[0] * size[1] // 256)
+    shift = empirical_shift(4, size[0] * size[1] // 256)
     for schedule, middle in zip(("shifted", "reference"), KLEIN[size], strict=True):
         got = flow.make_sigmas(schedule, 4, shift)
         np.testing.assert_allclose(got, [1, *middle, 0], rtol=1e-6, atol=1.2e-7)
@@ -55,7 +56,7 @@ def test_klein_lists_are_the_published_ones(size):
 @pytest.mark.parametrize("num_steps", [2, 4, 8, 50])
 def test_klein_sigmas_equal_the_pipelines(num_steps, num_tokens):
     mu = compute_empirical_mu(num_tokens, num_steps)
-    shift = flow.empirical_shift(num_steps, num_tokens)
+    shift = empirical_shift(num_steps, num_tokens)
     assert np.log(shift) == pytest.approx(mu, rel=1e-12)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps), mu=mu)

@@ -15,8 +15,9 @@ from method_oracle import UPDATES, Case, OurRun, TorchRun, compare, to_tree
 from dopsd_jax.core import trees
 from dopsd_jax.method import lora
 from dopsd_jax.method.flow import sigmas_shifted
-from dopsd_jax.models.denoiser import Context, ZImageDenoiser
+from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.pipeline import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS, z_image_table

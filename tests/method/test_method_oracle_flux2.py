@@ -15,9 +15,11 @@ from method_oracle import UPDATES, Case, OurRun, TorchRun, compare, to_tree
 from dopsd_jax.core import trees
 from dopsd_jax.method import lora
 from dopsd_jax.method.contexts import RECIPES, with_latents
-from dopsd_jax.method.flow import empirical_shift, sigmas_reference, sigmas_shifted
-from dopsd_jax.models.denoiser import Context, Flux2Denoiser
+from dopsd_jax.method.flow import sigmas_reference, sigmas_shifted
+from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
+from dopsd_jax.models.flux2_denoiser import Flux2Denoiser
+from dopsd_jax.weights.flux2 import empirical_shift
 from dopsd_jax.weights.flux2_names import FLUX2_TARGETS, flux2_table
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.pipeline import transformer_shapes

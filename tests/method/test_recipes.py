@@ -18,13 +18,16 @@ from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.datasets import read_data
 from dopsd_jax.data.files import DataError
 from dopsd_jax.method import contexts, flow
+from dopsd_jax.models.flux2 import Flux2Config
 from dopsd_jax.run import features as features_lib
 from dopsd_jax.run import step as step_lib
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.config import check_config
 from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.flux2_names import FLUX2_MODULES
+from dopsd_jax.weights.flux2 import FLUX2, empirical_shift
 from dopsd_jax.weights.pipeline import load_pipeline
+
+FLUX2_MODULES = FLUX2.modules(Flux2Config.klein_4b())
 
 RECIPES = ("edit", "edit_ref", "text", "subject_ref")  # that FLUX.2 can carry
 CAPTION = "a photo of it"
@@ -224,7 +227,7 @@ def test_every_bucket_has_the_schedule_of_its_size(config, tmp_path, monkeypatch
     train_lib.train(config, tmp_path)
     assert set(seen) == {(4, 4), (4, 6)}
     for (h, w), sigmas in seen.items():
-        shift = flow.empirical_shift(2, h * w)
+        shift = empirical_shift(2, h * w)
         np.testing.assert_array_equal(sigmas, flow.sigmas_shifted(2, shift))
     assert seen[4, 4][1] != seen[4, 6][1]
 

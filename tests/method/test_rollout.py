@@ -11,10 +11,12 @@ import pytest
 
 from dopsd_jax.core import trees
 from dopsd_jax.method import flow, lora, rollout, train_step
-from dopsd_jax.models.denoiser import Context, Flux2Denoiser, ZImageDenoiser, reference_tokens
+from dopsd_jax.models.denoiser import Context, reference_tokens
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
+from dopsd_jax.models.flux2_denoiser import Flux2Denoiser
 from dopsd_jax.models.layers import Dense
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 SCALE = 2.0

@@ -8,8 +8,10 @@ import pytest
 from dopsd_jax.core import trees
 from dopsd_jax.method import flow, lora, train_step
 from dopsd_jax.method.rollout import dopsd_loss_and_grad
-from dopsd_jax.models.denoiser import Context, Flux2Denoiser, reference_tokens
+from dopsd_jax.models.denoiser import Context, reference_tokens
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
+from dopsd_jax.models.flux2_denoiser import Flux2Denoiser
+from dopsd_jax.weights.flux2 import empirical_shift
 
 CONFIG = Flux2Config(
     num_layers=2, num_single_layers=2, num_attention_heads=2, joint_attention_dim=12,
@@ -96,7 +98,7 @@ def test_lora_beside_the_parameters_equals_lora_merged_into_them(params):
 
 def run(params, student_ctx, teacher_ctx, seed=2):
     tree = draw(lora.init(jax.random.key(0), params, EVERY_LINEAR, 2), seed, 0.1)
-    sigmas = jnp.asarray(flow.sigmas_shifted(4, flow.empirical_shift(4, 12)))
+    sigmas = jnp.asarray(flow.sigmas_shifted(4, empirical_shift(4, 12)))
     method = train_step.Method()
     return jax.jit(lambda student: dopsd_loss_and_grad(
         student, student, params, NOISE, student_ctx, teacher_ctx, sigmas,

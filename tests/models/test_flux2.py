@@ -10,7 +10,8 @@ import torch
 from diffusers import Flux2Transformer2DModel
 
 from dopsd_jax.core import trees
-from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer, image_ids, text_ids
+from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer, text_ids
+from dopsd_jax.models.rope import image_ids
 from dopsd_jax.weights.flux2_names import flux2_table
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.names import export_names, resolve

@@ -1,7 +1,7 @@
 """What the TPU compiler says of the real train step, against the bars it must stay below.
 
 Each case is compiled once, from shapes, as far as memory and schedule: 20 to 40 s of CPU. The one
-without a mark belongs to the normal run; all of them, with the table of docs/planning.md as their output:
+without a mark belongs to the normal run; all of them, with the table of docs/planning.md as output:
 
     bash launch/test.sh -n 0 -s -m "tpu or not slow" tests/tpu
 

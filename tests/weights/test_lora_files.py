@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dopsd_jax.core import trees
+from dopsd_jax.models.z_image import ZImageConfig
 from dopsd_jax.weights.lora_files import (
     FORMATS,
     LoraFileError,
@@ -28,7 +29,9 @@ from dopsd_jax.weights.lora_files import (
     save_diffusers,
     save_peft,
 )
-from dopsd_jax.weights.z_image_names import Z_IMAGE_MODULES
+from dopsd_jax.weights.z_image import Z_IMAGE
+
+Z_IMAGE_MODULES = Z_IMAGE.modules(ZImageConfig())
 
 TINY = dict(
     all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=64, n_layers=2,

@@ -16,9 +16,11 @@ from test_lora_files import adapted
 from dopsd_jax import sample
 from dopsd_jax.core import trees
 from dopsd_jax.method import lora as lora_lib
+from dopsd_jax.models.flux2 import Flux2Config
 from dopsd_jax.weights import load_pipeline
-from dopsd_jax.weights.families import FLUX2_LORA, Z_IMAGE_LORA, lora_rules_of
-from dopsd_jax.weights.flux2_names import FLUX2_MODULES, FLUX2_TARGETS
+from dopsd_jax.weights.families import family_of_tree
+from dopsd_jax.weights.flux2 import FLUX2
+from dopsd_jax.weights.flux2_names import FLUX2_TARGETS
 from dopsd_jax.weights.lora_files import (
     FORMATS,
     LoraSpec,
@@ -28,6 +30,9 @@ from dopsd_jax.weights.lora_files import (
     save_peft,
 )
 from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.z_image import Z_IMAGE
+
+FLUX2_MODULES = FLUX2.modules(Flux2Config.klein_4b())
 
 SPEC = LoraSpec(rank=3, alpha=7.0, base_model="some/model")
 # Linears of a block, torch name -> tree path; written out, not taken from the code tested.
@@ -230,6 +235,6 @@ def test_names_are_those_of_every_linear_of_the_network(base):
 
 
 def test_the_family_of_a_tree_is_told_by_its_names(shapes):
-    assert lora_rules_of(random_lora(shapes, "published")) is FLUX2_LORA
+    assert family_of_tree(random_lora(shapes, "published")) is FLUX2
     pair = {"a": np.zeros((2, 4, 1)), "b": np.zeros((2, 1, 4))}
-    assert lora_rules_of({"layers": {"attention": {"to_q": pair}}}) is Z_IMAGE_LORA
+    assert family_of_tree({"layers": {"attention": {"to_q": pair}}}) is Z_IMAGE

@@ -1,0 +1,32 @@
+"""The family of Tongyi-MAI/Z-Image-Turbo and Z-Image."""
+
+from __future__ import annotations
+
+from dopsd_jax.models.family import Family, TextRules
+from dopsd_jax.models.qwen3 import Qwen3Config
+from dopsd_jax.models.z_image import NAMES, ZImageConfig, ZImageTransformer
+from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
+from dopsd_jax.weights.vae_names import PLAIN_VAE
+from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS, z_image_modules, z_image_table
+
+
+def _text(config: Qwen3Config) -> TextRules:
+    # The feature is the residual stream before the last layer, which is therefore never run. Fewer
+    # tokens for short prompts, few programs to compile, and the same picture, because whatever lies
+    # beyond the next 32 tokens is masked.
+    return TextRules((config.num_layers - 1,), True, (64, 128, 256, 512), attends_pads=False)
+
+
+Z_IMAGE = Family(
+    pipeline="ZImagePipeline",
+    config=ZImageConfig,
+    network=ZImageTransformer,
+    denoiser=ZImageDenoiser,
+    names=NAMES,
+    table=z_image_table,
+    modules=z_image_modules,
+    targets=Z_IMAGE_TARGETS,
+    text=_text,
+    vae=PLAIN_VAE,
+    published={"z_image_turbo": ZImageConfig.turbo()},
+)
