@@ -74,7 +74,8 @@ def _is_path(x: Any) -> bool:
 _POSSIBLE = "of at most 3000 bytes, each name in it of at most 255"
 COUNT = whole(1, MAX_INT32)
 COUNT_OR_NONE = whole(0, MAX_INT32)
-NUM_STEPS = whole(1, flow.MAX_STEPS, " denoiser calls")
+NUM_STEPS = Rule(f"1 to {flow.MAX_STEPS} denoiser calls",
+                 lambda x: is_whole(x) and 1 <= x <= flow.MAX_STEPS)
 BATCH = whole(1, 2**20)
 PIXELS = whole(1, MAX_PIXELS)
 PARTS = Rule("a whole number from 1 to 1048576, or -1 for what is left",
