@@ -66,6 +66,9 @@ TINY = ("--workdir", "w", "--config", "configs/tiny.py")
      (("--workdir", "w", "--config.seed=3"), "--config.seed needs --config FILE before it\n"),
      (("--workdir", "w"), "error: --config is needed"),
      ((*TINY, "a", "b"), "error: unexpected arguments ['a', 'b']; is a text not quoted?\n"),
+     ((*TINY, "--config.seed=1", "--config.seed", "2", "--workdir=v"),
+      "error: --workdir takes one value and is given 2: w, v; give it once\n"
+      "  --config.seed takes one value and is given 2: 1, 2; give it once\n"),
      (("--workdir=README.md/w", "--config=configs/tiny.py"), "expected a directory for "),
      ((*TINY, "--config.model=README.md", "--config.vlm={vlm}", "--config.data=.",
        "--config.dtype=float12"),
@@ -92,6 +95,8 @@ MODEL = ("--model", "{model}")
       "width)\n  num_steps: expected at least 1 denoiser call, got 0\n"),
      ((*MODEL, "--prompt=a", "--height=8192", "--width=64"), "h = 1024 needs 512 positions"),
      ((*MODEL, "--prompt=a", "--lora=nowhere.safetensors"), "nowhere.safetensors: no such file\n"),
+     ((*MODEL, "--prompt=a", "--prompt=b", "--lora=A", "--lora", "B"),
+      "error: --lora takes one value and is given 2: A, B; give it once\n"),
      ((*MODEL, "--prompt=a", "--lora=README.md"), "README.md: truncated or not a safetensors")],
 )
 def test_sample_says_what_is_wrong_before_it_reads_weights(command, args, message):

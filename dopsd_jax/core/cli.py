@@ -60,11 +60,48 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         if "config" in values:
             check_config_flags(values.read_flags_from_files(list(argv), force_gnu=False))
-        return values(argv)
+        rest = values(argv)  # also makes flags of the config's keys that are given
+        check_given_once(values.read_flags_from_files(list(argv), force_gnu=False), values)
+        return rest
     except flags.IllegalFlagValueError as e:
         raise SystemExit(f"error: {e}{_expected_type(str(e))}") from e
     except (flags.Error, ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
+
+
+def check_given_once(argv: Sequence[str], values: flags.FlagValues) -> None:
+    """Refuses a flag that takes one value and is given twice, of which absl would take the last.
+
+    Args:
+        argv: The command line, the program's name first.
+        values: The flags there are, the config's keys among them.
+
+    Raises:
+        ValueError: With every such flag and all that is given for it.
+    """
+    given: dict[str, list[str]] = {}
+    waiting = iter(argv[1:])
+    for arg in waiting:
+        if not arg.startswith("-") or arg in ("-", "--"):
+            break  # absl too reads no flag beyond these
+        name, equals, value = arg.lstrip("-").partition("=")
+        if name not in values and name[:2] == "no" and name[2:] in values:
+            name, equals, value = name[2:], "=", "false"
+        if name not in values:
+            continue  # --undefok, which absl handles itself, and the names that it allows
+        flag = values[name]
+        if not equals:
+            value = "true" if flag.boolean else next(waiting, "")
+        if isinstance(flag, flags.MultiFlag):
+            continue
+        given.setdefault(flag.name, []).append(value)
+    problems = [
+        f"--{name} takes one value and is given {len(all_values)}: {', '.join(all_values)}; "
+        "give it once"
+        for name, all_values in given.items() if len(all_values) > 1
+    ]
+    if problems:
+        raise ValueError("\n  ".join(problems))
 
 
 def _expected_type(message: str) -> str:
