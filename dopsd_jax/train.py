@@ -104,6 +104,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     entries = Entries(config, data)
     cache = open_cache(config.cache, entries) if config.cache else None
     mesh = sharding.make_mesh(**config.mesh.to_dict())
+    distributed.connect(mesh)
     encodes_images = needs_latents(config) and not config.cache
     looks_ahead = (
         config.preflight == "on" and needs_teacher(config)

@@ -158,11 +158,12 @@ def config_keys(config: ConfigDict) -> dict[str, object]:
     return keys
 
 
-def load_config(path: str) -> ConfigDict:
+def load_config(path: str, *, flag: str = "config") -> ConfigDict:
     """The config of a file with a function get_config().
 
     Args:
         path: "FILE" or "FILE:ARGUMENT", where the argument is handed to get_config.
+        flag: The flag that names the file, for errors.
 
     Raises:
         ValueError: No such file, or whatever goes wrong in it, with the line.
@@ -170,7 +171,7 @@ def load_config(path: str) -> ConfigDict:
     file, *argument = path.split(":", 1)
     if not Path(file).is_file():
         raise ValueError(
-            f"--config {file}: no such file; take one of configs/, such as configs/tiny.py"
+            f"--{flag} {file}: no such file; take one of configs/, such as configs/tiny.py"
         )
     try:
         get_config = runpy.run_path(file).get("get_config")
@@ -180,15 +181,15 @@ def load_config(path: str) -> ConfigDict:
         if isinstance(e, ModuleNotFoundError) and str(e.name).split(".")[0] == "configs":
             hint = "; run the command in the folder that holds configs/"
         where = _line_in(file, e)
-        raise ValueError(f"--config {file}{where}: {type(e).__name__}: {e}{hint}") from e
+        raise ValueError(f"--{flag} {file}{where}: {type(e).__name__}: {e}{hint}") from e
     if not callable(get_config):
         raise ValueError(
-            f"--config {file}: has no get_config(), which should return a config made from "
+            f"--{flag} {file}: has no get_config(), which should return a config made from "
             "configs.common.base()"
         )
     if not isinstance(config, ConfigDict):
         raise ValueError(
-            f"--config {file}: get_config() should return a ConfigDict made from "
+            f"--{flag} {file}: get_config() should return a ConfigDict made from "
             f"configs.common.base(), it returned {type(config).__name__}"
         )
     return config

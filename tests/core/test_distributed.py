@@ -61,14 +61,15 @@ def test_one_process_is_left_alone(calls):
 def test_on_tpu_no_argument_is_needed(calls, monkeypatch):
     monkeypatch.setattr(distributed, "_on_tpu", lambda: True)
     distributed.initialize()
-    assert calls == [((), {})]
+    assert calls == [((), {"initialization_timeout": distributed.WAIT_S})]
 
 
 def test_elsewhere_the_environment_says_who_is_who_and_slurm_does_not(calls, monkeypatch):
     for name, value in zip(distributed.VARIABLES, ("h:1", "2", "1"), strict=True):
         monkeypatch.setenv(name, value)
     distributed.initialize()
-    assert calls == [(("h:1", 2, 1), {"cluster_detection_method": "deactivate"})]
+    assert calls == [(("h:1", 2, 1), {"cluster_detection_method": "deactivate",
+                                     "initialization_timeout": distributed.WAIT_S})]
 
 
 def test_a_machine_that_jax_is_told_to_use_as_a_cpu_is_no_tpu(monkeypatch):

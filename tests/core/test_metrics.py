@@ -18,7 +18,8 @@ LAST, EVERY = 4, 2  # a checkpoint and pictures at every second step
 def _files_in_order(monkeypatch):
     """Event files are read in the order of their names, which begin with whole seconds."""
     seconds = itertools.count(1_000_000_000)
-    monkeypatch.setattr(event_file_writer, "time", types.SimpleNamespace(time=lambda: next(seconds)))
+    clock = types.SimpleNamespace(time=lambda: next(seconds))
+    monkeypatch.setattr(event_file_writer, "time", clock)
 
 
 class Disk:
