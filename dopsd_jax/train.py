@@ -82,6 +82,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     entries = Entries(config, data)
     cache = open_cache(config.cache, entries) if config.cache else None
     mesh = sharding.make_mesh(**config.mesh.to_dict())
+    distributed.connect(mesh)
     looks_ahead = (
         config.preflight == "on" and needs_teacher(config)
         and not (workdir / preflight.FILE).is_file()

@@ -1,6 +1,8 @@
 """The commands, given what users get wrong: one plain line, status 1, no traceback."""
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,9 @@ TINY = ("--workdir", "w", "--config", "configs/tiny.py")
      (("--workdir", "w", "--config.seed=3"), "--config.seed needs --config FILE before it\n"),
      (("--workdir", "w"), "error: --config is needed"),
      ((*TINY, "a", "b"), "error: unexpected arguments ['a', 'b']; is a text not quoted?\n"),
+     ((*TINY, "--config.seed=1", "--config.seed", "2", "--workdir=v"),
+      "error: --workdir takes one value and is given 2: w, v; give it once\n"
+      "  --config.seed takes one value and is given 2: 1, 2; give it once\n"),
      (("--workdir=README.md/w", "--config=configs/tiny.py"), "expected a directory for "),
      ((*TINY, "--config.model=README.md", "--config.vlm={vlm}", "--config.data=.",
        "--config.dtype=float12"),
@@ -92,6 +97,8 @@ MODEL = ("--model", "{model}")
       "width)\n  num_steps: expected at least 1 denoiser call, got 0\n"),
      ((*MODEL, "--prompt=a", "--height=8192", "--width=64"), "h = 1024 needs 512 positions"),
      ((*MODEL, "--prompt=a", "--lora=nowhere.safetensors"), "nowhere.safetensors: no such file\n"),
+     ((*MODEL, "--prompt=a", "--prompt=b", "--lora=A", "--lora", "B"),
+      "error: --lora takes one value and is given 2: A, B; give it once\n"),
      ((*MODEL, "--prompt=a", "--lora=README.md"), "README.md: truncated or not a safetensors")],
 )
 def test_sample_says_what_is_wrong_before_it_reads_weights(command, args, message):
@@ -104,3 +111,33 @@ def test_export_says_what_is_wrong(command):
     assert "README.md: expected a directory, found a file" in error
     error = command("export", "--workdir=w", "--format=diffusers", "--out=x.safetensors")
     assert "w: expected a run's directory with config.json" in error
+
+
+def test_an_address_that_nothing_opens_says_what_to_install(command):
+    """No command may need a network to say so, so the packages are not there for any of them."""
+    if importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed, and would look for the bucket")
+    for args in (
+        ("report", "--workdir=gs://bucket/run"),
+        ("export", "--workdir=gs://bucket/run", "--format=diffusers", "--out=x.safetensors"),
+        ("train", "--workdir=gs://bucket/run", "--config=configs/tiny.py",
+         "--config.model={model}", "--config.vlm={vlm}", "--config.data=photos"),
+    ):
+        assert "gs://bucket/run" in (error := command(*args)), args
+        assert "run `pip install gcsfs`, which comes with the extra dopsd_jax[tpu]" in error
+
+
+@pytest.mark.parametrize("file,message", [
+    ("syntax.py", "syntax.py, line 1: SyntaxError: "),
+    ("imports.py", "imports.py, line 2: ModuleNotFoundError: No module named 'no_such_module'\n"),
+    ("nowhere.py", "nowhere.py: no such file; "), ("empty.py", "empty.py: has no get_config()"),
+    ("README.md", "README.md, line 1: NameError: "),
+])
+def test_evaluate_says_what_is_wrong_with_the_config_of_its_runs(file, message, tmp_path, command):
+    from configs import mini_claim
+    from dopsd_jax import evaluate
+
+    config = mini_claim.get_config()
+    config.run_config = str(tmp_path / file)
+    with pytest.raises(ValueError, match="--config.run_config .*" + re.escape(message.strip())):
+        evaluate.evaluate(config, tmp_path / "w")

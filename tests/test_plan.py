@@ -12,6 +12,7 @@ from dopsd_jax import plan
 from dopsd_jax.core import trees
 from dopsd_jax.planning import compiler, hlo, lowering
 from dopsd_jax.planning.chips import ATTENTION, CHIPS, GIB
+from dopsd_jax.weights.pipeline import transformer_shapes
 from tests.planning.test_hlo import REPORT, TEXT
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ def test_a_plan_adds_up(fake_compiler):
     config = z_image_turbo_lora.get_config()
     p = plan.plan(config, "v5e:4x4")
     assert p.fits and p.chips == 16 and p.batch == 1 and p.total == 3625592320
-    base = trees.count(lowering.transformer_shapes(lowering.denoiser_of(config).network))
+    base = trees.count(transformer_shapes(lowering.denoiser_of(config).network))
     assert 2 * base / 16 < p.weights < 2.05 * base / 16
     lora = 158_760_960  # student, teacher and two moments, float32
     assert 16 * lora / 16 <= p.state < 16.5 * lora / 16

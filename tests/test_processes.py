@@ -54,7 +54,7 @@ class Run:
     def end(self, code=0):
         """Waits; the output of each process."""
         try:
-            outputs = [p.communicate(timeout=400)[0] for p in self.processes]
+            outputs = [p.communicate(timeout=1800)[0] for p in self.processes]
         finally:
             self.kill()
         assert [p.returncode for p in self.processes] == [code] * len(self.processes), outputs
@@ -142,7 +142,7 @@ def test_runs_continue_with_another_number_of_processes(settings, one, two, tmp_
     assert list(same["step"]) == [1, 2, 3, 4, 5, 6]
 
 
-def wait_for(condition, run, timeout=300):
+def wait_for(condition, run, timeout=1800):
     end = time.time() + timeout
     while not condition():
         if time.time() > end or any(p.poll() is not None for p in run.processes):

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import queue
 import re
-import runpy
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from dopsd_jax.core import cli
 from dopsd_jax.core.log import log
 from dopsd_jax.run import workdir as workdir_lib
 
@@ -46,8 +46,12 @@ class Run:
 
 
 def settings(file: str) -> ConfigDict:
-    """What a config file's get_config says."""
-    return runpy.run_path(file)["get_config"]()
+    """The config of a run's config file, the comparison's `run_config`.
+
+    Raises:
+        ValueError: No such file, or whatever goes wrong in it, with the line.
+    """
+    return cli.load_config(file, flag="config.run_config")
 
 
 def planned(config: ConfigDict, directory: Path, *, rates: dict[str, tuple[float, ...]],

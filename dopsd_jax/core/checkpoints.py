@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dopsd_jax.core.distributed import WAIT_S
 from dopsd_jax.core.mirror import is_remote
 from dopsd_jax.core.trees import Tree
 
@@ -38,6 +39,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=not read_only, enable_async_checkpointing=True,
             cleanup_tmp_directories=not read_only,
+            async_options=ocp.AsyncOptions(timeout_secs=WAIT_S),
         )
         self._read_only = read_only
         if not is_remote(directory):

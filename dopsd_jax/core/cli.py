@@ -61,11 +61,48 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         if "config" in values:
             check_config_flags(values.read_flags_from_files(list(argv), force_gnu=False))
-        return values(argv)
+        rest = values(argv)  # also makes flags of the config's keys that are given
+        check_given_once(values.read_flags_from_files(list(argv), force_gnu=False), values)
+        return rest
     except flags.IllegalFlagValueError as e:
         raise SystemExit(f"error: {e}{_expected_type(str(e))}") from e
     except (flags.Error, ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
+
+
+def check_given_once(argv: Sequence[str], values: flags.FlagValues) -> None:
+    """Refuses a flag that takes one value and is given twice, of which absl would take the last.
+
+    Args:
+        argv: The command line, the program's name first.
+        values: The flags there are, the config's keys among them.
+
+    Raises:
+        ValueError: With every such flag and all that is given for it.
+    """
+    given: dict[str, list[str]] = {}
+    waiting = iter(argv[1:])
+    for arg in waiting:
+        if not arg.startswith("-") or arg in ("-", "--"):
+            break  # absl too reads no flag beyond these
+        name, equals, value = arg.lstrip("-").partition("=")
+        if name not in values and name[:2] == "no" and name[2:] in values:
+            name, equals, value = name[2:], "=", "false"
+        if name not in values:
+            continue  # --undefok, which absl handles itself, and the names that it allows
+        flag = values[name]
+        if not equals:
+            value = "true" if flag.boolean else next(waiting, "")
+        if isinstance(flag, flags.MultiFlag):
+            continue
+        given.setdefault(flag.name, []).append(value)
+    problems = [
+        f"--{name} takes one value and is given {len(all_values)}: {', '.join(all_values)}; "
+        "give it once"
+        for name, all_values in given.items() if len(all_values) > 1
+    ]
+    if problems:
+        raise ValueError("\n  ".join(problems))
 
 
 def _expected_type(message: str) -> str:
@@ -122,11 +159,12 @@ def config_keys(config: ConfigDict) -> dict[str, object]:
     return keys
 
 
-def load_config(path: str) -> ConfigDict:
+def load_config(path: str, *, flag: str = "config") -> ConfigDict:
     """The config of a file with a function get_config().
 
     Args:
         path: "FILE" or "FILE:ARGUMENT", where the argument is handed to get_config.
+        flag: The flag that names the file, for errors.
 
     Raises:
         ValueError: No such file, or whatever goes wrong in it, with the line.
@@ -134,7 +172,7 @@ def load_config(path: str) -> ConfigDict:
     file, *argument = path.split(":", 1)
     if not Path(file).is_file():
         raise ValueError(
-            f"--config {file}: no such file; take one of configs/, such as configs/tiny.py"
+            f"--{flag} {file}: no such file; take one of configs/, such as configs/tiny.py"
         )
     try:
         get_config = runpy.run_path(file).get("get_config")
@@ -144,15 +182,15 @@ def load_config(path: str) -> ConfigDict:
         if isinstance(e, ModuleNotFoundError) and str(e.name).split(".")[0] == "configs":
             hint = "; run the command in the folder that holds configs/"
         where = _line_in(file, e)
-        raise ValueError(f"--config {file}{where}: {type(e).__name__}: {e}{hint}") from e
+        raise ValueError(f"--{flag} {file}{where}: {type(e).__name__}: {e}{hint}") from e
     if not callable(get_config):
         raise ValueError(
-            f"--config {file}: has no get_config(), which should return a config made from "
+            f"--{flag} {file}: has no get_config(), which should return a config made from "
             "configs.common.base()"
         )
     if not isinstance(config, ConfigDict):
         raise ValueError(
-            f"--config {file}: get_config() should return a ConfigDict made from "
+            f"--{flag} {file}: get_config() should return a ConfigDict made from "
             f"configs.common.base(), it returned {type(config).__name__}"
         )
     return config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +26,10 @@ from dopsd_jax.core.log import log
 NAMES = ("coordinator", "num_processes", "process_id")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 MESSAGE_BYTES = 4096
-
+# How long a process waits for another. One may compile, read weights or encode for long while the
+# others are done already. A process that died is noticed by its missing heartbeats, which threads
+# of their own send, so that this long wait does not hide it.
+WAIT_S = 3600
 
 GOOGLE = "0x1ae0"  # PCI vendor of every TPU
 
@@ -70,16 +75,19 @@ def initialize() -> None:
         return
     try:
         if given is None:
-            jax.distributed.initialize()
+            jax.distributed.initialize(initialization_timeout=WAIT_S)
         else:
             address, count, index = given
             # Without "deactivate", Slurm's variables would hide all GPUs but one per process.
             jax.distributed.initialize(
-                address, count, index, cluster_detection_method="deactivate"
+                address, count, index, cluster_detection_method="deactivate",
+                initialization_timeout=WAIT_S,
             )
     except RuntimeError as e:
         raise ValueError(f"the processes of this run did not find each other: {e}") from e
     if jax.process_count() > 1:
+        any_process(False)  # connects one device of every process
+        connect(_every_device().mesh)
         log.info("process %d of %d, %d of %d devices", jax.process_index(), jax.process_count(),
                  jax.local_device_count(), jax.device_count())
     if not is_main():
@@ -124,9 +132,54 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def meet(name: str) -> None:
+    """Waits until every process is here, for WAIT_S at most.
+
+    To be called before a program that exchanges data between processes runs for the first time:
+    on CPU the processes connect to each other then, and Gloo gives up after 30 seconds, a time
+    that cannot be set. This wait is the coordination service's own and needs no connection.
+
+    Args:
+        name: What is waited for, the same in every process; it stands in the error.
+    """
+    client = global_state.client
+    if client is None or jax.process_count() == 1:
+        return
+    # A barrier's name is good for one use; every process comes to its barriers in the same order.
+    client.wait_at_barrier(f"dopsd_jax:{next(_meetings)}:{name}", WAIT_S * 1000)
+
+
+_meetings = itertools.count()
+
+
+def connect(mesh: Mesh) -> None:
+    """Connects the processes in every group of devices that a program on `mesh` may sum over.
+
+    Each group of devices connects on its own, when a program first exchanges data in it. All is
+    done here, where the processes are together, so that programs may later be compiled, and
+    called, at very different times.
+    """
+    if jax.process_count() == 1:
+        return
+    axes = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    ones = jax.make_array_from_callback(
+        (mesh.size,), spread, lambda _: np.ones(1, np.int32)
+    )
+    for count in range(1, len(axes) + 1):
+        for names in itertools.combinations(axes, count):
+            total = jax.jit(jax.shard_map(
+                functools.partial(jax.lax.psum, axis_name=names), mesh=mesh, in_specs=spread.spec,
+                out_specs=PartitionSpec(tuple(n for n in mesh.axis_names if n not in names)),
+            )).lower(ones).compile()
+            meet("connect " + " ".join(names))
+            total(ones).block_until_ready()
+
+
 def barrier(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
+        meet(name)
         multihost_utils.sync_global_devices(name)
 
 
@@ -158,6 +211,7 @@ def any_process(flag: bool) -> bool:
     """Whether `flag` is true in any process; waits for all of them."""
     if jax.process_count() == 1:
         return flag
+    meet("any_process")
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
@@ -168,6 +222,7 @@ def _broadcast_text(text: str) -> str:
     buffer = np.zeros(MESSAGE_BYTES, np.uint8)
     raw = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)
     buffer[: len(raw)] = raw
+    meet("broadcast")
     raw = multihost_utils.broadcast_one_to_all(buffer).astype(np.uint8)
     return raw.tobytes().rstrip(b"\0").decode(errors="ignore")
 

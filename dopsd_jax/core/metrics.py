@@ -29,18 +29,32 @@ class Metrics:
     """Writes scalars of a run and keeps its files true across a restart.
 
     metrics.jsonl has one JSON object per line, {"step": .., "loss": .., ..}, and gauges.jsonl those
-    of the steps at which pictures were drawn. Lines beyond the step a run resumes from are dropped:
-    those steps will be done again.
+    of the steps at which pictures were drawn. What will be written again is dropped at the start,
+    so that every step stands in a file once.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int):
+    def __init__(self, workdir: str | Path, resume_step: int, *, redraws: bool = False):
+        """Opens the files and drops what an earlier start wrote for steps that are done again.
+
+        Args:
+            workdir: The run's directory.
+            resume_step: The step of the restored checkpoint. Everything beyond it is dropped.
+            redraws: Whether the pictures of `resume_step` will be drawn again. Then its gauges and
+                pictures are dropped too. Its training metrics always stay: they were written
+                before the checkpoint, and the step itself is not repeated.
+        """
         self._streams = {}
+        last = {METRICS: resume_step, GAUGES: resume_step - redraws}
         for name in (METRICS, GAUGES):
-            kept = [r for r in read_metrics(workdir, name) if r["step"] <= resume_step]
+            kept = [r for r in read_metrics(workdir, name) if r["step"] <= last[name]]
             file = Path(workdir) / name
             write_atomic(file, "".join(json.dumps(r) + "\n" for r in kept))
             self._streams[name] = file.open("a", buffering=1)
-        self._board = Board(Path(workdir) / "tensorboard", resume_step=resume_step)
+        self._board = Board(Path(workdir) / "tensorboard", first_step=last[GAUGES] + 1)
+        if redraws:  # TensorBoard hides a step as a whole, so what stays of it is written again
+            for row in read_metrics(workdir):
+                if row.pop("step") == resume_step:
+                    self._to_board("train", resume_step, row)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl; arrays become lists there and name/0, name/1.. elsewhere."""
@@ -53,6 +67,9 @@ class Metrics:
     def _write(self, file: str, group: str, step: int, values: dict[str, Any]) -> None:
         row = {k: np.asarray(v).tolist() for k, v in values.items()}
         self._streams[file].write(json.dumps({"step": step, **row}) + "\n")
+        self._to_board(group, step, row)
+
+    def _to_board(self, group: str, step: int, row: dict[str, Any]) -> None:
         for name, value in row.items():
             for i, x in enumerate(value if isinstance(value, list) else [value]):
                 tag = f"{group}/{name}/{i}" if isinstance(value, list) else f"{group}/{name}"
@@ -63,6 +80,7 @@ class Metrics:
         self._board.image(step, name, pixels)
 
     def flush(self) -> None:
+        """Hands everything to the operating system, which keeps it if this process is killed."""
         for stream in self._streams.values():
             stream.flush()
         self._board.flush()
@@ -82,6 +100,8 @@ class NoMetrics:
     def gauges(self, step: int, values: dict[str, Any]) -> None: ...
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None: ...
+
+    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 

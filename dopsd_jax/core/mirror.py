@@ -11,6 +11,7 @@ import os
 import time
 from pathlib import Path
 
+import fsspec
 from etils import epath
 
 from dopsd_jax.core.checks import path_problem
@@ -25,6 +26,23 @@ LOCAL_ONLY = (REMOTE, ".lock")
 def is_remote(workdir: str | Path) -> bool:
     """Whether a path is an address, as gs://bucket/run."""
     return "://" in str(workdir)
+
+
+def open_path(path: str | Path) -> epath.Path:
+    """A local path, or an address that this machine can open.
+
+    Raises:
+        ValueError: An address whose package is not installed, or of a kind that nothing opens.
+    """
+    if is_remote(path):
+        try:
+            fsspec.get_filesystem_class(str(path).split("://", 1)[0])
+        except (ImportError, ValueError) as e:
+            raise ValueError(
+                f"{path}: expected an address that this machine can open ({e}); for gs:// run "
+                "`pip install gcsfs`, which comes with the extra dopsd_jax[tpu]"
+            ) from e
+    return epath.Path(path)
 
 
 def caches() -> Path:
@@ -57,7 +75,7 @@ def address_of(workdir: str | Path) -> str:
 
 def checkpoints_of(workdir: str | Path) -> epath.Path:
     """Where a run's checkpoints are, which a local copy does not hold."""
-    return epath.Path(address_of(workdir)) / CHECKPOINTS
+    return open_path(address_of(workdir)) / CHECKPOINTS
 
 
 def mirror_of(workdir: str | Path) -> Mirror | None:
@@ -70,7 +88,7 @@ class Mirror:
     """Keeps a local directory and one in a bucket alike, but for checkpoints."""
 
     def __init__(self, address: str, local: Path):
-        self._remote, self._local = epath.Path(address), local
+        self._remote, self._local = open_path(address), local
         self._sent: dict[str, tuple[int, int]] = {}
         self._pushed = time.monotonic()
 

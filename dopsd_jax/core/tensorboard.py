@@ -20,11 +20,11 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 class Board:
     """Writes scalars and images to an event file in `directory`."""
 
-    def __init__(self, directory: str | Path, *, resume_step: int):
-        """`resume_step`: what an earlier start wrote beyond it is hidden, it will come again."""
+    def __init__(self, directory: str | Path, *, first_step: int):
+        """`first_step`: what an earlier start wrote from this step on is hidden."""
         self._writer = EventFileWriter(str(directory))
         start = SessionLog(status=SessionLog.START)
-        self._add(Event(session_log=start, step=resume_step + 1))
+        self._add(Event(session_log=start, step=first_step))
 
     def scalar(self, step: int, tag: str, value: float) -> None:
         self._add(Event(step=step, summary=_summary(tag=tag, simple_value=float(value))))

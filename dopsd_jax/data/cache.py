@@ -25,6 +25,7 @@ from safetensors.numpy import save
 
 from dopsd_jax.core.files import write_whole
 from dopsd_jax.core.log import log
+from dopsd_jax.core.mirror import open_path
 
 SHARD_BYTES = 1 << 28
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -58,7 +59,7 @@ class Cache(Mapping):
             CacheError: No such folder, an unreadable index, or shards that are missing or
                 truncated, all together.
         """
-        self.directory = epath.Path(directory)
+        self.directory = open_path(directory)
         self._entries: dict[str, tuple[epath.Path, str, tuple[int, ...], int, int]] = {}
         if not self.directory.is_dir():
             if repair and not self.directory.exists():
@@ -132,7 +133,7 @@ class CacheWriter:
     """Adds arrays to a cache, a shard at a time; what is not flushed is lost with the process."""
 
     def __init__(self, directory: str | epath.Path, *, shard_bytes: int = SHARD_BYTES):
-        self.directory = epath.Path(directory)
+        self.directory = open_path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._shard_bytes, self._bytes = shard_bytes, 0
         self._arrays: dict[str, np.ndarray] = {}

@@ -1,12 +1,17 @@
 """The frame of the commands; tests/test_commands.py runs it whole."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
 
 from configs import common
 from dopsd_jax.core import cli
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_key_of_the_config_is_known():
@@ -76,3 +81,80 @@ def test_a_directory_must_be_writable(tmp_path):
 
 def test_importing_the_frame_defines_no_flag():
     assert "config" not in flags.FLAGS
+
+
+def flags_of_all_kinds():
+    values = flags.FlagValues()
+    flags.DEFINE_string("lora", None, "", flag_values=values, short_name="l")
+    flags.DEFINE_integer("seed", 0, "", flag_values=values)
+    flags.DEFINE_boolean("ema", False, "", flag_values=values)
+    flags.DEFINE_multi_string("prompt", None, "", flag_values=values)
+    return values
+
+
+@pytest.mark.parametrize("args,message", [
+    (["--lora", "A", "--lora", "B"], "--lora takes one value and is given 2: A, B; give it once"),
+    (["--lora=A", "-lora=A"], "--lora takes one value and is given 2: A, A"),
+    (["-l", "A", "--lora=B"], "--lora takes one value and is given 2: A, B"),
+    (["--seed", "-1", "--prompt=x", "--seed=2"], "--seed takes one value and is given 2: -1, 2"),
+    (["--ema", "--noema"], "--ema takes one value and is given 2: true, false"),
+    (["--seed=1", "--seed=2", "--lora=", "--lora=B"], "--seed .*once\n  --lora .*given 2: , B"),
+])
+def test_a_flag_of_one_value_is_given_once(args, message):
+    with pytest.raises(ValueError, match=message):
+        cli.check_given_once(["sample", *args], flags_of_all_kinds())
+
+
+@pytest.mark.parametrize("args", [
+    ["--prompt", "--lora", "--prompt=b", "--lora", "--lora"], ["--lora=A", "--", "--lora=B"],
+    ["--lora", "A", "word", "--lora", "B"], ["--ema", "--seed", "1"], [],
+])
+def test_what_only_looks_like_a_flag_given_twice_is_none(args):
+    cli.check_given_once(["sample", *args], flags_of_all_kinds())
+
+
+COMMANDS = sorted(
+    str(file.relative_to(ROOT).with_suffix("")).replace(os.sep, ".").removesuffix(".__main__")
+    for file in (ROOT / "dopsd_jax").rglob("*.py")
+    if "cli.run_command(main" in file.read_text()
+)
+
+
+def test_every_flag_of_every_command_is_given_once():
+    """All commands with a stand-in for `run_command`, which gives each of their flags twice."""
+    script = """
+import runpy, sys
+from absl import flags
+from dopsd_jax.core import cli
+
+values = flags.FLAGS
+before = set(values)
+
+def give_all_twice(main, **options):
+    for name in set(values) - before:
+        single = not isinstance(values[name], flags.MultiFlag)
+        try:
+            cli.check_given_once(["x", f"--{name}=A", f"--{name}", "B"], values)
+            cli.check_given_once(["x", f"--{name}", f"--no{name}"], values)
+        except ValueError as e:
+            assert single and f"--{values[name].name} takes one value and is given 2: " in str(e), e
+        else:
+            assert not single, name
+
+cli.run_command = give_all_twice
+for command in sys.argv[1:]:
+    runpy.run_module(command, run_name="__main__")
+    made = set(values) - before
+    print(command, len(made))
+    for name in made:
+        if name in values:
+            delattr(values, name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *COMMANDS], cwd=ROOT, capture_output=True, text=True,
+        check=False, env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert list(found) == COMMANDS and len(COMMANDS) > 15
+    assert int(found["dopsd_jax.sample"]) >= 10 and int(found["dopsd_jax.train"]) >= 5

@@ -1,6 +1,7 @@
 """How processes are named and refused; where a batch's rows lie. Real ones: test_processes.py."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,14 +62,15 @@ def test_one_process_is_left_alone(calls):
 def test_on_tpu_no_argument_is_needed(calls, monkeypatch):
     monkeypatch.setattr(distributed, "_on_tpu", lambda: True)
     distributed.initialize()
-    assert calls == [((), {})]
+    assert calls == [((), {"initialization_timeout": distributed.WAIT_S})]
 
 
 def test_elsewhere_the_environment_says_who_is_who_and_slurm_does_not(calls, monkeypatch):
     for name, value in zip(distributed.VARIABLES, ("h:1", "2", "1"), strict=True):
         monkeypatch.setenv(name, value)
     distributed.initialize()
-    assert calls == [(("h:1", 2, 1), {"cluster_detection_method": "deactivate"})]
+    assert calls == [(("h:1", 2, 1), {"cluster_detection_method": "deactivate",
+                                     "initialization_timeout": distributed.WAIT_S})]
 
 
 def test_a_machine_that_jax_is_told_to_use_as_a_cpu_is_no_tpu(monkeypatch):
@@ -166,3 +168,101 @@ def test_a_tpu_is_looked_for_only_where_there_is_one(tmp_path, monkeypatch):
         assert chosen() == ""
     finally:
         jax.config.update("jax_platforms", before)
+
+
+LATE = """
+import sys, time
+import jax, numpy as np
+from absl import flags
+from dopsd_jax.core import distributed, sharding
+
+delay, distributed.WAIT_S = float(sys.argv[1]), int(sys.argv[2])
+distributed.define_flags()
+flags.FLAGS(["late"])
+late = int(distributed.os.environ["JAX_PROCESS_ID"])
+
+def sleeps_before(call):
+    def wrapped(*args):
+        time.sleep(late * delay)
+        return call(*args)
+    return wrapped
+
+distributed.meet = sleeps_before(distributed.meet)  # as if it compiled that long
+try:
+    distributed.initialize()
+    mesh = sharding.make_mesh(2, 2, 1)
+    distributed.connect(mesh)
+except Exception as e:
+    print("failed:", e, flush=True)
+    distributed.os._exit(1)
+for axes in (("data",), ("fsdp",), ("data", "fsdp")):
+    spec = jax.sharding.PartitionSpec(("data", "fsdp"))
+    ones = jax.make_array_from_callback(
+        (4,), jax.sharding.NamedSharding(mesh, spec), lambda _: np.ones(1))
+    add = jax.shard_map(lambda x: jax.lax.psum(x, axes), mesh=mesh, in_specs=spec,
+                        out_specs=spec, check_vma=False)
+    compiled = jax.jit(add).lower(ones).compile()
+    time.sleep(late * delay)
+    print(*(float(x.data[0]) for x in compiled(ones).addressable_shards))
+"""
+
+
+def two_of_which_one_is_late(delay, wait):
+    """Exit status and output of two processes; the second sleeps `delay` s before each meeting."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE, str(delay), str(wait)], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(
+                os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu",
+                XLA_FLAGS="--xla_force_host_platform_device_count=2",
+                JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2",
+                JAX_PROCESS_ID=str(i)),
+        ) for i in range(2)
+    ]
+    try:
+        outputs = [p.communicate(timeout=900)[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [p.returncode for p in processes], outputs
+
+
+def assert_all_summed(codes, outputs):
+    assert codes == [0, 0], outputs
+    for output in outputs:
+        assert "2.0 2.0\n2.0 2.0\n4.0 4.0\n" in output.replace("\r", "")
+
+
+def test_processes_wait_for_a_late_one_as_long_as_they_are_told_to():
+    assert_all_summed(*two_of_which_one_is_late(delay=1, wait=300))
+
+
+def test_the_wait_for_a_late_process_is_the_one_that_is_stated():
+    """With another constant the first process gives up, so the constant is what decides."""
+    codes, outputs = two_of_which_one_is_late(delay=12, wait=6)
+    assert codes[0] == 1 and "failed: " in outputs[0], outputs
+    assert "DEADLINE_EXCEEDED" in outputs[0] or "timed out" in outputs[0]
+    assert distributed.WAIT_S >= 3600
+
+
+@pytest.mark.slow
+def test_a_process_may_be_later_than_gloo_waits():
+    """Gloo gives up 30 seconds after the first process has called for a connection."""
+    assert_all_summed(*two_of_which_one_is_late(delay=65, wait=3600))
+
+
+def test_every_meeting_has_a_name_of_its_own(monkeypatch):
+    class Client:
+        def wait_at_barrier(self, name, milliseconds):
+            waits.append((name, milliseconds))
+
+    waits = []
+    monkeypatch.setattr(distributed, "global_state", type("State", (), {"client": Client()}))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for _ in range(2):
+        distributed.meet("data")
+    assert len({name for name, _ in waits}) == 2
+    assert {milliseconds for _, milliseconds in waits} == {distributed.WAIT_S * 1000}

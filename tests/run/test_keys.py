@@ -113,7 +113,7 @@ def test_a_run_whose_vae_only_draws_may_go_on_with_another_dtype(short_run, tmp_
 def test_a_base_lora_may_move_but_not_change(short_run, tmp_path, monkeypatch):
     """Its place is free, its content is part of the run's identity."""
     claimed = []
-    monkeypatch.setattr(train_lib, "claim", lambda *args: claimed.append(args[2]))
+    monkeypatch.setattr(train_lib, "claim", lambda *args: (claimed.append(args[1]), tmp_path)[1])
     monkeypatch.setattr(train_lib.loop, "finished", lambda *args: True)
     for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
         (tmp_path / name).write_bytes(content)

@@ -171,6 +171,7 @@ def test_a_plan_counts_the_references_of_a_run(tiny_flux2, two_photos, tmp_path,
         "data_root": str(two_photos), "buckets": "64x64", "batch_size": 2, "dtype": "float32",
         "num_steps": 2, "sample_every": 0, "preflight": "off", "gauge_prompts": (),
     })
+    config.lora.rank = 4
     caught = of_train(config, tmp_path / "run")
     assert_same_step(caught, of_plan(config))
     student, teacher = caught.arguments[2].student_ctx, caught.arguments[2].teacher_ctx

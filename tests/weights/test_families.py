@@ -16,6 +16,7 @@ from dopsd_jax.core import sharding, trees
 from dopsd_jax.method import lora, train_step
 from dopsd_jax.models.family import Family
 from dopsd_jax.models.z_image import ZImageConfig
+from dopsd_jax.planning import lowering
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import WeightsError, families, load_pipeline
 from dopsd_jax.weights.lora_files import FORMATS
@@ -108,16 +109,21 @@ def test_what_it_exports_is_read_and_draws_the_same_picture(run, toy, tmp_path, 
     assert (ours != sample.generate(pipe, ["a cat"], **size)).any()
 
 
+def flops_of(config):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return plan.step_flops(config, lowering.step_of(config, mesh))
+
+
 def test_it_is_planned_with_its_own_share_computed_again(config):
     assert "FLOPs per picture" in plan.plan_here(config, 2)
-    step = plan.step_flops(config)
+    step = flops_of(config)
     whole = step.parts["student forward"]
     config = config.copy_and_resolve_references()
     config.remat = "full"
     assert step.parts["recomputed"] < 0.4 * whole
-    assert plan.step_flops(config).parts["recomputed"] == whole
+    assert flops_of(config).parts["recomputed"] == whole
     config.model, config.published = "", "toy"
-    assert plan.step_flops(config).parts["student forward"] == whole
+    assert flops_of(config).parts["student forward"] == whole
 
 
 def test_its_shift_follows_the_picture(toy):
