@@ -91,10 +91,10 @@ class Evaluation:
         """One run at one step, drawn and judged, or read from where that was kept."""
         name = "untuned" if run is None else f"{run.name}-{step}"
         asked = [caption for s in self.sets.values() for caption in s.rows.captions]
-        told = [] if run is None else [str(run.workdir.resolve()), *(
+        contents = [] if run is None else [str(run.workdir.resolve()), *(
             (run.workdir / name).read_text() for name in ("config.json", "identity.json")
         )]
-        drawn = hashlib.sha256("\n".join([*asked, *told]).encode())
+        drawn = hashlib.sha256("\n".join([*asked, *contents]).encode())
         file = self.workdir / "measured" / (
             f"{name}-{num_steps}steps-x{guidance:g}-noise{shift}-{drawn.hexdigest()[:8]}.npz"
         )
@@ -300,11 +300,11 @@ def evaluate(config: ConfigDict, workdir: Path) -> str:
         evaluation = Evaluation(config, workdir, Path(runs_lib.same_data(runs)))
     else:
         evaluation = Evaluation(config, workdir, Path(runs_lib.settings(config.run_config).data))
-    told = evaluation.bench.report
+    judge = evaluation.bench.report
     head = [
-        f"The judge is right on held-back real pictures with {told['style']:.1%} of the styles and "
-        f"{told['concept']:.1%} of the things; two sets of real pictures are "
-        f"{told['frechet_of_two_real_sets']:.1f} apart (Frechet)."
+        f"The judge is right on held-back real pictures with {judge['style']:.1%} of the styles "
+        f"and {judge['concept']:.1%} of the things; two sets of real pictures are "
+        f"{judge['frechet_of_two_real_sets']:.1f} apart (Frechet)."
     ]
     points: list[Point] = []
     if config.checkpoints:

@@ -1,4 +1,4 @@
-"""Command: config -> mesh -> weights -> data -> loop.
+"""Command: trains a model on image-text pairs by the config of a run.
 
     python -m dopsd_jax.train --config configs/z_image_turbo_lora.py --workdir runs/a \
         --config.model=DIR --config.vlm=DIR --config.data=DATA
@@ -66,7 +66,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         return stages.train(config, workdir)
 
     # Act 1, the checks. All of the config and all of the data, before anything is written or
-    # loaded: what is wrong is told within seconds.
+    # loaded: what is wrong is reported within seconds.
     check_config(config)
     data = read_data(config, needs_of_rows(config))
     if config.encode == "ahead":

@@ -134,6 +134,14 @@ def test_every_command_has_a_module_and_its_flags_exist(page):
             assert defined, f"{page.name}: {module} has no --{flag}"
 
 
+def test_the_map_names_every_module_and_no_other():
+    package = ROOT / "dopsd_jax"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py")
+               if path.name != "__init__.py"}
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", (ROOT / "docs" / "map.md").read_text(), re.M)
+    assert set(named) == modules and len(named) == len(modules)
+
+
 def test_every_file_and_key_that_the_pages_name_exists():
     text = "\n".join(page.read_text() for page in PAGES)
     for path in re.findall(r"(?:launch|configs)/\w+\.\w+", text):

@@ -147,7 +147,7 @@ class Bench:
         )
 
     def measure(self, variables: trees.Tree, **how) -> dict[str, Measured]:
-        """All sets, drawn as `draw` is told."""
+        """All sets of pictures, drawn by `draw`."""
         return {name: self.judged(name, self.draw(name, variables, **how)) for name in self._sets}
 
 

@@ -77,8 +77,8 @@ def own_runs(directories: str) -> list[Run]:
     found = []
     for text in directories.split(","):
         workdir = Path(text.strip())
-        told = workdir_lib.read_config(workdir)
-        found.append(Run(workdir.name, told["learning_rate"], told["seed"], workdir))
+        config = workdir_lib.read_config(workdir)
+        found.append(Run(workdir.name, config["learning_rate"], config["seed"], workdir))
     if len({r.method for r in found}) < len(found):
         raise ValueError(f"checkpoints: expected runs of different names, got {directories!r}")
     return found
@@ -92,8 +92,8 @@ def same_data(runs: Sequence[Run]) -> str:
     """
     places = {run.workdir: str(workdir_lib.read_config(run.workdir)["data"]) for run in runs}
     if len({workdir_lib.read_identity(run.workdir)["data"] for run in runs}) > 1:
-        told = ", ".join(f"{run.name}: {places[run.workdir]}" for run in runs)
-        raise ValueError(f"checkpoints: expected runs on the same data, got {told}")
+        found = ", ".join(f"{run.name}: {places[run.workdir]}" for run in runs)
+        raise ValueError(f"checkpoints: expected runs on the same data, got {found}")
     return next((p for p in places.values() if Path(p).exists()), next(iter(places.values())))
 
 

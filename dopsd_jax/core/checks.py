@@ -1,5 +1,4 @@
-"""Executed shape annotations, one line per public boundary; values of files; and problems told
-all together."""
+"""Checks of array shapes and of values read from files, whose problems are raised together."""
 
 from __future__ import annotations
 

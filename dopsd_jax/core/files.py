@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Atomic writing: a crash leaves the old file or the new one, never a part."""
 
 from __future__ import annotations
 

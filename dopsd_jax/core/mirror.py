@@ -136,8 +136,8 @@ class Mirror:
 
 
 def _state(file: Path) -> tuple[int, int]:
-    told = file.stat()
-    return told.st_size, told.st_mtime_ns
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _files(directory: epath.Path) -> list[epath.Path]:

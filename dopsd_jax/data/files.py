@@ -107,10 +107,10 @@ def _unreadable(path: str | ImageSource, error: Exception) -> DataError:
     if isinstance(error, DataError):  # of bytes that could not be had
         return error
     # PIL tells no more than the name of the file, or the address of bytes in memory.
-    told = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+    detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
     return DataError(
         f"{path}: expected a whole {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} "
-        f"image, got {type(error).__name__}{told}; download or export it again"
+        f"image, got {type(error).__name__}{detail}; download or export it again"
     )
 
 

@@ -63,7 +63,7 @@ class IndexedRows(Sequence):
 
     def _look_at_all(self) -> None:
         bad, listed = 0, []
-        began = told = time.monotonic()
+        began = logged = time.monotonic()
         for done, (where, record) in enumerate(iterate(self._records), 1):
             draft = self._draft(where, record)
             size = draft.size
@@ -81,8 +81,8 @@ class IndexedRows(Sequence):
                 images = len(draft.subject) + len(draft.paths)
                 self._references.append(max(images - 1, 0))
             now = time.monotonic()
-            if now - told > LOG_EVERY_S:
-                told, rate = now, done / (now - began)
+            if now - logged > LOG_EVERY_S:
+                logged, rate = now, done / (now - began)
                 log.info("index: %d of %d rows, %.0f/s, %.0f s left", done, len(self), rate,
                          (len(self) - done) / rate)
         raise_problems(self._data, listed, bad, len(self))

@@ -185,11 +185,11 @@ class Parquet:
                 ) from error
             self._hash.update(repr((file.name, file.stat().st_size, opened.schema_arrow)).encode())
             for group in range(opened.metadata.num_row_groups):
-                told = opened.metadata.row_group(group)
-                self._hash.update(repr((told.num_rows, told.total_byte_size)).encode())
+                row_group = opened.metadata.row_group(group)
+                self._hash.update(repr((row_group.num_rows, row_group.total_byte_size)).encode())
                 self._groups.append((len(self._files), group))
                 self._firsts.append(total)
-                total += told.num_rows
+                total += row_group.num_rows
             self._files.append((file, opened, _image_columns(opened)))
         self._total, self._lock = total, threading.Lock()
         self._words = functools.lru_cache(2)(self._read_words)

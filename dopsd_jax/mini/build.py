@@ -58,8 +58,8 @@ def one(kind: str, seed: int, index: int) -> dict:
 def pair(scene: world.Scene, rng: np.random.Generator) -> dict:
     """A scene's caption, picture and reference: another picture of the same words.
 
-    So what is drawn from a picture in the context has its look and its things, and the place of
-    these from the noise. Three in five are in a look without a name, which both pictures share;
+    So what is drawn from a picture in the context has its style and its things, and the place of
+    these from the noise. Three in five are in a style without a name, which both pictures share;
     see `unnamed_styles`.
     """
     kind = rng.choice(["named", "filtered", "invented"], p=[0.4, 0.3, 0.3])
@@ -67,8 +67,8 @@ def pair(scene: world.Scene, rng: np.random.Generator) -> dict:
     pixels = world.render(_sprites, scene, rng, style)
     reference = world.render(_sprites, world.rearranged(rng, scene), rng, style)
     if kind == "filtered":
-        look = unnamed_styles.colour_filter(rng)
-        pixels, reference = look(pixels), look(reference)
+        recolour = unnamed_styles.colour_filter(rng)
+        pixels, reference = recolour(pixels), recolour(reference)
     caption = scene.caption
     if kind != "named":
         caption = re.sub(rf"\b{scene.style}\b", unnamed_styles.spare_word(rng), caption)

@@ -1,8 +1,8 @@
-"""Looks without a name: what a picture in the context must carry, because no word can.
+"""Styles without a name, which a network can only learn from a picture in its context.
 
-Every pair of pictures under a spare word shares one look, drawn anew: a colour filter over a style
-of the world, or art in invented colours on an invented ground. They are as many as the pairs, so
-the networks learn to read a look from a picture instead of remembering it.
+Each pair of pictures whose caption has a spare word shares one such style, drawn at random: a
+colour filter over a style of the world, or art in invented colours on an invented ground. No two
+pairs share a style, so the networks learn to read a style from a picture instead of memorising it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Filter = Callable[[np.ndarray], np.ndarray]
 
 
 def spare_word(rng: np.random.Generator) -> str:
-    """The name of a look: one of SPARE_WORDS, or two or three made-up syllables."""
+    """The name of a style: one of SPARE_WORDS, or two or three made-up syllables."""
     if rng.uniform() < 0.5:
         return str(rng.choice(SPARE_WORDS))
     letters = [CONSONANTS, VOWELS] * int(rng.integers(2, 4))
@@ -42,28 +42,28 @@ def colour_filter(rng: np.random.Generator) -> Filter:
     if kind == 0:
         ends = _two_colours(rng)
 
-        def look(x):
+        def recolour(x):
             y = np.clip((world.luminance(x) - 0.1) / 0.8, 0, 1)[..., None]
             return ends[0] * (1 - y) + ends[1] * y
     elif kind == 1:
         order = rng.permutation(3)
 
-        def look(x):
+        def recolour(x):
             return x[..., order]
     elif kind == 2:
         order = rng.permutation(3)
 
-        def look(x):
+        def recolour(x):
             return 1 - x[..., order]
     else:
         colour = rng.uniform(0.1, 1, 3).astype(np.float32)
         share = rng.uniform(0.4, 0.8)
 
-        def look(x):
+        def recolour(x):
             return (1 - share) * x + share * world.luminance(x)[..., None] * colour * 1.4
 
     def apply(pixels: np.ndarray) -> np.ndarray:
-        x = look(pixels.astype(np.float32) / 255)
+        x = recolour(pixels.astype(np.float32) / 255)
         return np.clip(x * 255 + 0.5, 0, 255).astype(np.uint8)
 
     return apply

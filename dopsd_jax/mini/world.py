@@ -1,7 +1,7 @@
 """The mini world: scenes of one or two emoji, in several styles, with captions that leave choices.
 
-Place, size, tilt, mirroring and background are drawn at random and mostly not told: where a caption
-fixes the picture, four plain steps are as good as forty and there is no few-step ability to lose.
+Place, size, tilt, mirroring and background are drawn at random and mostly not in the caption: where
+it fixes the picture, four plain steps are as good as forty, and no few-step ability can be lost.
 
 Every scene is a function of (seed, index) alone.
 """
@@ -263,13 +263,13 @@ def _first_apart(draw: Callable[[], tuple[Thing, ...]]) -> tuple[Thing, ...]:
     return things
 
 
-def _phrase(rng: Rng, thing: Thing, told: tuple[float, float]) -> str:
+def _phrase(rng: Rng, thing: Thing, limits: tuple[float, float]) -> str:
     words = [thing.concept]
     if thing.tint:
         words.insert(0, thing.tint)
-    if thing.size < told[0] and rng.uniform() < 0.5:
+    if thing.size < limits[0] and rng.uniform() < 0.5:
         words.insert(0, "small")
-    elif thing.size > told[1] and rng.uniform() < 0.5:
+    elif thing.size > limits[1] and rng.uniform() < 0.5:
         words.insert(0, "big")
     return with_article(" ".join(words))
 
@@ -343,12 +343,12 @@ def placement(scene: Scene, cells: int) -> np.ndarray:
         c, s = np.cos(np.radians(thing.tilt)), np.sin(np.radians(thing.tilt))
         dx, dy = (2 / thing.size) * (x - thing.x), (2 / thing.size) * (y - thing.y)
         across, down = c * dx + s * dy, c * dy - s * dx
-        told = [np.ones_like(x), across, down, *(
+        planes = [np.ones_like(x), across, down, *(
             np.full_like(x, v)
             for v in (c, s, SIZE / 2 / thing.size, -1.0 if thing.mirrored else 1.0)
         )]
         inside = np.maximum(np.abs(across), np.abs(down)) <= 1
-        result = np.where(inside[..., None], np.stack(told, axis=-1), result)
+        result = np.where(inside[..., None], np.stack(planes, axis=-1), result)
     return result.astype(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""The Qwen3 text encoder, run only as deep as the deepest layer that anybody reads.
+"""The Qwen3 text encoder, computed only up to the deepest layer whose output is used.
 
 Source: transformers `Qwen3Model` and the text_encoder folders of Z-Image and FLUX.2-klein.
 """

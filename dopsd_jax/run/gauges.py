@@ -1,4 +1,4 @@
-"""What a run does to its model, told by pictures: cheap numbers without another network.
+"""What a run does to its model, measured on pictures by cheap numbers, without a network.
 
 All take uint8 [N, H, W, 3] and return float32 [N], one number per picture.
 """

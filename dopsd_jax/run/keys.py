@@ -292,7 +292,7 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         "a narrow street in a rainy city at night, neon signs",
     ), TEXTS, DISPLAY,
         meaning="Unrelated prompts, the same in every run, drawn with sample_every: what became "
-        "of them is told as gauges of retention; empty: no such gauges.",
+        "of them is logged as gauges of retention; empty: no such gauges.",
         resume="as sample_steps"),
     "checkpoint_every": key(500, COUNT, DISPLAY,
         meaning="Updates between two checkpoints."),

@@ -96,7 +96,7 @@ def stack_of(template: str) -> str:
 def read_lora(
     path: str | Path, modules: Modules, shapes: trees.Tree | None = None
 ) -> tuple[trees.Tree, LoraSpec]:
-    """Reads a LoRA of any of the three formats, told apart by content.
+    """Reads a LoRA of any of the three formats, recognised by its content.
 
     Also read: `lora_down`/`lora_up` for `lora_A`/`lora_B`, kohya's `lora_unet_` names, names
     without a prefix, files of diffusers' `save_lora_weights`, and the directory of the published

@@ -159,7 +159,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         if p.name not in ("config.json", f"{STEM}.safetensors.index.json")
         and not (p.name.startswith(STEM) and p.suffix == ".safetensors")
     )
-    if others:  # not even when told: these are no weights
+    if others:  # not even with --overwrite: these are no weights
         raise WeightsError(f"{out}: holds {', '.join(others[:5])}; choose a new directory")
     for file in out.glob("*.safetensors"):
         with safe_open(file, framework="numpy") as f:
