@@ -50,7 +50,7 @@ TINY = ("--workdir", "w", "--config", "configs/tiny.py")
     "args,message",
     [((*TINY, "--config.lr=3", "--config.seeed=1", "--config.lora=2"),
       "error: --config.lr: no such key; did you mean learning_rate or lora.rank? see "
-      "configs/common.py\n  --config.seeed: no such key; did you mean seed? see configs/common.py\n"
+      "configs/common.py\n  --config.seeed: no such key; did you mean seed? see docs/keys.md\n"
       "  --config.lora: no such key; did you mean lora.alpha or lora.rank or lora.targets? see "
       "configs/common.py\n"),
      ((*TINY, "--config.learning_rate=abc"),

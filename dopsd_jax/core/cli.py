@@ -133,7 +133,7 @@ def check_config_flags(argv: Sequence[str]) -> None:
         return
     known = config_keys(load_config(path))
     problems = [
-        f"--config.{key}: no such key; {_nearest(key, known)}see configs/common.py"
+        f"--config.{key}: no such key; {_nearest(key, known)}see docs/keys.md"
         for key in dict.fromkeys(given) if key not in known
     ]
     if problems:
