@@ -78,6 +78,14 @@ def short_run(make_short_run):
     return make_short_run()
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Half the compile time in this process, for modules that compare runs with each other."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_torch_threads():
     if importlib.util.find_spec("torch") is not None:

@@ -1,6 +1,5 @@
 """Training in several processes: real ones, over loopback, against one process."""
 
-import os
 import shutil
 import signal
 import socket
@@ -18,6 +17,7 @@ from configs import tiny as tiny_config
 from dopsd_jax import encode as encode_lib
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
+from tests.commands import environment
 
 ROOT = Path(__file__).parents[1]
 DEVICES = 8
@@ -38,10 +38,7 @@ class Run:
         args = [sys.executable, "-m", f"dopsd_jax.{module}", "--config", "configs/tiny.py",
                 *(["--workdir", str(workdir)] if workdir else []),
                 *(f"--config.{k}={v}" for k, v in {**settings, **more}.items())]
-        env = dict(
-            os.environ, PYTHONPATH=str(ROOT),
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={DEVICES // count}",
-        )
+        env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={DEVICES // count}")
         self.processes = []
         for i in range(count):
             together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",

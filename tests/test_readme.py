@@ -1,7 +1,6 @@
 """The commands of README and docs, run as printed on the tiny pipeline under the real names."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from dopsd_jax.run.workdir import flat_config
+from tests.commands import environment
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,13 +57,23 @@ def run_block(home, mark, smaller):
     for line in block(mark).strip().splitlines():
         python, _, module, *rest = shlex.split(line)
         assert python == "python"
-        run(home, "-m", module, *rest, *smaller[module])
+        run(home, "-m", module, *changed(rest, smaller[module]))
+
+
+def changed(args, changes):
+    """Arguments with other values of some flags, each of which stands once."""
+    names, kept, rest = {c.split("=")[0] for c in changes}, [], iter(args)
+    for arg in rest:
+        if arg in names:
+            next(rest)  # its value
+        elif arg.split("=")[0] not in names:
+            kept.append(arg)
+    return [*kept, *changes]
 
 
 def run(home, *args):
-    env = dict(os.environ, PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, *args], cwd=home, env=env, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run([sys.executable, *args], cwd=home, env=environment(),
+                          capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

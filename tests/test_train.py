@@ -1,7 +1,6 @@
 """The training command on the tiny pipeline: artefacts, resume, signals, refusals."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,9 @@ from dopsd_jax.run import loop, previews
 from dopsd_jax.run import step as step_lib
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import WeightsError
+from tests.commands import environment
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 ROOT = Path(__file__).parents[1]
 STEPS = 30  # enough that a signal sent after the first finds the run still going
@@ -73,8 +75,8 @@ def command(tiny, photos, workdir, **more):
 
 def start(args):
     return subprocess.Popen(
-        args, cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
+        args, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -313,7 +315,7 @@ def test_training_imports_neither_torch_nor_tensorflow(tiny, photos, tmp_path, u
         "assert not bad, bad\nprint('clean')"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
-                          env=dict(os.environ, PYTHONPATH=str(ROOT)), check=False)
+                          env=environment(), check=False)
     assert "clean" in done.stdout, done.stdout + done.stderr
 
 

@@ -36,7 +36,8 @@ def open_path(path: str | Path) -> epath.Path:
     """
     if is_remote(path):
         try:
-            fsspec.get_filesystem_class(str(path).split("://", 1)[0])
+            scheme = str(path).split("://", 1)[0]
+            fsspec.get_filesystem_class("gcs" if scheme == "gs" else scheme)  # as epath does
         except (ImportError, ValueError) as e:
             raise ValueError(
                 f"{path}: expected an address that this machine can open ({e}); for gs:// run "

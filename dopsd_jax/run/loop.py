@@ -181,7 +181,11 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
         at_end.callback(checkpoints.close)
         state = _restore(checkpoints, task, total)
         start = int(state.step)
-        metrics = Metrics(workdir, start) if main else NoMetrics()
+        # A process killed between a checkpoint and its picture owes the picture.
+        owed = distributed.any_process(
+            _draws_at(config, start) and (start == 0 or _last_drawn(workdir) < start)
+        )
+        metrics = Metrics(workdir, start, redraws=owed) if main else NoMetrics()
         if main:
             at_end.callback(save_curves, workdir)
         at_end.callback(metrics.close)
@@ -195,6 +199,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             if task.preview is not None:
                 task.preview(step, state, metrics)
                 if main:
+                    metrics.flush()  # before the mark below says that all of it is written
                     (workdir / "samples").mkdir(exist_ok=True)
                     write_atomic(workdir / "samples" / ".last", str(step))
 
@@ -215,9 +220,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             shown = {k.replace("_", " "): values[k] for k in ("loss", "grad_norm") if k in values}
             progress.update(step, shown, line=step % config.log_every == 0 or step == total)
 
-        # A process killed between a checkpoint and its picture owes the picture.
-        owed = _draws_at(config, start) and (start == 0 or _last_drawn(workdir) < start)
-        if distributed.any_process(owed):
+        if owed:
             draw(start)
         progress.restart()
         pending, compiled = None, set()
@@ -239,6 +242,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
                 settle(*pending, timed=not compiles)
                 pending = None
             if saves:
+                metrics.flush()  # a checkpoint's own numbers are not written again
                 checkpoints.save(step, state, {"step": step, "rows_seen": step * config.batch_size})
             if draws:
                 draw(step)

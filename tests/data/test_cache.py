@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dopsd_jax.core import files
+from dopsd_jax.core import files, mirror
 from dopsd_jax.data.cache import Cache, CacheError, CacheWriter, entry_key
 
 RNG = np.random.default_rng(0)
@@ -209,6 +209,7 @@ def test_all_paths_go_through_epath(arrays, monkeypatch):
         raise AssertionError(f"not through epath: {args}")
 
     monkeypatch.setattr(epath, "Path", Remote)
+    monkeypatch.setattr(mirror.fsspec, "get_filesystem_class", lambda scheme: Remote)
     monkeypatch.setattr(files.os, "fsync", refuse)
     monkeypatch.setattr("builtins.open", refuse)
     cache = Cache(write("gs://bucket/cache", arrays, shard_bytes=300))
