@@ -87,8 +87,9 @@ def compiled_quickly():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_torch_threads():
+def _one_torch_thread():
+    # Threads that wait for each other at every operation take ten times as long on shared cores.
     if importlib.util.find_spec("torch") is not None:
         import torch
 
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
