@@ -108,3 +108,10 @@ def test_names_of_older_runs_and_a_torn_line_are_read(tmp_path):
     (tmp_path / GAUGES).write_text(old + '\n{"step": 2, "lo')
     Metrics(tmp_path, 1).close()
     assert read_metrics(tmp_path, GAUGES) == [{"step": 1, "style": 2.0, "teacher_style": 3.0}]
+
+
+def test_rows_of_older_runs_are_read_under_the_present_names(tmp_path):
+    (tmp_path / GAUGES).write_text('{"step": 0, "look": 3.0, "teacher_look": 2.0, "drift": 1.0}\n')
+    assert read_metrics(tmp_path, GAUGES) == [
+        {"step": 0, "style": 3.0, "teacher_style": 2.0, "drift": 1.0}
+    ]
