@@ -273,7 +273,7 @@ def vlm_context(
 
 
 def without_padding(ctx: Context) -> np.ndarray:
-    """Row 0 of a context on the host, [tokens, D]: what is kept of it."""
+    """The text features of row 0 without padding, on the host, [tokens, D]."""
     tokens = int(np.sum(ctx.text_mask[0]))
     return np.asarray(ctx.text[0, :tokens])
 

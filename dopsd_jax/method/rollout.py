@@ -121,7 +121,7 @@ def dopsd_loss_and_grad(
 def trajectory(
     variables: Tree, noise: jax.Array, ctx: Context, sigmas: jax.Array, *, velocity: Velocity
 ) -> tuple[jax.Array, jax.Array]:
-    """Samples: the same trajectory without loss.
+    """Samples the same trajectory without a loss.
 
     Returns:
         x: float32 [B, h, w, C], the sample.

@@ -167,7 +167,7 @@ def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
 
 
 class KeptIn(NamedTuple):
-    """State of an optimizer whose floats are kept in fewer bits, and its own count of updates."""
+    """State of an optimizer whose floats are stored in fewer bits, and its count of updates."""
 
     count: jax.Array
     inner: Any

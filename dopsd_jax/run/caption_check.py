@@ -60,7 +60,7 @@ Check = Callable[[Row, str, Bucket], None]  # raises ValueError for a caption th
 
 
 def _text_rule(config: ConfigDict, pipe: Pipeline) -> Check:
-    """For the prompt of a teacher whose images are no part of the text."""
+    """The rule for prompts that are read without an image."""
     recipe = RECIPES[config.recipe]
 
     def check(row: Row, caption: str, bucket: Bucket) -> None:
@@ -75,7 +75,7 @@ def _text_rule(config: ConfigDict, pipe: Pipeline) -> Check:
 
 
 def _vlm_rule(config: ConfigDict, pipe: Pipeline) -> Check:
-    """For a prompt beside an image of a bucket, in one text."""
+    """The rule for prompts that stand beside an image of a bucket in one text."""
     recipe = RECIPES[config.recipe]
     vl_tokenizer = load_tokenizer(vlm_directory(config.vlm))
     vision = read_vl_config(config.vlm).vision

@@ -38,7 +38,7 @@ def needs_teacher(config: ConfigDict) -> bool:
 
 
 def needs_vlm(config: ConfigDict) -> bool:
-    """Whether a run's teacher looks through Qwen3-VL."""
+    """Whether a run's teacher sees the target image through Qwen3-VL."""
     return needs_teacher(config) and contexts.RECIPES[config.recipe].vlm
 
 
@@ -55,7 +55,7 @@ def needs_of_rows(config: ConfigDict) -> Needs:
 
 
 def roles(config: ConfigDict) -> tuple[str, ...]:
-    """Who sees anything in a run."""
+    """The roles that a run has: the student, and the teacher where the objective has one."""
     return (contexts.STUDENT, contexts.TEACHER)[: 1 + needs_teacher(config)]
 
 
@@ -66,7 +66,7 @@ def needs_latents(config: ConfigDict) -> bool:
 
 
 def check_config(config: ConfigDict) -> Method:
-    """The method of a config whose every value was found possible.
+    """Checks every value of a config, and returns its method.
 
     Opens the models' configs and the tokenizer, but reads no weights and writes nothing.
 
@@ -181,7 +181,7 @@ def _check_mesh(config: ConfigDict, accumulation: int) -> None:
 
 
 def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) -> list[str]:
-    """What does not fit the model, by its configs and tokenizer alone."""
+    """Problems of a config with its model, found by the model's configs and tokenizer alone."""
     problems: list[str] = []
     if good("trainable", "lora.targets") and config.trainable == "lora":
         with noted(problems):

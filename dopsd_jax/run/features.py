@@ -47,11 +47,11 @@ class Entry:
     """One array that the encoders make.
 
     Attributes:
-        key: What it is kept under.
+        key: Its name in a cache.
         role: "student" or "teacher", the text of a context, or "target" or "reference", latents.
         caption: Of a context, as the role sees it.
         row, image: Whose latents, or what the teacher's text shows; -1 is the row's target.
-        where: How a message names it.
+        where: Its name in messages.
     """
 
     key: str
@@ -63,7 +63,7 @@ class Entry:
 
 
 class Entries:
-    """What the encoders make for a run, each named by all that it follows from."""
+    """The arrays that the encoders make for a run, each named by all that it depends on."""
 
     def __init__(self, config: ConfigDict, data: Data):
         self._config, self._data, self._prompts = config, data, {
@@ -111,7 +111,7 @@ class Entries:
         return self._of_image(row, -1, where)
 
     def references(self, row: int, role: str) -> list[Entry]:
-        """Of the images that a role sees of a row, in their order."""
+        """The latents of the reference images that a role sees of a row, in order."""
         images = self._data.rows[row].images
         shown = self._recipe.shown(role, len(images) - 1)
         # The target's latents are the same, whatever they serve for.
@@ -128,7 +128,7 @@ class Entries:
                 "bucket": [bucket.width, bucket.height]}
 
     def all(self) -> list[Entry]:
-        """Those of every distinct caption, (image, caption), image and sample prompt."""
+        """The entries of every distinct caption, (image, caption), image and sample prompt."""
         found: dict[str, Entry] = {}
         for i, row in enumerate(self._data.rows):
             made = [self.target(i, row.where)] if needs_targets(self._config) else []
@@ -190,7 +190,7 @@ def load_encoders(config: ConfigDict, pipe: Pipeline, data: Data) -> Encoders:
 def encode_all(
     entries: Sequence[Entry], encoders: Encoders, put: Callable[[str, np.ndarray], None]
 ) -> None:
-    """Runs the encoders over every entry, telling how far it is."""
+    """Runs the encoders over every entry, and logs the progress."""
     began, shown = time.time(), 0.0
     for done, entry in enumerate(entries, 1):
         put(entry.key, encoders(entry))
@@ -203,7 +203,7 @@ Features = Callable[[Entry], np.ndarray]
 
 
 def cached(arrays: Mapping[str, np.ndarray]) -> Features:
-    """What was made before, in host memory or a cache."""
+    """Features that were made before, from host memory or a cache."""
     return lambda entry: arrays[entry.key]
 
 
@@ -233,7 +233,7 @@ class BatchFeatures:
         self._config, self._data, self._entries, self._features = config, data, entries, features
 
     def batch(self, batch: BatchRows) -> tuple[Context, Context | None, np.ndarray | None]:
-        """Of a batch's rows, as NumPy: contexts of student and teacher, and target latents.
+        """Contexts of student and teacher and target latents of a batch's rows, as NumPy.
 
         None for what the objective does not need.
         """

@@ -26,7 +26,7 @@ PREFLIGHT_PICTURES = 8
 
 
 def first_rows(data: Data, count: int, *, repeat: bool = False) -> BatchRows:
-    """Rows of the bucket that has the most, so that one shape does for all.
+    """The first rows of the largest bucket, so that all pictures have one shape.
 
     Args:
         data: Of the run.
@@ -65,7 +65,7 @@ class Artist:
 
 def run_preflight(config, workdir: Path, pipe: Pipeline, data: Data, ctxs: BatchFeatures,
                   variables: trees.Tree, mesh: Mesh) -> None:
-    """Says what the untrained teacher is ahead in; writes preflight.json and its pictures."""
+    """Compares untrained student and teacher; writes preflight.json and its pictures."""
     rows = first_rows(data, PREFLIGHT_PICTURES, repeat=True)
     if not have_pictures(data, rows):
         log.info("preflight: left out; rows without pictures leave it nothing to compare with")

@@ -101,7 +101,7 @@ def family_of_tree(tree: Tree) -> Family:
     return FAMILIES[best]
 
 
-_add_names(qwen3.NAMES)  # of the text encoder of all families, and of the eyes beside it
+_add_names(qwen3.NAMES)  # of the text encoder of all families, and of the vision tower
 _add_names(qwen3_vl.NAMES)
 register(Z_IMAGE)
 register(FLUX2)

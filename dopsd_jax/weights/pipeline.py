@@ -86,7 +86,7 @@ class Pipeline:
 
 @dataclasses.dataclass
 class VisionLanguage:
-    """Qwen3-VL's eyes; its language model is the pipeline's text encoder.
+    """The vision tower of Qwen3-VL; its language model is the pipeline's text encoder.
 
     Attributes:
         matched: How many language tensors of the directory the text encoder replaces: all.
