@@ -294,7 +294,7 @@ def draw_grid(evaluation: Evaluation, compared: dict[str, list[tuple[Run, int]]]
 
 
 def evaluate(config: ConfigDict, workdir: Path) -> str:
-    """Everything; returns the table's text."""
+    """Runs a whole comparison and returns the text of its table."""
     if config.checkpoints:
         runs = runs_lib.own_runs(config.checkpoints)
         evaluation = Evaluation(config, workdir, Path(runs_lib.same_data(runs)))

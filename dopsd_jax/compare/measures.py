@@ -45,7 +45,7 @@ class CaseSet:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The judge's word on the pictures of one CaseSet.
+    """The judge's classification of the pictures of one CaseSet.
 
     Attributes:
         style, concept: bool [N], as asked for.

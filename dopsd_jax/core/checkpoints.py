@@ -103,7 +103,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Whatever Orbax finds wrong with the files of a step, as one plain ValueError."""
+        """Turns any error of Orbax about the files of a step into one plain ValueError."""
         try:
             yield
         except PermissionError:
@@ -157,7 +157,7 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Until the last save is on disk."""
+        """Waits until the last save is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:

@@ -80,7 +80,7 @@ def checkpoints_of(workdir: str | Path) -> epath.Path:
 
 
 def mirror_of(workdir: str | Path) -> Mirror | None:
-    """What sends a local copy's files to its bucket; None for any other directory."""
+    """The Mirror that sends a local copy's files to its bucket; None for any other directory."""
     address = address_of(workdir)
     return Mirror(address, Path(workdir)) if is_remote(address) else None
 

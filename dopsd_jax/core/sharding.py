@@ -177,7 +177,7 @@ def split_rows(tree: Tree) -> Tree:
 
 
 def all_gather_param(name: str, w: jax.Array) -> jax.Array:
-    """A parameter that is split over fsdp, whole: for the layer that is about to use it.
+    """Gathers a parameter that is split over fsdp, for the layer that is about to use it.
 
     Its gradient goes straight back to the parts. The transpose of a plain sharding constraint
     would instead ask for the whole gradient on every device, and add it up there. Cast before:
@@ -207,7 +207,7 @@ def all_gather_param(name: str, w: jax.Array) -> jax.Array:
 
 
 def barrier(inputs: Tree, variables: Tree) -> tuple[Tree, Tree]:
-    """Both unchanged, and no compiler may use the variables before the inputs are there.
+    """Returns both unchanged, but the compiler may not use the variables before the inputs exist.
 
     Without this, weights that are gathered in a loop whose turns all need the same ones are
     gathered for all layers before the loop, and then lie whole on every device.

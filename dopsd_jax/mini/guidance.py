@@ -12,7 +12,7 @@ from dopsd_jax.models.denoiser import Context
 
 @flax.struct.dataclass
 class GuidedContext:
-    """A context, the context to be led away from, and how far (1: no guidance).
+    """A positive context, a negative one, and the guidance scale (1: no guidance).
 
     Attributes:
         positive, negative: Contexts of B rows; their padded lengths may differ.
@@ -25,7 +25,7 @@ class GuidedContext:
 
 
 def pad_context(ctx: Context, length: int) -> Context:
-    """The same context with its text padded to `length`, which changes nothing it says."""
+    """The same context with its text padded to `length`, which changes no prediction."""
     more = length - ctx.text.shape[1]
     return Context(
         jnp.pad(ctx.text, ((0, 0), (0, more), (0, 0))), jnp.pad(ctx.text_mask, ((0, 0), (0, more)))

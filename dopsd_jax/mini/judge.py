@@ -64,7 +64,7 @@ class JudgeBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Opinion:
-    """What the judge says of N pictures.
+    """The judge's classification of N pictures.
 
     Attributes:
         features: float32 [N, 64].
@@ -93,7 +93,7 @@ def _judge(params, images):
 
 
 def opinion(params: trees.Tree, pixels: np.ndarray, batch: int = 200) -> Opinion:
-    """The judge's word on pictures, uint8 [N, 64, 64, 3]."""
+    """The judge's classification of pictures, uint8 [N, 64, 64, 3]."""
     parts = [
         [np.asarray(x) for x in _judge(params, data_lib.to_float(pixels[i : i + batch]))]
         for i in range(0, len(pixels), batch)

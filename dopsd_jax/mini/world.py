@@ -36,7 +36,7 @@ Canvas = np.ndarray  # float32 [CANVAS, CANVAS, 3] in [0, 1]
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """A look: which set it draws, on what, and how.
+    """A style: which set it draws, on which background, and how.
 
     Attributes:
         art: Name of the emoji set.

@@ -26,7 +26,7 @@ STACKS = ("layers",)
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config:
-    """Architecture numbers, under their names in models.md."""
+    """Architecture numbers, as config.json has them."""
 
     vocab_size: int
     hidden_size: int

@@ -81,7 +81,7 @@ class ZImageDenoiser:
     def velocity_and_layers(
         self, variables: Variables, x: jax.Array, sigma: jax.Array, ctx: Context
     ) -> tuple[jax.Array, jax.Array]:
-        """`velocity`, and what every layer of the main stream gives on, [layers, B, N, dim].
+        """`velocity`, and the output of every layer of the main stream, [layers, B, N, dim].
 
         Image tokens come first in N. All layers stay in memory.
         """

@@ -67,7 +67,7 @@ def child_environment() -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """In the child: ends when the process that asked is gone, killed without a word."""
+    """Ends this child process when its parent is gone, even if the parent was killed."""
     parent = os.getppid()
 
     def watch():
@@ -123,7 +123,7 @@ def compile_in_child(
 
 
 def _wait(child: subprocess.Popen, directory: Path, full: bool, end: float) -> bool:
-    """Until the child ends, or, unless `full`, the files are there: whether it was stopped."""
+    """Waits for the child's end or, unless `full`, for its files; says whether it was stopped."""
     while child.poll() is None:
         if not full and list(directory.glob(HLO)):
             time.sleep(SETTLE)
