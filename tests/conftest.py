@@ -78,9 +78,18 @@ def short_run(make_short_run):
     return make_short_run()
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Half the compile time in this process, for modules that compare runs with each other."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _few_torch_threads():
+def _one_torch_thread():
+    # Threads that wait for each other at every operation take ten times as long on shared cores.
     if importlib.util.find_spec("torch") is not None:
         import torch
 
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
