@@ -82,11 +82,12 @@ def _export_full(
 def define_flags() -> None:
     """The command's flags; a function, so that importing this module defines none."""
     flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-    flags.DEFINE_enum("format", None, sorted(FORMATS), "Whose format.", required=True)
+    flags.DEFINE_enum("format", None, sorted(FORMATS), "The tool whose format is written.",
+                      required=True)
     flags.DEFINE_string("out", None, "A .safetensors file; for peft and full weights a "
                         "directory.", required=True)
     flags.DEFINE_integer("step", None, "Which checkpoint; default: the latest.")
-    flags.DEFINE_enum("role", "student", ["student", "teacher"], "Whose weights.")
+    flags.DEFINE_enum("role", "student", ["student", "teacher"], "Which network's weights.")
     flags.DEFINE_bool("overwrite", False, "Replace what is at --out and was not written here.")
 
 

@@ -65,7 +65,7 @@ def find(key: Any, where: str | Path = "model family") -> Family:
 
     Args:
         key: The `_class_name` of its model_index.json, or the config of its transformer.
-        where: It stands; for the message.
+        where: The file or directory that says so, for the message.
 
     Raises:
         WeightsError: No registered family has it.
@@ -125,7 +125,7 @@ class Networks:
     """A pipeline without weights.
 
     Attributes:
-        family: Whose.
+        family: Which family the networks are of.
         denoiser, vae, text_encoder: See `Pipeline`.
         text: Rules of its prompts.
         shift: The scheduler's static shift, or None where it depends on the picture's size.
