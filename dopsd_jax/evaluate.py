@@ -46,7 +46,7 @@ from dopsd_jax.core import cli, trees
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.method.lora import scaled
-from dopsd_jax.mini import drawing
+from dopsd_jax.mini import drawing, judge
 from dopsd_jax.mini.build import write_trained
 from dopsd_jax.mini.emoji import load_sprites
 from dopsd_jax.run import previews
@@ -73,10 +73,12 @@ class Evaluation:
         self.config, self.workdir = config, workdir
         self._pipe = load_pipeline("mini", dtype="float32", remat="none")
         _, tuned = training_pictures(data)
-        old = drawing.read_cases(config.prompts) if config.prompts else drawing.draw_cases(
-            config.old_prompts, seed=7
-        )
-        self.sets = case_sets(config.style, tuned, old=old, seeds=config.generation_seeds)
+        self.labels = labels = judge.read(str(JUDGE)).labels
+        if config.prompts:
+            old = drawing.read_cases(labels, config.prompts)
+        else:
+            old = drawing.draw_cases(labels, config.old_prompts, seed=7)
+        self.sets = case_sets(labels, config.style, tuned, old=old, seeds=config.generation_seeds)
         self.bench = Bench(self._pipe, self.sets, JUDGE, data)
 
     def variables(self, run: Run | None, step: int) -> trees.Tree:
@@ -231,7 +233,9 @@ def same_data(evaluation: Evaluation) -> str:
     c, workdir = evaluation.config, evaluation.workdir / "same_data"
     pictures = workdir / "pictures"
     if len(list(pictures.glob("*.txt"))) < c.same_data_pictures:
-        write_trained(load_sprites(), pictures, c.same_data_pictures, seed=0)
+        write_trained(
+            load_sprites(), pictures, evaluation.labels, c.same_data_pictures, seed=0
+        )
     tuned = runs_lib.planned(
         c, workdir, rates=dict.fromkeys(c.same_data_methods, (c.same_data_rate,)), seeds=(0,),
         data=str(pictures),

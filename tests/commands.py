@@ -4,11 +4,9 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Of XLA's CPU compiler: half the compile time. What such commands compute is compared among them.
-QUICK = "--xla_backend_optimization_level=0"
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment for a command that trains or draws, compiled in half the time."""
-    flags = f"{more.pop('XLA_FLAGS', '')} {QUICK}".strip()
+    """This process's environment for a command; XLA_FLAGS are added to those of the test run."""
+    flags = f"{more.pop('XLA_FLAGS', '')} {os.environ.get('XLA_FLAGS', '')}".strip()
     return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, **more}

@@ -26,6 +26,28 @@ from dopsd_jax.weights.random_flux2 import write_random_flux2
 from dopsd_jax.weights.random_pipeline import write_random_pipeline
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Two thirds of the compile time, here and in the commands that tests start: XLA's CPU compiler
+# leaves out LLVM's optimisation. The long checks compile as a user does.
+QUICK = "--xla_backend_optimization_level=0"
+
+
+def pytest_configure(config):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "not slow" in config.option.markexpr and QUICK not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {QUICK}".strip()
+
+
+# Longest first, so that both of pytest's processes have something to do until the end.
+LONGEST = (
+    "test_train", "test_processes", "test_stages", "test_recipes", "test_shipped", "test_baselines",
+    "test_mesh", "test_bucket", "test_readme", "test_denoiser", "test_step", "test_plan",
+    "test_encode",
+)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +98,6 @@ def make_short_run(tiny, two_photos):
 def short_run(make_short_run):
     """Such a config, to be changed at will."""
     return make_short_run()
-
-
-@pytest.fixture(scope="module")
-def compiled_quickly():
-    """Half the compile time in this process, for modules that compare runs with each other."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session", autouse=True)

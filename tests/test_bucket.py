@@ -20,8 +20,6 @@ from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.run import loop, loras
 from dopsd_jax.run import workdir as workdir_lib
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 RUN = "gs://bucket/runs/a"
 
 

@@ -26,8 +26,6 @@ from dopsd_jax.run import keys
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import load, pipeline
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 ROOT = Path(__file__).parents[1]
 # Keys that no context follows from, or that are in it by content (data, images, weights, bucket).
 OTHER_KEYS = {

@@ -1,10 +1,8 @@
 """Encoders whose weights are split over four CPU devices beside the same ones on one."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,8 +11,7 @@ import pytest
 from dopsd_jax.core import sharding
 from dopsd_jax.method import contexts
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
-
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT, environment
 
 
 def features(directory, vlm, mesh):
@@ -48,9 +45,9 @@ def test_split_encoders_say_the_same(family, tiny, tiny_flux2):
     directory, vlm = (tiny.pipeline, tiny.vlm) if family == "z_image" else (tiny_flux2, "")
     done = subprocess.run(
         [sys.executable, __file__, str(directory), str(vlm)], cwd=ROOT, capture_output=True,
-        text=True, check=False, env=dict(
-            os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu",
-            XLA_FLAGS="--xla_force_host_platform_device_count=4"),
+        text=True, check=False, env=environment(
+            JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4"
+        ),
     )
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout.splitlines()[-1])

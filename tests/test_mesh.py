@@ -1,10 +1,8 @@
 """A train step spread over eight CPU devices beside the same step on one."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +24,8 @@ from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.weights.pipeline import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
+from tests.commands import ROOT, environment
 
-ROOT = Path(__file__).parents[1]
 ROWS = 8
 CONFIG = ZImageConfig(
     in_channels=4, dim=64, n_layers=2, n_refiner_layers=1, n_heads=4, cap_feat_dim=32,
@@ -123,9 +121,9 @@ def in_child():
 def found():
     done = subprocess.run(
         [sys.executable, __file__], cwd=ROOT, capture_output=True, text=True, timeout=500,
-        check=False, env=dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu",
-                              JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # half the time: it compiles
-                              XLA_FLAGS="--xla_force_host_platform_device_count=8"),
+        check=False, env=environment(
+            JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8"
+        ),
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -26,8 +26,6 @@ from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import WeightsError
 from tests.commands import environment
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 ROOT = Path(__file__).parents[1]
 STEPS = 30  # enough that a signal sent after the first finds the run still going
 

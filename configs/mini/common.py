@@ -14,6 +14,7 @@ def base() -> ConfigDict:
     c.data = "runs/mini/world"  # from dopsd_jax.mini.build
     c.batch_size = 32
     c.num_train_steps = 1000  # updates
+    c.seconds = 0             # end sooner than after that many; 0: no limit
     c.ema_decay = 0.999       # per update; the averaged weights are what a stage hands on
     c.seed = 0
 
@@ -21,7 +22,7 @@ def base() -> ConfigDict:
     c.optimizer.optimizer = "muon"
     c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup_steps = 50
-    c.optimizer.decay_steps = 300  # linearly to 0 over the last updates
+    c.optimizer.decay_steps = 300  # linearly to 0 over the last updates, or over their share
     c.optimizer.b1, c.optimizer.b2, c.optimizer.eps = 0.9, 0.99, 1e-8
     c.optimizer.weight_decay = 0.0
     c.optimizer.max_grad_norm = 1.0

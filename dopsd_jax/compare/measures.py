@@ -11,7 +11,7 @@ import numpy as np
 from dopsd_jax.core import trees
 from dopsd_jax.data.images import read_image
 from dopsd_jax.mini import drawing, judge, world
-from dopsd_jax.mini.build import ALL_CONCEPTS, ALL_STYLES
+from dopsd_jax.mini.labels import Labels
 from dopsd_jax.run import gauges
 from dopsd_jax.weights.pipeline import Pipeline
 
@@ -69,35 +69,37 @@ def _repeated(cases: drawing.Cases, seeds: int, first: int) -> drawing.Cases:
     )
 
 
-def _of_style(style: str, concepts: Sequence[str]) -> drawing.Cases:
+def _of_style(labels: Labels, style: str, concepts: Sequence[str]) -> drawing.Cases:
     captions = [f"{world.with_article(c)}, {style} style" for c in concepts]
     return drawing.Cases(
-        captions, np.full(len(concepts), ALL_STYLES.index(style)),
-        np.stack([np.isin(ALL_CONCEPTS, [c]) for c in concepts]), np.arange(len(concepts)),
+        captions, np.full(len(concepts), labels.styles.index(style)),
+        np.stack([labels.shown([c]) for c in concepts]), np.arange(len(concepts)),
     )
 
 
 def case_sets(
-    style: str, tuned: Sequence[str], *, old: drawing.Cases, seeds: int
+    labels: Labels, style: str, tuned: Sequence[str], *, old: drawing.Cases, seeds: int
 ) -> dict[str, CaseSet]:
     """The three sets, by name.
 
     Args:
+        labels: What the judge knows by name.
         style: The new one.
         tuned: Concepts of the training pictures.
         old: Prompts that have nothing to do with it.
         seeds: Noises per prompt.
 
     Raises:
-        ValueError: A style or concept that the world does not know.
+        ValueError: A style or concept that is not among the labels.
     """
-    unknown = sorted({style} - set(ALL_STYLES)) + sorted(set(tuned) - set(ALL_CONCEPTS))
+    unknown = sorted({style} - set(labels.styles)) + sorted(set(tuned) - set(labels.concepts))
     if unknown:
         raise ValueError(f"expected a style and things of the mini world, got {unknown}")
-    others = [c for c in world.TRAINED_CONCEPTS if c not in tuned]
+    others = [c for c in labels.trained_concepts if c not in tuned]
     sets, first = {}, FIRST_SEED
     for name, cases in (
-        (NEW_SEEN, _of_style(style, tuned)), (NEW_UNSEEN, _of_style(style, others)),
+        (NEW_SEEN, _of_style(labels, style, tuned)),
+        (NEW_UNSEEN, _of_style(labels, style, others)),
         (OLD, old),
     ):
         rows = _repeated(cases, seeds, first)
@@ -120,9 +122,10 @@ class Bench:
 
     def __init__(self, pipe: Pipeline, sets: dict[str, CaseSet], judge_file: Path, folder: Path):
         self._pipe, self._sets = pipe, sets
-        self._judge, self.real, self.report = judge.read(str(judge_file))
+        self._judge = judge.read(str(judge_file))
+        self.real, self.report = self._judge.real, self._judge.report
         pictures, _ = training_pictures(folder)
-        self._training = _unit(judge.opinion(self._judge, pictures).features)
+        self._training = _unit(judge.opinion(self._judge.params, pictures).features)
         self._contexts = {
             name: drawing.text_contexts(pipe, s.rows.captions) for name, s in sets.items()
         }
@@ -139,7 +142,7 @@ class Bench:
     def judged(self, name: str, pixels: np.ndarray) -> Measured:
         """What the judge says of pictures of one set."""
         rows = self._sets[name].rows
-        said = judge.opinion(self._judge, pixels)
+        said = judge.opinion(self._judge.params, pixels)
         near = (_unit(said.features) @ self._training.T).max(1)
         return Measured(
             said.style_accuracy(rows.styles), said.concept_accuracy(rows.concepts),

@@ -186,7 +186,7 @@ class Progress:
 
     def __init__(self, total: int, start: int, images_per_step: int,
                  clock: Callable[[], float] = time.perf_counter):
-        self._total, self._images, self._last = total, images_per_step, start
+        self.total, self._images, self._last = total, images_per_step, start
         self._clock, self._steps, self._seconds = clock, 0, 0.0
         self._mark = clock()
         # tqdm's own rate and time left count everything.
@@ -209,7 +209,7 @@ class Progress:
 
     def seconds_left(self, step: int) -> float | None:
         """Of training after `step`; None before the first lap."""
-        return (self._total - step) * self._seconds / self._steps if self._steps else None
+        return (self.total - step) * self._seconds / self._steps if self._steps else None
 
     def update(self, step: int, values: dict[str, float], line: bool) -> None:
         text = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
@@ -220,7 +220,7 @@ class Progress:
             self._bar.update(step - self._last)
             self._bar.set_postfix_str(text)
         elif line:
-            log.info("step %d/%d: %s", step, self._total, text)
+            log.info("step %d/%d: %s", step, self.total, text)
         self._last = step
 
     def close(self) -> None:

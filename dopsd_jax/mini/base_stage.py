@@ -13,11 +13,9 @@ encoder (REPA, arXiv 2410.06940). The vision tower in turn is asked for the pict
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +26,15 @@ from dopsd_jax.core.log import log
 from dopsd_jax.method import flow, sampling
 from dopsd_jax.method.baselines import flow_matching_loss
 from dopsd_jax.method.rollout import trajectory
-from dopsd_jax.method.train_step import Method, init_state, make_optimizer, make_train_step
+from dopsd_jax.method.train_step import Method, init_state, make_train_step
 from dopsd_jax.mini import data as data_lib
-from dopsd_jax.mini import encoding
+from dopsd_jax.mini import encoding, ending
+from dopsd_jax.mini import rows as rows_lib
 from dopsd_jax.mini import world as world_lib
 from dopsd_jax.mini.guidance import GuidedContext, guided
+from dopsd_jax.mini.labels import WORLD
 from dopsd_jax.mini.model import fresh, save_models
+from dopsd_jax.mini.rows import Rows
 from dopsd_jax.models import qwen3, qwen3_vl
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import loop, previews
@@ -51,30 +52,6 @@ from dopsd_jax.weights.pipeline import (
 
 # The names of what reads the answers, among the trained parameters.
 PLACEMENT, PICTURE = "placement", "picture"
-WORDLESS = "a picture"  # caption of a pair that leaves all telling to the picture
-
-
-@flax.struct.dataclass
-class Rows:
-    """Rows of one kind of context.
-
-    Attributes:
-        latents, noise: float32 [B, h, w, C].
-        sigma: float32 [B].
-        ids, mask: [B, L].
-        placement: float32 [B, tokens, 7], see world.placement.
-        patches: float32 [B, n, d] of the reference picture, or None.
-        picture: float32 [B, image tokens, numbers], its latents, or None.
-    """
-
-    latents: jax.Array
-    noise: jax.Array
-    sigma: jax.Array
-    ids: jax.Array
-    mask: jax.Array
-    placement: jax.Array
-    patches: jax.Array | None = None
-    picture: jax.Array | None = None
 
 
 def read(reader: trees.Tree, x: jax.Array) -> jax.Array:
@@ -157,78 +134,6 @@ def base_objective(pipe: Pipeline, vl: VisionLanguage):
     return objective
 
 
-def by_token(latents: np.ndarray, side: int) -> np.ndarray:
-    """Latents [B, h, w, C] cut into side x side pieces, rows first: [B, side * side, numbers]."""
-    B, h, w, C = latents.shape
-    cut = latents.reshape(B, side, h // side, side, w // side, C).transpose(0, 1, 3, 2, 4, 5)
-    return cut.reshape(B, side * side, -1)
-
-
-def draw_sigma(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Noise levels to train on: logit-normal around 0.65, one in ten uniform; float32 [count]."""
-    sigma = 1 / (1 + np.exp(-(0.6 + 1.2 * rng.standard_normal(count))))
-    sigma = np.where(rng.uniform(size=count) < 0.1, rng.uniform(size=count), sigma)
-    return np.clip(sigma, 1e-3, 1.0).astype(np.float32)
-
-
-def _some_replaced(rng: np.random.Generator, captions, index: np.ndarray, by, drop: float):
-    """(ids, mask) of the captions at `index`, a share `drop` of them replaced by one other."""
-    ids, mask = (a[index] for a in captions)
-    dropped = rng.uniform(size=len(index)) < drop
-    ids[dropped], mask[dropped] = by[0][0], by[1][0]
-    return ids, mask
-
-
-class World:
-    """The training rows of the world, tokenised and encoded once."""
-
-    def __init__(self, data: str | Path, pipe: Pipeline, vl: VisionLanguage):
-        self._vl, self._pipe, self._data = vl, pipe, data
-        self.scenes = data_lib.read_part(data, "scenes")
-        self.pairs = data_lib.read_part(data, "pairs")
-        self.scene_latents = encoding.latents(pipe, data, "scenes", self.scenes.pixels)
-        self.scene_ids = encoding.caption_ids(pipe.tokenizer, self.scenes.captions)
-        self.pair_ids = encoding.pair_ids(vl.tokenizer, self.pairs.captions)
-        self.empty_ids = encoding.caption_ids(pipe.tokenizer, [""])
-        self.wordless_pair_ids = encoding.pair_ids(vl.tokenizer, [WORDLESS])
-
-    # Only where rows of pairs are drawn; the gates draw none.
-
-    @functools.cached_property
-    def pair_latents(self) -> np.ndarray:
-        return encoding.latents(self._pipe, self._data, "pairs", self.pairs.pixels)
-
-    @functools.cached_property
-    def reference_latents(self) -> np.ndarray:
-        return encoding.latents(
-            self._pipe, self._data, "pairs", self.pairs.references, name="reference_latents"
-        )
-
-    def rows(self, rng: np.random.Generator, count: int, *, drop: float = 0.0) -> Rows:
-        """Rows that see captions, a share `drop` of them the empty one."""
-        index = rng.integers(len(self.scenes), size=count)
-        ids, mask = _some_replaced(rng, self.scene_ids, index, self.empty_ids, drop)
-        return self._rows(rng, self.scenes, index, self.scene_latents, ids, mask)
-
-    def pair_rows(self, rng: np.random.Generator, count: int, *, drop: float = 0.0) -> Rows:
-        """Rows that see a picture and a caption, a share `drop` of these one that tells nothing."""
-        index = rng.integers(len(self.pairs), size=count)
-        ids, mask = _some_replaced(rng, self.pair_ids, index, self.wordless_pair_ids, drop)
-        patches = encoding.patches(self._vl, self.pairs.references[index])
-        rows = self._rows(rng, self.pairs, index, self.pair_latents, ids, mask)
-        shown = self.reference_latents[index].astype(np.float32)
-        return rows.replace(
-            patches=patches, picture=by_token(shown, math.isqrt(encoding.IMAGE_TOKENS))
-        )
-
-    def _rows(self, rng, part, index, latents, ids, mask) -> Rows:
-        latents = latents[index].astype(np.float32)
-        noise = rng.standard_normal(latents.shape, np.float32)
-        placement = part.placements[index].astype(np.float32)
-        placement = placement.reshape(len(index), -1, placement.shape[-1])
-        return Rows(latents, noise, draw_sigma(rng, len(latents)), ids, mask, placement)
-
-
 def load(config: ConfigDict) -> tuple[Pipeline, VisionLanguage]:
     pipe = load_pipeline(config.model, dtype="float32", remat="none")
     return pipe, load_vision_language(config.vlm, pipe, dtype="float32")
@@ -241,15 +146,15 @@ class Gallery:
 
     def __init__(self, config: ConfigDict, workdir: Path, pipe: Pipeline, vl: VisionLanguage):
         test = data_lib.read_part(config.data, "judge_test")
-        newest = sorted(set(test.styles.tolist()))[-2:]
-        trained = np.flatnonzero(test.styles < newest[0])[: self.COUNT]
-        held_out = np.flatnonzero(test.styles >= newest[0])[: self.COUNT]
-        chosen = np.concatenate([trained, held_out])
+        held_out = np.isin(np.asarray(WORLD.styles)[test.styles], WORLD.held_out_styles)
+        chosen = np.concatenate([
+            np.flatnonzero(~held_out)[: self.COUNT], np.flatnonzero(held_out)[: self.COUNT],
+        ])
         captions = [test.captions[i] for i in chosen]
         self._real = test.pixels[chosen]
         self._rows = encoding.caption_ids(pipe.tokenizer, captions[: self.COUNT])
         self._pairs = encoding.pair_ids(vl.tokenizer, captions[self.COUNT :])
-        self._patches = encoding.patches(vl, self._real[self.COUNT :])
+        self._patches = np.asarray(encoding.patches(self._real[self.COUNT :]))
         self._empty = encoding.caption_ids(pipe.tokenizer, [""])
         self._pipe, self._vl, self._workdir = pipe, vl, workdir
         shape = pipe.denoiser.latent_shape(*self._real.shape[1:3])
@@ -293,7 +198,7 @@ def _reader(inputs: int, outputs: int) -> trees.Tree:
 def prepare(config: ConfigDict, workdir: Path):
     """The task, and what to do with its last state: write the pipeline with the new weights."""
     pipe, vl = load(config)
-    world = World(config.data, pipe, vl)
+    data = rows_lib.scenes(config.data, pipe), rows_lib.pairs(config.data, pipe, vl)
     shapes = {"transformer": transformer_shapes(pipe.denoiser.network),
               "text_encoder": text_shapes(pipe.text_encoder), "vision": vision_shapes(vl.vision)}
     if config.init == "fresh":
@@ -308,9 +213,8 @@ def prepare(config: ConfigDict, workdir: Path):
         PICTURE: _reader(network.cap_feat_dim, numbers // encoding.IMAGE_TOKENS),
     }
     stacks = (*stacks_of(transformer_table(pipe.denoiser)), *qwen3.STACKS, *qwen3_vl.STACKS)
-    optimizer = make_optimizer(
-        **config.optimizer.to_dict(), num_train_steps=config.num_train_steps, stacks=stacks
-    )
+    optimizer = ending.optimizer_of(config, stacks)
+    optimizer = ending.with_end(optimizer, config)
     state = init_state(
         jax.tree.map(jnp.asarray, params | readers), optimizer,
         jax.random.key_data(jax.random.key(config.seed + 1)),
@@ -319,16 +223,21 @@ def prepare(config: ConfigDict, workdir: Path):
     method = Method(
         trainable="full", teacher="ema", ema_decay=config.ema_decay, ema_warmup=True
     )
-    step_fn = jax.jit(
-        make_train_step(method, optimizer, base_objective(pipe, vl)), donate_argnums=0
-    )
     pair_rows = config.batch_size // 3
 
-    def make_batch(step: int, rng) -> tuple[Rows, Rows]:
-        draw = np.random.default_rng([config.seed, step])
-        rows = world.rows(draw, config.batch_size - pair_rows, drop=config.caption_dropout)
-        pairs = world.pair_rows(draw, pair_rows, drop=config.pair_caption_dropout)
-        return jax.tree.map(jnp.asarray, (rows, pairs))
+    def draw_batch(data, key, step) -> tuple[Rows, Rows]:
+        scenes, pairs = data
+        keys = jax.random.split(key)
+        return (
+            rows_lib.draw(scenes, keys[0], config.batch_size - pair_rows,
+                          drop=config.caption_dropout),
+            rows_lib.draw(pairs, keys[1], pair_rows, drop=config.pair_caption_dropout),
+        )
+
+    step_fn = rows_lib.step_that_draws(
+        make_train_step(method, optimizer, base_objective(pipe, vl)), draw_batch
+    )
+    data = jax.tree.map(jnp.asarray, data)
 
     gallery = Gallery(config, workdir, pipe, vl)
 
@@ -340,6 +249,6 @@ def prepare(config: ConfigDict, workdir: Path):
         save_models(config.model, config.vlm, workdir, trained)
 
     return loop.Task(
-        state, lambda state, batch: step_fn(state, None, batch), make_batch, preview,
-        epochs=lambda step: step * config.batch_size / len(world.scenes),
+        state, lambda state, data: step_fn(state, None, data), lambda step, rng: data, preview,
+        epochs=lambda step: step * config.batch_size / len(data[0].latents),
     ), finish

@@ -3,7 +3,8 @@
     python -m dopsd_jax.mini.build --out runs/mini/world
 
 Writes <out>/{scenes,pairs,judge,judge_test}/ with pixels.npy (uint8 [N, 64, 64, 3]), captions.json,
-styles.npy (int32 [N], index into world.STYLES), concepts.npy (bool [N, 20]); scenes/ and pairs/
+styles.npy (int32 [N], index into labels.WORLD), concepts.npy (bool [N, 48]), counts.npy (int32 [N],
+objects) and middles.npy (float32 [N, 2], of the first object, (x, y) in pixels); scenes/ and pairs/
 have also placements.npy (float16 [N, 8, 8, 7], see world.placement), pairs/ also references.npy.
 The same seed writes the same bytes. With --style, writes a folder of captioned pictures instead:
 
@@ -25,11 +26,11 @@ from PIL import Image
 from dopsd_jax.core import cli
 from dopsd_jax.core.log import log
 from dopsd_jax.mini import unnamed_styles, world
-from dopsd_jax.mini.emoji import CONCEPTS, SETS, Sprites, load_sprites
+from dopsd_jax.mini.emoji import SETS, Sprites, load_sprites
+from dopsd_jax.mini.labels import WORLD, Labels
+from dopsd_jax.mini.styles import STYLES
 
 FLAGS = flags.FLAGS
-ALL_CONCEPTS = tuple(CONCEPTS)
-ALL_STYLES = tuple(world.STYLES)
 STREAMS = {"scenes": 1, "pairs": 2, "judge": 3, "judge_test": 4, "style": 5, "trained": 6}
 CHUNK = 500
 CELLS = 8  # per side of a picture: the transformer's tokens
@@ -41,12 +42,14 @@ def one(kind: str, seed: int, index: int) -> dict:
     rng = np.random.default_rng([seed, STREAMS[kind], index])
     everything = kind.startswith("judge")
     scene = world.draw_scene(
-        rng, styles=ALL_STYLES if everything else world.TRAINED_STYLES,
-        concepts=ALL_CONCEPTS if everything else world.TRAINED_CONCEPTS,
+        rng, styles=WORLD.styles if everything else WORLD.trained_styles,
+        concepts=WORLD.concepts if everything else WORLD.trained_concepts,
     )
+    first = scene.things[0]
     sample = {
-        "caption": scene.caption, "style": ALL_STYLES.index(scene.style),
-        "concepts": np.isin(ALL_CONCEPTS, [t.concept for t in scene.things]),
+        "caption": scene.caption, "style": WORLD.styles.index(scene.style),
+        "concepts": WORLD.shown([t.concept for t in scene.things]), "count": len(scene.things),
+        "middle": np.float32([first.x, first.y]),
     }
     if not everything:
         sample["placement"] = world.placement(scene, CELLS).astype(np.float16)
@@ -63,7 +66,7 @@ def pair(scene: world.Scene, rng: np.random.Generator) -> dict:
     see `unnamed_styles`.
     """
     kind = rng.choice(["named", "filtered", "invented"], p=[0.4, 0.3, 0.3])
-    style = unnamed_styles.invented_style(rng) if kind == "invented" else world.STYLES[scene.style]
+    style = unnamed_styles.invented_style(rng) if kind == "invented" else STYLES[scene.style]
     pixels = world.render(_sprites, scene, rng, style)
     reference = world.render(_sprites, world.rearranged(rng, scene), rng, style)
     if kind == "filtered":
@@ -101,6 +104,8 @@ def build(sprites: Sprites, out: Path, kind: str, count: int, seed: int) -> None
     np.save(directory / "pixels.npy", np.stack([s["pixels"] for s in samples]))
     np.save(directory / "styles.npy", np.asarray([s["style"] for s in samples], np.int32))
     np.save(directory / "concepts.npy", np.stack([s["concepts"] for s in samples]))
+    np.save(directory / "counts.npy", np.asarray([s["count"] for s in samples], np.int32))
+    np.save(directory / "middles.npy", np.stack([s["middle"] for s in samples]))
     if kind in ("scenes", "pairs"):
         np.save(directory / "placements.npy", np.stack([s["placement"] for s in samples]))
     if kind == "pairs":
@@ -115,22 +120,25 @@ def write_style(sprites: Sprites, out: Path, style: str, count: int, seed: int) 
 
     One object each, every concept at most once, no colour words.
     """
-    rng = np.random.default_rng([seed, STREAMS["style"], ALL_STYLES.index(style)])
+    rng = np.random.default_rng([seed, STREAMS["style"], WORLD.styles.index(style)])
     out.mkdir(parents=True, exist_ok=True)
-    for concept in rng.permutation(world.TRAINED_CONCEPTS)[:count].tolist():
-        scene = world.draw_scene(rng, style=style, concept=concept, two=0.0, tinted=0.0)
-        _write_picture(sprites, out, concept.replace(" ", "-"), scene, rng)
-    (out / "ATTRIBUTION").write_text(
-        f"Pictures drawn from {SETS[world.STYLES[style].art]}.\n"
-    )
+    for concept in rng.permutation(WORLD.trained_concepts)[:count].tolist():
+        scene = world.draw_scene(
+            rng, style=style, concept=concept, two=0.0, counted=0.0, tinted=0.0, placed=0.0
+        )
+        _write_picture(sprites, out, concept, scene, rng)
+    (out / "ATTRIBUTION").write_text(f"Pictures drawn from {SETS[STYLES[style].art]}.\n")
 
 
-def write_trained(sprites: Sprites, out: Path, count: int, seed: int) -> None:
-    """A folder of captioned scenes like those that the mini model was trained on."""
+def write_trained(sprites: Sprites, out: Path, labels: Labels, count: int, seed: int) -> None:
+    """A folder of captioned scenes like those that a model of these labels was trained on."""
     out.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         rng = np.random.default_rng([seed, STREAMS["trained"], i])
-        _write_picture(sprites, out, f"{i:04d}", world.draw_scene(rng), rng)
+        scene = world.draw_scene(
+            rng, styles=labels.trained_styles, concepts=labels.trained_concepts
+        )
+        _write_picture(sprites, out, f"{i:04d}", scene, rng)
 
 
 def _write_picture(sprites: Sprites, out: Path, name: str, scene: world.Scene, rng) -> None:
@@ -157,8 +165,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("judge", 24_000, "Scenes of every style and concept, for the judge.",
                          lower_bound=1)
     flags.DEFINE_integer("judge_test", 4_000, "The same, held back.", lower_bound=1)
-    flags.DEFINE_enum("style", None, ALL_STYLES, "Write captioned pictures of this style alone.")
+    flags.DEFINE_enum("style", None, WORLD.styles, "Write captioned pictures of this style alone.")
     flags.DEFINE_integer("style_count", 8, "How many of them.", lower_bound=1,
-                         upper_bound=len(world.TRAINED_CONCEPTS))
+                         upper_bound=len(WORLD.trained_concepts))
     flags.DEFINE_integer("seed", 0, "Of everything.")
     cli.run_command(main)

@@ -17,8 +17,10 @@ class Part:
     Attributes:
         pixels: uint8 [N, 64, 64, 3].
         captions: N captions.
-        styles: int32 [N].
-        concepts: bool [N, 20].
+        styles: int32 [N], index into labels.WORLD.
+        concepts: bool [N, 48], shown or not.
+        counts: int32 [N], number of objects.
+        middles: float32 [N, 2], (x, y) of the first object in pixels.
         placements: float16 [N, 8, 8, 7], see world.placement; of scenes and pairs only.
         references: uint8 [N, 64, 64, 3], of pairs only.
     """
@@ -27,6 +29,8 @@ class Part:
     captions: list[str]
     styles: np.ndarray
     concepts: np.ndarray
+    counts: np.ndarray
+    middles: np.ndarray
     placements: np.ndarray | None = None
     references: np.ndarray | None = None
 
@@ -49,7 +53,8 @@ def read_part(world: str | Path, kind: str) -> Part:
     captions = json.loads((directory / "captions.json").read_text())
     arrays = {
         name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in ("pixels", "styles", "concepts", "placements", "references")
+        for name in ("pixels", "styles", "concepts", "counts", "middles", "placements",
+                     "references")
         if (directory / f"{name}.npy").is_file()
     }
     return Part(captions=captions, **arrays)

@@ -15,8 +15,8 @@ from dopsd_jax.core import trees
 from dopsd_jax.method import flow, sampling
 from dopsd_jax.method.rollout import trajectory
 from dopsd_jax.mini import encoding, world
-from dopsd_jax.mini.build import ALL_CONCEPTS, ALL_STYLES
 from dopsd_jax.mini.guidance import GuidedContext, guided
+from dopsd_jax.mini.labels import Labels
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.weights.pipeline import Pipeline
 
@@ -29,8 +29,8 @@ class Cases:
 
     Attributes:
         captions: N captions.
-        styles: int [N], index into ALL_STYLES.
-        concepts: bool [N, 20].
+        styles: int [N], index into the labels' styles.
+        concepts: bool [N, labels' concepts].
         seeds: int [N], of the noise each picture starts from.
     """
 
@@ -44,40 +44,49 @@ class Cases:
 
 
 def draw_cases(
-    count: int, *, seed: int = 0, styles: Sequence[str] = world.TRAINED_STYLES,
-    concepts: Sequence[str] = world.TRAINED_CONCEPTS, two: float = world.TWO, tinted: float = 0.15,
+    labels: Labels, count: int, *, seed: int = 0, styles: Sequence[str] = (),
+    concepts: Sequence[str] = (), **shares,
 ) -> Cases:
-    """Captions as the world writes them, none of which was written for training."""
+    """Captions as the world writes them, none of which was written for training.
+
+    Args:
+        labels: What the model that draws them knows, and the judge that looks.
+        count: N.
+        seed: Of all of them.
+        styles, concepts: What to choose from; (): all that training showed.
+        **shares: See `world.draw_scene`.
+    """
     scenes = [
         world.draw_scene(
-            np.random.default_rng([seed, STREAM, i]), styles=styles, concepts=concepts, two=two,
-            tinted=tinted,
+            np.random.default_rng([seed, STREAM, i]), styles=styles or labels.trained_styles,
+            concepts=concepts or labels.trained_concepts, **shares,
         ) for i in range(count)
     ]
     return Cases(
-        [s.caption for s in scenes], np.asarray([ALL_STYLES.index(s.style) for s in scenes]),
-        np.stack([np.isin(ALL_CONCEPTS, [t.concept for t in s.things]) for s in scenes]),
+        [s.caption for s in scenes],
+        np.asarray([labels.styles.index(s.style) for s in scenes]),
+        np.stack([labels.shown([t.concept for t in s.things]) for s in scenes]),
         np.arange(count) + 1_000_000 * (seed + 1),
     )
 
 
-def read_cases(captions: Sequence[str], *, seed: int = 0) -> Cases:
-    """Captions as a user writes them: the words that the world knows tell what must be shown.
+def read_cases(labels: Labels, captions: Sequence[str], *, seed: int = 0) -> Cases:
+    """Captions as a user writes them: the words that are labels tell what must be shown.
 
     Raises:
-        ValueError: Captions without exactly one of the world's styles and one or two of its things.
+        ValueError: Captions without exactly one of the styles and one or two of the things.
     """
     words = [set(re.findall(r"[a-z]+", c.lower())) for c in captions]
-    styles = [[i for i, s in enumerate(ALL_STYLES) if s in w] for w in words]
-    concepts = np.stack([[c in w for c in ALL_CONCEPTS] for w in words])
+    styles = [[i for i, s in enumerate(labels.styles) if s in w] for w in words]
+    concepts = np.stack([[c in w or world.plural(c) in w for c in labels.concepts] for w in words])
     wrong = [
         c for c, s, k in zip(captions, styles, concepts.sum(1), strict=True)
         if len(s) != 1 or k not in (1, 2)
     ]
     if wrong:
         raise ValueError(
-            f"prompts: expected one style ({', '.join(ALL_STYLES)}) and one or two things "
-            f"({', '.join(ALL_CONCEPTS)}) in each, got {wrong}"
+            f"prompts: expected one style ({', '.join(labels.styles)}) and one or two things "
+            f"({', '.join(labels.concepts)}) in each, got {wrong}"
         )
     return Cases(
         list(captions), np.asarray(styles)[:, 0], concepts,

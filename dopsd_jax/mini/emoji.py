@@ -24,20 +24,28 @@ from dopsd_jax.weights.shipped import ASSETS
 
 FLAGS = flags.FLAGS
 SHEETS = ASSETS / "emoji"
-COLUMNS = 5  # sprites per row of a sheet
+COLUMNS = 8  # sprites per row of a sheet
 SPRITE = 128  # pixels per side
 RENDER = 256  # resvg draws at this size, then box-filtered down
 
-# Concept -> icon name, the same in every set. Few: how soon a small model learns to draw is how
-# often it sees each thing in each style.
+# Concept -> icon name, the same in every set; a concept is one word. How soon a small model learns
+# to draw is how often it sees each thing in each style.
 CONCEPTS: dict[str, str] = {
     "cat": "cat-face", "panda": "panda", "frog": "frog", "penguin": "penguin",
-    "butterfly": "butterfly", "owl": "owl", "apple": "red-apple", "banana": "banana",
-    "hamburger": "hamburger", "cake": "birthday-cake", "mushroom": "mushroom",
-    "car": "automobile", "rocket": "rocket", "house": "house", "umbrella": "umbrella",
-    "balloon": "balloon", "guitar": "guitar", "key": "key", "star": "star", "cactus": "cactus",
+    "butterfly": "butterfly", "owl": "owl", "rabbit": "rabbit-face", "fish": "tropical-fish",
+    "octopus": "octopus", "elephant": "elephant", "whale": "spouting-whale", "snail": "snail",
+    "apple": "red-apple", "banana": "banana", "hamburger": "hamburger", "cake": "birthday-cake",
+    "mushroom": "mushroom", "pizza": "pizza", "strawberry": "strawberry",
+    "pineapple": "pineapple", "watermelon": "watermelon", "doughnut": "doughnut",
+    "carrot": "carrot", "car": "automobile", "rocket": "rocket", "sailboat": "sailboat",
+    "airplane": "airplane", "bicycle": "bicycle", "house": "house", "umbrella": "umbrella",
+    "balloon": "balloon", "guitar": "guitar", "key": "key", "anchor": "anchor", "bell": "bell",
+    "scissors": "scissors", "camera": "camera", "crown": "crown", "candle": "candle",
+    "hourglass": "hourglass-done", "trophy": "trophy", "star": "star", "cactus": "cactus",
+    "sunflower": "sunflower", "tree": "evergreen-tree", "snowman": "snowman",
+    "moon": "crescent-moon", "heart": "red-heart",
 }
-HELD_OUT_CONCEPTS = ("owl", "guitar")  # a tenth, in no training picture
+HELD_OUT_CONCEPTS = ("owl", "snail", "guitar", "trophy")  # in no training picture
 
 SETS: dict[str, str] = {
     "noto": "Noto Emoji, Google, Apache-2.0",

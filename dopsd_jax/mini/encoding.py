@@ -21,6 +21,7 @@ from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage, fingerprint
 TEXT_TOKENS = 32     # padded captions; with the template the longest has 26
 PAIR_TOKENS = 64     # padded captions with 16 tokens of a picture before them
 IMAGE_TOKENS = 16
+PATCH, MERGE, TEMPORAL = 8, 2, 2  # of the vision tower, see mini/model.py
 
 
 def caption_ids(tokenizer, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -35,15 +36,18 @@ def pair_ids(tokenizer, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray
     return prompts.encode_image_prompts(tokenizer, captions, IMAGE_TOKENS, PAIR_TOKENS)
 
 
-def patches(vl: VisionLanguage, pixels: np.ndarray) -> np.ndarray:
-    """uint8 [B, 64, 64, 3] -> the vision tower's patches, float32 [B, 64, 384]."""
-    v, (_, H, W, _) = vl.config.vision, pixels.shape
-    area = dict(min_pixels=H * W, max_pixels=H * W)
-    return np.stack([
-        prompts.image_patches(
-            image, v.patch_size, v.spatial_merge_size, v.temporal_patch_size, **area
-        )[0] for image in to_float(pixels)
-    ])
+def patches(pixels: jax.Array) -> jax.Array:
+    """uint8 [B, 64, 64, 3] -> the vision tower's patches, float32 [B, 64, 384].
+
+    As `prompts.image_patches` cuts a picture that need not be resized, but on the device.
+    """
+    B, H, W, _ = pixels.shape
+    x = (pixels.astype(jnp.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
+    down, across = H // (MERGE * PATCH), W // (MERGE * PATCH)
+    x = x.reshape(B, 3, down, MERGE, PATCH, across, MERGE, PATCH)
+    x = x.transpose(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]
+    x = jnp.broadcast_to(x, (*x.shape[:6], TEMPORAL, *x.shape[7:]))
+    return x.reshape(B, down * across * MERGE**2, -1)
 
 
 def text_features(pipe: Pipeline, params: trees.Tree, ids, mask) -> Context:

@@ -12,10 +12,11 @@ from absl import flags
 
 from dopsd_jax import sample
 from dopsd_jax.core import cli
-from dopsd_jax.mini import world
+from dopsd_jax.mini import judge
 from dopsd_jax.run import previews
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import load_pipeline
+from dopsd_jax.weights.shipped import JUDGE
 
 FLAGS = flags.FLAGS
 THINGS = (
@@ -28,7 +29,7 @@ def gallery(model: str, num_steps: int, seed: int) -> np.ndarray:
     """One column per trained style, one row per thing of THINGS; uint8 [height, width, 3]."""
     pipe = load_pipeline(model, dtype="float32", remat="none")
     columns = []
-    for i, style in enumerate(world.TRAINED_STYLES):
+    for i, style in enumerate(judge.read(str(JUDGE)).labels.trained_styles):
         prompts = [f"{thing}, {style} style" for thing in THINGS]
         first = seed + i * len(THINGS)
         pixels = sample.generate(pipe, prompts, num_steps=num_steps, seed=first)

@@ -1,5 +1,6 @@
-"""The judge: a small classifier of styles and concepts, trained on real pictures of the world.
+"""The judge: a small classifier of what a picture shows, trained on real pictures of the world.
 
+It says the style, which things are there, how many objects, and where the first one is.
 It never sees generated pictures. Its features are what Frechet distances are measured in, so all
 figures of the mini model are relative to it.
 """
@@ -17,49 +18,75 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
-from dopsd_jax.method.train_step import Method, init_state, make_optimizer, make_train_step
+from dopsd_jax.method.train_step import Method, init_state, make_train_step
 from dopsd_jax.mini import data as data_lib
-from dopsd_jax.mini.build import ALL_CONCEPTS, ALL_STYLES
+from dopsd_jax.mini import ending
+from dopsd_jax.mini import rows as rows_lib
+from dopsd_jax.mini.labels import WORLD, Labels
+from dopsd_jax.mini.styles import SIZE
 from dopsd_jax.models.layers import Dense
 from dopsd_jax.run import loop
 
 FEATURES = 64
-WIDTHS = (32, 64, 128, 160)
+WIDTHS = (32, 64, 128, 192)
+MOST = 3  # objects of a picture
+ANSWERS = ("styles", "concepts", "counts", "middles")
 FILE = "judge.safetensors"
 FILE_DTYPE = "float16"  # of its parameters
 
 
 class Judge(nn.Module):
-    """Pictures float32 [B, 64, 64, 3] in [-1, 1] -> features [B, 64], style and concept logits."""
+    """Pictures float32 [B, 64, 64, 3] in [-1, 1] -> features [B, 64], and answers by name.
+
+    `styles` and `concepts` are logits of labels, `counts` logits of 1 to MOST objects, `middles`
+    where the only object is, (x, y) in [-1, 1].
+
+    Attributes:
+        answers: Their sizes by name.
+        widths: Channels of the convolutions.
+    """
+
+    answers: tuple[tuple[str, int], ...]
+    widths: tuple[int, ...] = WIDTHS
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        for i, width in enumerate(WIDTHS):
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        for i, width in enumerate(self.widths):
             stride = 2 if i < 3 else 1
             x = nn.Conv(width, (3, 3), strides=stride, padding=1, name=f"blocks_{i}_a")(x)
             x = nn.silu(nn.GroupNorm(8, name=f"norms_{i}")(x))
-        x = nn.Conv(WIDTHS[-1], (3, 3), padding=1, name="blocks_4_a")(x)
+        x = nn.Conv(self.widths[-1], (3, 3), padding=1, name="blocks_4_a")(x)
         x = nn.silu(nn.GroupNorm(8, name="norms_4")(x))
         # What is anywhere in the picture, and what fills it.
-        x = jnp.concatenate([jnp.max(x, (1, 2)), jnp.mean(x, (1, 2))], axis=-1)
-        features = nn.silu(Dense(FEATURES, name="features")(x))
-        return (features, Dense(len(ALL_STYLES), name="styles")(features),
-                Dense(len(ALL_CONCEPTS), name="concepts")(features))
+        pooled = jnp.concatenate([jnp.max(x, (1, 2)), jnp.mean(x, (1, 2))], axis=-1)
+        features = nn.silu(Dense(FEATURES, name="features")(pooled))
+        # Where things are is lost in the pooled map, and must not count in the features.
+        read = {name: pooled if name == "counts" else features for name, _ in self.answers}
+        read["middles"] = x.reshape(len(x), -1)
+        return features, {
+            name: Dense(size, name=name)(read[name]) for name, size in self.answers
+        }
 
 
 @flax.struct.dataclass
 class JudgeBatch:
-    """images [B, 64, 64, 3] float32, styles int32 [B], concepts float32 [B, 20]."""
+    """images [B, 64, 64, 3] float32, styles int32 [B], concepts float32 [B, 48].
+
+    counts int32 [B], number of objects; middles float32 [B, 2] in [-1, 1].
+    """
 
     images: jax.Array
     styles: jax.Array
     concepts: jax.Array
+    counts: jax.Array
+    middles: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +96,16 @@ class Opinion:
     Attributes:
         features: float32 [N, 64].
         styles: int [N], the likeliest style.
-        concepts: float32 [N, 20], logits.
+        concepts: float32 [N, labels' concepts], logits.
+        counts: int [N], the likeliest number of objects.
+        middles: float32 [N, 2], where the only object is, (x, y) in pixels.
     """
 
     features: np.ndarray
     styles: np.ndarray
     concepts: np.ndarray
+    counts: np.ndarray | None = None
+    middles: np.ndarray | None = None
 
     def style_accuracy(self, styles: np.ndarray) -> np.ndarray:
         """bool [N]: the style is the one asked for."""
@@ -87,19 +118,32 @@ class Opinion:
         return np.all((rank < count) == concepts, axis=1)
 
 
-@jax.jit
-def _judge(params, images):
-    return Judge().apply({"params": params}, images)
+def network_of(params: trees.Tree) -> Judge:
+    """The network whose parameters these are."""
+    blocks = sorted(name for name in params if name.startswith("blocks_"))
+    return Judge(
+        tuple((name, params[name]["bias"].shape[-1]) for name in ANSWERS if name in params),
+        tuple(params[name]["kernel"].shape[-1] for name in blocks[:-1]),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _look(network: Judge, params, images):
+    return network.apply({"params": params}, images)
 
 
 def opinion(params: trees.Tree, pixels: np.ndarray, batch: int = 200) -> Opinion:
     """The judge's classification of pictures, uint8 [N, 64, 64, 3]."""
+    network = network_of(params)
     parts = [
-        [np.asarray(x) for x in _judge(params, data_lib.to_float(pixels[i : i + batch]))]
+        jax.device_get(_look(network, params, data_lib.to_float(pixels[i : i + batch])))
         for i in range(0, len(pixels), batch)
     ]
-    features, styles, concepts = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return Opinion(features, styles.argmax(1), concepts)
+    features, said = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    more = {}
+    if "counts" in said:
+        more = {"counts": 1 + said["counts"].argmax(1), "middles": SIZE / 2 * (1 + said["middles"])}
+    return Opinion(features, said["styles"].argmax(1), said["concepts"], **more)
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,30 +163,50 @@ def frechet_distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.n
 
 
 def judge_objective(student, teacher, base, batch: JudgeBatch):
-    """Cross-entropy of the style plus that of every concept's presence."""
+    """Cross-entropies of the style, of every concept's presence and of the number of objects.
+
+    And the squared error of where the object is, if there is only one.
+    """
+    network = network_of(student)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
     def loss(params):
-        _, styles, concepts = Judge().apply({"params": params}, batch.images)
-        style = -jnp.mean(
-            jnp.take_along_axis(jax.nn.log_softmax(styles), batch.styles[:, None], axis=1)
-        )
-        present = jnp.mean(jnp.sum(
-            jax.nn.softplus(concepts) - batch.concepts * concepts, axis=1
-        ))
-        return style + present, {"loss_style": style, "loss_concept": present}
+        _, said = network.apply({"params": params}, batch.images)
+        concepts = said["concepts"]
+        losses = {
+            "style": jnp.mean(cross_entropy(said["styles"], batch.styles)),
+            "concept": jnp.mean(
+                jnp.sum(jax.nn.softplus(concepts) - batch.concepts * concepts, axis=1)
+            ),
+            "count": jnp.mean(cross_entropy(said["counts"], batch.counts - 1)),
+            "middle": jnp.mean(
+                (batch.counts == 1)[:, None] * jnp.square(said["middles"] - batch.middles)
+            ),
+        }
+        return sum(losses.values()), {f"loss_{name}": value for name, value in losses.items()}
 
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(student)
     return grads, {"loss": value} | metrics
 
 
-def _shifted(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrored at random and moved by up to 4 pixels, the rim repeated."""
-    out = np.empty_like(pixels)
-    for i, picture in enumerate(pixels):
-        dy, dx = rng.integers(0, 9, 2)
-        padded = np.pad(picture, ((4, 4), (4, 4), (0, 0)), mode="edge")
-        moved = padded[dy : dy + picture.shape[0], dx : dx + picture.shape[1]]
-        out[i] = moved[:, ::-1] if rng.uniform() < 0.5 else moved
-    return out
+def shifted(pixels: jax.Array, middles: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pictures mirrored at random and moved by up to 4 pixels, and where the objects then are.
+
+    Args:
+        pixels: [B, H, W, 3]; its rim is repeated.
+        middles: float32 [B, 2], (x, y) in pixels.
+        key: PRNG key.
+    """
+    for_move, for_mirror = jax.random.split(key)
+    B, H, W, _ = pixels.shape
+    move = jax.random.randint(for_move, (B, 2), 0, 9)  # down, right
+    padded = jnp.pad(pixels, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
+    moved = jax.vmap(lambda p, m: jax.lax.dynamic_slice(p, (*m, 0), (H, W, 3)))(padded, move)
+    middles = middles + 4 - move[:, ::-1]
+    mirrored = jax.random.bernoulli(for_mirror, shape=(B,))
+    x = jnp.where(mirrored, W - middles[:, 0], middles[:, 0])
+    moved = jnp.where(mirrored[:, None, None, None], moved[:, :, ::-1], moved)
+    return moved, jnp.stack([x, middles[:, 1]], axis=1)
 
 
 def prepare(config: ConfigDict, workdir: Path):
@@ -150,31 +214,40 @@ def prepare(config: ConfigDict, workdir: Path):
     train, test = (data_lib.read_part(config.data, kind) for kind in ("judge", "judge_test"))
     scenes = data_lib.read_part(config.data, "scenes")
     blank = jnp.zeros((1, *train.pixels.shape[1:]))
-    params = jax.jit(Judge().init)(jax.random.key(config.seed), blank)["params"]
-    optimizer = make_optimizer(
-        **config.optimizer.to_dict(), num_train_steps=config.num_train_steps, stacks=("blocks_.*",)
-    )
+    sizes = (len(WORLD.styles), len(WORLD.concepts), MOST, 2)
+    network = Judge(tuple(zip(ANSWERS, sizes, strict=True)))
+    params = jax.jit(network.init)(jax.random.key(config.seed), blank)["params"]
+    optimizer = ending.optimizer_of(config, ("blocks_.*",))
+    optimizer = ending.with_end(optimizer, config)
     state = init_state(params, optimizer, jax.random.key_data(jax.random.key(config.seed + 1)))
     method = Method(
         trainable="full", teacher="ema", ema_decay=config.ema_decay, ema_warmup=True
     )
-    step_fn = jax.jit(make_train_step(method, optimizer, judge_objective), donate_argnums=0)
-
-    def make_batch(step: int, rng) -> JudgeBatch:
-        draw = np.random.default_rng([config.seed, step])
-        index = np.sort(draw.choice(len(train), config.batch_size, replace=False))
+    def draw_batch(train, key, step) -> JudgeBatch:
+        for_index, for_shift = jax.random.split(key)
+        index = jax.random.randint(for_index, (config.batch_size,), 0, len(train["pixels"]))
+        drawn = {name: array[index] for name, array in train.items()}
+        pixels, middles = shifted(drawn["pixels"], drawn["middles"], for_shift)
         return JudgeBatch(
-            jnp.asarray(data_lib.to_float(_shifted(train.pixels[index], draw))),
-            jnp.asarray(train.styles[index]),
-            jnp.asarray(train.concepts[index].astype(np.float32)),
+            pixels.astype(jnp.float32) / 127.5 - 1, drawn["styles"],
+            drawn["concepts"].astype(jnp.float32), drawn["counts"], middles / (SIZE / 2) - 1,
         )
+
+    step_fn = rows_lib.step_that_draws(
+        make_train_step(method, optimizer, judge_objective), draw_batch
+    )
+    data = {name: jnp.asarray(getattr(train, name))
+            for name in ("pixels", "styles", "concepts", "counts", "middles")}
 
     def measure(params) -> dict[str, float]:
         said = opinion(params, test.pixels)
         one = test.concepts.sum(1) == 1
         right = said.concept_accuracy(test.concepts)
+        off = np.abs(said.middles - test.middles)[test.counts == 1]
         return {"style": float(said.style_accuracy(test.styles).mean()),
-                "concept": float(right.mean()), "concept_of_one": float(right[one].mean())}
+                "concept": float(right.mean()), "concept_of_one": float(right[one].mean()),
+                "count": float((said.counts == test.counts).mean()),
+                "middle_off_by": float(off.mean())}  # pixels
 
     def preview(step: int, state, metrics) -> None:
         log.info("step %d: accuracy on held-back pictures %s", step, measure(state.teacher))
@@ -184,41 +257,69 @@ def prepare(config: ConfigDict, workdir: Path):
         said = opinion(params, scenes.pixels[:4000])
         halves = [moments(half) for half in np.array_split(said.features, 2)]
         report = measure(params) | {"frechet_of_two_real_sets": frechet_distance(*halves)}
-        write(workdir / FILE, params, {"trained": moments(said.features)} | {
+        write(workdir / FILE, params, WORLD, {"trained": moments(said.features)} | {
             style: moments(opinion(params, test.pixels[test.styles == i]).features)
-            for i, style in enumerate(ALL_STYLES)
+            for i, style in enumerate(WORLD.styles)
         }, report)
         log.info("judge: %s", report)
 
-    return loop.Task(state, lambda s, b: step_fn(s, None, b), make_batch, preview), finish
+    return loop.Task(
+        state, lambda state, data: step_fn(state, None, data), lambda step, rng: data, preview
+    ), finish
 
 
-def write(path: Path, params: trees.Tree, references: dict, report: dict) -> None:
-    """The judge, the moments of real pictures by name, and its report, in one file."""
+def write(
+    path: Path, params: trees.Tree, labels: Labels, references: dict, report: dict
+) -> None:
+    """The judge, its labels, the moments of real pictures by name, and its report, in one file."""
     rounded = trees.flatten(trees.cast_floats(params, FILE_DTYPE))
     tensors = {f"params/{n}": np.asarray(x) for n, x in rounded.items()}
     for name, (mean, cov) in references.items():
         tensors |= {f"real/{name}/mean": mean.astype(np.float32),
                     f"real/{name}/cov": cov.astype(np.float32)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"report": json.dumps(report)})
+    words = {"labels": json.dumps(dataclasses.asdict(labels)), "report": json.dumps(report)}
+    save_file(tensors, temporary, metadata=words)
     temporary.chmod(0o644)
     os.replace(temporary, path)
 
 
+@dataclasses.dataclass(frozen=True)
+class JudgeFile:
+    """What a judge's file holds.
+
+    Attributes:
+        params: Of the network.
+        labels: The names of its answers.
+        real: Moments (mean [64], covariance [64, 64]), float64, of the features of real pictures:
+            of those like the training scenes ("trained"), and of every style.
+        report: Its accuracies on held-back pictures.
+    """
+
+    params: trees.Tree
+    labels: Labels
+    real: dict[str, tuple[np.ndarray, np.ndarray]]
+    report: dict[str, float]
+
+
 @functools.cache
-def read(path: str | Path) -> tuple[trees.Tree, dict, dict]:
-    """Parameters, moments {name: (mean, cov)} and report of a judge's file.
+def read(path: str | Path) -> JudgeFile:
+    """A judge's file.
 
     Raises:
-        ValueError: No such file.
+        ValueError: No such file, or one that does not name its answers.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no judge there; configs/mini/judge.py trains one")
     with safe_open(path, framework="numpy") as f:
         flat = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        report = json.loads(f.metadata()["report"])
+        words = f.metadata() or {}
+    if not {"labels", "report"} <= set(words):
+        raise ValueError(f"{path}: expected metadata with labels and report, found {list(words)}")
     tree = trees.unflatten(flat)
     real = {name: (m["mean"].astype(np.float64), m["cov"].astype(np.float64))
             for name, m in tree["real"].items()}
-    return trees.cast_floats(tree["params"], "float32"), real, report
+    return JudgeFile(
+        trees.cast_floats(tree["params"], "float32"), Labels.from_json(json.loads(words["labels"])),
+        real, json.loads(words["report"]),
+    )

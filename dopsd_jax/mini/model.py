@@ -32,8 +32,8 @@ from dopsd_jax.weights.vae_names import vae_table
 
 FLAGS = flags.FLAGS
 PIPELINE, VLM = "pipeline", "qwen3_vl"
-VOCABULARY = 512  # with the special tokens
-LATENT_CHANNELS = 4
+VOCABULARY = 1024  # with the special tokens
+LATENT_CHANNELS = 16  # as Z-Image's
 
 
 def sizes(merges: Sequence[tuple[str, str]]) -> Sizes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dopsd_jax.mini import base_stage, judge, turbo_stage, vae_stage
+from dopsd_jax.mini import base_stage, ending, judge, turbo_stage, vae_stage
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini.model import PIPELINE
 from dopsd_jax.run import loop
@@ -41,10 +41,12 @@ def train(config: ConfigDict, workdir: str | Path):
                 "data": data_lib.fingerprint(config.data)}
     workdir_lib.claim(workdir, config.to_dict(), identity)
     prepare, product = STAGES[config.objective]
-    if (workdir / product).exists() and loop.finished(config, workdir):
+    deadline = ending.Deadline(config)
+    if (workdir / product).exists() and (config.seconds or loop.finished(config, workdir)):
         return None
     task, finish = prepare(config, workdir)
+    task.ending = deadline
     state = loop.run(config, workdir, task)
-    if int(state.step) == config.num_train_steps:
+    if ending.ended(state):
         finish(state)
     return state

@@ -13,25 +13,20 @@ from ml_collections import ConfigDict
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
 from dopsd_jax.method import lora
-from dopsd_jax.method.train_step import Method, init_state, make_optimizer, make_train_step
-from dopsd_jax.mini import encoding
-from dopsd_jax.mini.base_stage import Gallery, Rows, World, context, load
+from dopsd_jax.method.train_step import Method, init_state, make_train_step
+from dopsd_jax.mini import encoding, ending
+from dopsd_jax.mini import rows as rows_lib
+from dopsd_jax.mini.base_stage import Gallery, context, load
 from dopsd_jax.mini.distill import CRITIC, STUDENT, DistillBatch, distill_loss_and_grad, segments
 from dopsd_jax.mini.guidance import pad_context
 from dopsd_jax.mini.model import save_models
+from dopsd_jax.mini.rows import Rows
 from dopsd_jax.run import loop, loras
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import Pipeline
 
 TARGETS = (r".*/(attention|feed_forward)/.*/kernel", r".*/adaLN_modulation/kernel")
 UNDO = "undistilled_lora.safetensors"  # what turns the distilled transformer back into the base
-
-
-def _optimizer(config: ConfigDict, rate: float) -> optax.GradientTransformation:
-    """The config's optimizer, with its learning rate times `rate`."""
-    settings = config.optimizer.to_dict()
-    settings["learning_rate"] *= rate
-    return make_optimizer(**settings, num_train_steps=config.num_train_steps)
 
 
 def earlier_student(undo: str | Path, pipe: Pipeline, fresh: trees.Tree) -> trees.Tree:
@@ -64,7 +59,8 @@ def prepare(config: ConfigDict, workdir: Path):
     gives the undistilled model back, for whoever wants to compare.
     """
     pipe, vl = load(config)
-    world = World(config.data, pipe, vl)
+    data = rows_lib.scenes(config.data, pipe), rows_lib.pairs(config.data, pipe, vl)
+    empty_ids = encoding.caption_ids(pipe.tokenizer, [""])
     encoders = {"text_encoder": pipe.text_params, "vision": vl.params}  # stay as they are
     method = Method(
         trainable="lora", lora_scale=1.0, teacher="ema", ema_decay=config.ema_decay,
@@ -79,27 +75,28 @@ def prepare(config: ConfigDict, workdir: Path):
     if config.student:
         trained[STUDENT] = earlier_student(config.student, pipe, trained[STUDENT])
     optimizer = optax.partition(
-        {name: _optimizer(config, rate) for name, rate in rates.items()},
+        {name: ending.optimizer_of(config, rate=rate) for name, rate in rates.items()},
         {name: name for name in rates},
     )
+    optimizer = ending.with_end(optimizer, config)
     state = init_state(trained, optimizer, jax.random.key_data(jax.random.fold_in(rng, 2)))
     log.info("LoRA: %s parameters", f"{trees.count(state.student[STUDENT]):,}")
     sigmas = segments(config.num_steps, config.substeps, pipe.shift)
 
     def objective(trained, average, base, batch: tuple[Rows, Rows, jax.Array]):
-        *rows, step = batch
+        *rows, key = batch
         text, pair = (
             pad_context(context(pipe, vl, encoders, r), encoding.PAIR_TOKENS) for r in rows
         )
         ctx = jax.tree.map(lambda *x: jnp.concatenate(x), text, pair)
-        empty = encoding.text_features(pipe, encoders["text_encoder"], *world.empty_ids)
+        empty = encoding.text_features(pipe, encoders["text_encoder"], *empty_ids)
         noise, latents = (
             jnp.concatenate([getattr(r, name) for r in rows]) for name in ("noise", "latents")
         )
         batch = DistillBatch(
             noise, latents, from_data=jnp.arange(len(noise)) % 3 == 0, ctx=ctx,
             empty=jax.tree.map(lambda x: jnp.repeat(x, len(noise), 0), empty),
-            key=jax.random.fold_in(rng, step),
+            key=key,
         )
         return distill_loss_and_grad(
             trained, base, batch, sigmas, velocity=pipe.denoiser.velocity,
@@ -107,14 +104,15 @@ def prepare(config: ConfigDict, workdir: Path):
             last_regression=config.last_regression,
         )
 
-    step_fn = jax.jit(make_train_step(method, optimizer, objective), donate_argnums=0)
     pair_rows = config.batch_size // 3
 
-    def make_batch(step: int, rng) -> tuple[Rows, Rows, jax.Array]:
-        draw = np.random.default_rng([config.seed, step])
-        rows = world.rows(draw, config.batch_size - pair_rows)
-        batch = rows, world.pair_rows(draw, pair_rows), np.int32(step)
-        return jax.tree.map(jnp.asarray, batch)
+    def draw_batch(data, key, step) -> tuple[Rows, Rows, jax.Array]:
+        (scenes, pairs), keys = data, jax.random.split(key, 3)
+        rows = rows_lib.draw(scenes, keys[0], config.batch_size - pair_rows)
+        return rows, rows_lib.draw(pairs, keys[1], pair_rows), keys[2]
+
+    step_fn = rows_lib.step_that_draws(make_train_step(method, optimizer, objective), draw_batch)
+    data = jax.tree.map(jnp.asarray, data)
 
     gallery = Gallery(config, workdir, pipe, vl)
     merge = jax.jit(lambda base, trained: lora.merge(base, trained, method.lora_scale))
@@ -131,5 +129,6 @@ def prepare(config: ConfigDict, workdir: Path):
         lora_files.save_diffusers(workdir / UNDO, undo, spec, pipe.lora.modules)
 
     return loop.Task(
-        state, lambda state, batch: step_fn(state, pipe.params, batch), make_batch, preview,
+        state, lambda state, data: step_fn(state, pipe.params, data), lambda step, rng: data,
+        preview,
     ), finish

@@ -13,15 +13,18 @@ from ml_collections import ConfigDict
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
 from dopsd_jax.data.images import to_uint8
-from dopsd_jax.method.train_step import Method, init_state, make_optimizer, make_train_step
+from dopsd_jax.method.train_step import Method, init_state, make_train_step
 from dopsd_jax.mini import data as data_lib
+from dopsd_jax.mini import ending
+from dopsd_jax.mini import rows as rows_lib
+from dopsd_jax.mini.labels import WORLD
 from dopsd_jax.mini.model import fresh, save_models
 from dopsd_jax.models.vae import STACKS, Vae
 from dopsd_jax.run import loop, previews
 from dopsd_jax.weights.pipeline import load_pipeline, vae_shapes
 
 LOG_VARIANCE = (-30.0, 20.0)  # as diffusers clamps it
-FULL_EVERY = 4  # whole pictures every so many updates, crops of a quarter of them otherwise
+MEASURED = 512  # held-back pictures
 
 
 @flax.struct.dataclass
@@ -55,23 +58,15 @@ def vae_objective(vae: Vae, kl_weight: float):
     return objective
 
 
-def crops(pixels: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """A random window of every picture: [B, H, W, 3] -> [B, size, size, 3]."""
-    tops, lefts = rng.integers(0, pixels.shape[1] - size + 1, (2, len(pixels)))
-    return np.stack([
-        p[t : t + size, x : x + size] for p, t, x in zip(pixels, tops, lefts, strict=True)
-    ])
-
-
 def prepare(config: ConfigDict, workdir: Path) -> tuple[loop.Task, object]:
     """The task, and what to do with its last state: write the pipeline with the VAE in it."""
     scenes, pairs = (data_lib.read_part(config.data, kind) for kind in ("scenes", "pairs"))
+    parts = [jnp.asarray(part.pixels) for part in (pairs, scenes)]
     test = data_lib.read_part(config.data, "judge_test")
     pipe = load_pipeline(config.model, dtype="float32", parts=())
     vae, size = pipe.vae, scenes.pixels.shape[1]
-    optimizer = make_optimizer(
-        **config.optimizer.to_dict(), num_train_steps=config.num_train_steps, stacks=STACKS
-    )
+    optimizer = ending.optimizer_of(config, STACKS)
+    optimizer = ending.with_end(optimizer, config)
     state = init_state(
         jax.tree.map(jnp.asarray, fresh(vae_shapes(vae), jax.random.key(config.seed))), optimizer,
         jax.random.key_data(jax.random.key(config.seed + 1)),
@@ -79,33 +74,38 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple[loop.Task, object]:
     method = Method(
         trainable="full", teacher="ema", ema_decay=config.ema_decay, ema_warmup=True
     )
-    step_fn = jax.jit(
-        make_train_step(method, optimizer, vae_objective(vae, config.kl_weight)), donate_argnums=0
+    def draw_batch(parts, key, step) -> VaeBatch:
+        for_part, for_index, for_noise = jax.random.split(key, 3)
+        most = jnp.asarray([len(part) for part in parts])[:, None]
+        index = jax.random.randint(for_index, (2, config.batch_size), 0, most)
+        of_pairs = jax.random.uniform(for_part, (config.batch_size, 1, 1, 1)) < 0.5
+        pixels = jnp.where(of_pairs, *(part[i] for part, i in zip(parts, index, strict=True)))
+        side = size // vae.config.factor
+        noise = jax.random.normal(
+            for_noise, (config.batch_size, side, side, vae.config.latent_channels)
+        )
+        return VaeBatch(pixels.astype(jnp.float32) / 127.5 - 1, noise)
+
+    step_fn = rows_lib.step_that_draws(
+        make_train_step(method, optimizer, vae_objective(vae, config.kl_weight)), draw_batch
     )
-
-    def make_batch(step: int, rng) -> VaeBatch:
-        draw = np.random.default_rng([config.seed, step])
-        part = pairs if draw.uniform() < 0.5 else scenes
-        whole = step % FULL_EVERY == 0
-        count, side = (config.batch_size // 4, size) if whole else (config.batch_size, size // 2)
-        pixels = part.pixels[np.sort(draw.choice(len(part), count, replace=False))]
-        images = data_lib.to_float(crops(pixels, draw, side))
-        latent = (count, side // vae.config.factor, side // vae.config.factor,
-                  vae.config.latent_channels)
-        noise = draw.standard_normal(latent, np.float32)
-        return VaeBatch(jnp.asarray(images), jnp.asarray(noise))
-
     shown = data_lib.to_float(np.concatenate([test.pixels[:8], pairs.pixels[:8]]))
     rebuild = jax.jit(lambda p, x: vae.apply({"params": p}, x))
+    many = data_lib.to_float(test.pixels[:MEASURED])
+    held_out = np.isin(np.asarray(WORLD.styles)[test.styles[:MEASURED]], WORLD.held_out_styles)
 
     def preview(step: int, state, metrics) -> None:
         rebuilt = np.asarray(rebuild(state.teacher, shown))
-        many = data_lib.to_float(test.pixels[:128])
-        error = np.mean(np.square(np.asarray(rebuild(state.teacher, many)) - many), (1, 2, 3))
-        held_out = test.styles[:128] >= test.styles.max() - 1
+        error = np.concatenate([
+            np.mean(np.square(np.asarray(rebuild(state.teacher, part)) - part), (1, 2, 3))
+            for part in np.array_split(many, 8)
+        ])
         psnr = -10 * np.log10(error / 4)
         log.info("step %d: PSNR of held-back pictures %.2f dB, of held-out styles %.2f dB",
                  step, psnr[~held_out].mean(), psnr[held_out].mean())
+        worst = {name: round(float(psnr[test.styles[:MEASURED] == i].mean()), 1)
+                 for i, name in enumerate(WORLD.styles)}
+        log.info("by style: %s", worst)
         grid = previews.grid([("picture", to_uint8(shown)), ("rebuilt", to_uint8(rebuilt))])
         previews.save(workdir / "samples" / f"step_{step:06d}.png", grid)
         metrics.image(step, "rebuilt", grid)
@@ -124,5 +124,6 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple[loop.Task, object]:
         save_models(config.model, config.vlm, workdir, {"vae": params}, vae_scale=scale)
 
     log.info("VAE: %s parameters", f"{trees.count(state.student):,}")
-    wrapped = lambda state, batch: step_fn(state, None, batch)  # noqa: E731
-    return loop.Task(state, wrapped, make_batch, preview), finish
+    return loop.Task(
+        state, lambda state, parts: step_fn(state, None, parts), lambda step, rng: parts, preview
+    ), finish

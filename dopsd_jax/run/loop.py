@@ -51,6 +51,8 @@ class Task:
             `metrics.image`; called in every process, of which only the first may write; None: no
             pictures.
         epochs: Step -> epochs done, logged; None: not logged.
+        ending: (state before an update, its number) -> the same state, perhaps with an end brought
+            forward, and the number of the last update; None: it is config.num_train_steps.
     """
 
     state: S
@@ -58,6 +60,7 @@ class Task:
     make_batch: Callable[[int, jax.Array], Any]
     preview: Callable[[int, S, Metrics], None] | None = None
     epochs: Callable[[int], float] | None = None
+    ending: Callable[[S, int], tuple[S, int]] | None = None
 
 
 class Stopper:
@@ -223,8 +226,12 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
         if owed:
             draw(start)
         progress.restart()
-        pending, compiled = None, set()
-        for step in range(start + 1, total + 1):
+        pending, compiled, step = None, set(), start
+        while step < total:
+            step += 1
+            if task.ending is not None:
+                state, total = task.ending(state, step)
+                progress.total = total
             batch = task.make_batch(step - 1, state.rng)
             shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
             compiles = shapes not in compiled
@@ -237,7 +244,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             pending = (step, values)
             stopping = vote(stopper.signal is not None)
             saves = step == total or stopping or step % config.checkpoint_every == 0
-            draws = _draws_at(config, step)
+            draws = _draws_at(config, step) or (step == total and config.sample_every > 0)
             if compiles or saves or draws:
                 settle(*pending, timed=not compiles)
                 pending = None

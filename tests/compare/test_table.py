@@ -8,15 +8,16 @@ import pytest
 
 from dopsd_jax.compare import table
 from dopsd_jax.compare.measures import NEW_SEEN, NEW_UNSEEN, OLD, Measured, case_sets
-from dopsd_jax.mini import build, drawing, world
+from dopsd_jax.mini import drawing
 from dopsd_jax.mini.judge import moments
+from dopsd_jax.mini.labels import WORLD
 
 TUNED = ("apple", "banana", "car")
 
 
 @pytest.fixture(scope="module")
 def sets():
-    return case_sets("blueprint", TUNED, old=drawing.draw_cases(10, seed=7), seeds=4)
+    return case_sets(WORLD, "blueprint", TUNED, old=drawing.draw_cases(WORLD, 10, seed=7), seeds=4)
 
 
 def point(sets, method="dopsd", *, new, old, rate=1e-3, step=25, seed=0):
@@ -38,14 +39,14 @@ def point(sets, method="dopsd", *, new, old, rate=1e-3, step=25, seed=0):
 def test_sets_ask_for_tuned_things_other_things_and_old_styles(sets):
     seen, unseen, old = (sets[n].rows for n in (NEW_SEEN, NEW_UNSEEN, OLD))
     assert seen.captions[:4] == ["an apple, blueprint style"] * 4
-    assert len(unseen) == 4 * (len(world.TRAINED_CONCEPTS) - 3) and len(old) == 40
-    assert not any(t in c for c in unseen.captions for t in TUNED)
-    new = build.ALL_STYLES.index("blueprint")
+    assert len(unseen) == 4 * (len(WORLD.trained_concepts) - 3) and len(old) == 40
+    assert not any(t in c.split(",")[0].split() for c in unseen.captions for t in TUNED)
+    new = WORLD.styles.index("blueprint")
     assert np.all(seen.styles == new) and not np.any(old.styles == new)
     noises = np.concatenate([s.rows.seeds for s in sets.values()])
     assert len(set(noises.tolist())) == len(noises)
     with pytest.raises(ValueError, match="mini world, got .'teapot'"):
-        case_sets("blueprint", ["teapot"], old=drawing.draw_cases(1), seeds=1)
+        case_sets(WORLD, "blueprint", ["teapot"], old=drawing.draw_cases(WORLD, 1), seeds=1)
 
 
 def test_of_a_method_counts_where_it_retains_most_of_what_has_learned_enough(sets):
@@ -94,13 +95,14 @@ def test_the_table_and_the_list_of_pictures_hold_everything(sets, tmp_path):
 
 
 def test_own_prompts_tell_what_their_pictures_must_show():
-    cases = drawing.read_cases(["Sepia style, a red Cat and a key", "an owl in ink style"])
-    assert [build.ALL_STYLES[i] for i in cases.styles] == ["sepia", "ink"]
-    shown = [{c for c, yes in zip(build.ALL_CONCEPTS, row, strict=True) if yes}
+    captions = ["Sepia style, a red Cat and a key", "three owls in ink style"]
+    cases = drawing.read_cases(WORLD, captions)
+    assert [WORLD.styles[i] for i in cases.styles] == ["sepia", "ink"]
+    shown = [{c for c, yes in zip(WORLD.concepts, row, strict=True) if yes}
              for row in cases.concepts]
     assert shown == [{"cat", "key"}, {"owl"}]
     with pytest.raises(ValueError, match=r"one style .* got \['a cat', 'a wolf, ink style'\]"):
-        drawing.read_cases(["a cat", "an owl, ink style", "a wolf, ink style"])
+        drawing.read_cases(WORLD, ["a cat", "an owl, ink style", "a wolf, ink style"])
 
 
 def test_what_tuning_did_to_few_steps_is_told_beside_the_untuned(sets):

@@ -20,8 +20,6 @@ from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import load_pipeline
 from dopsd_jax.weights.z_image import Z_IMAGE
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 Z_IMAGE_MODULES = Z_IMAGE.modules(ZImageConfig())
 
 

@@ -27,8 +27,6 @@ from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.flux2 import FLUX2, empirical_shift
 from dopsd_jax.weights.pipeline import load_pipeline
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 FLUX2_MODULES = FLUX2.modules(Flux2Config.klein_4b())
 
 RECIPES = ("edit", "edit_ref", "text", "subject_ref")  # that FLUX.2 can carry

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -55,7 +54,6 @@ def recipe(world, tmp_path_factory):
 
     It takes minutes, nearly all of them compiling: only one file should ask for it.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
     out = tmp_path_factory.mktemp("recipe")
     captions = [c for k in ("scenes", "pairs") for c in data_lib.read_part(world, k).captions]
     sizes = small(model.sizes(model.train_merges(captions)))
@@ -75,7 +73,6 @@ def recipe(world, tmp_path_factory):
         assert int(state.step) == 2
         assert stages.train(c, out / name) is None  # finished
         before = name
-    jax.config.update("jax_disable_most_optimizations", False)
     return out
 
 

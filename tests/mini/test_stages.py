@@ -16,9 +16,11 @@ from dopsd_jax import sample, train
 from dopsd_jax.core import trees
 from dopsd_jax.export import export
 from dopsd_jax.method import lora, sampling
-from dopsd_jax.mini import base_stage, build, encoding, judge, model, ship, stages, turbo_stage
+from dopsd_jax.mini import base_stage, encoding, judge, model, ship, stages, turbo_stage
 from dopsd_jax.mini import data as data_lib
+from dopsd_jax.mini import rows as rows_lib
 from dopsd_jax.mini.before_after import before_and_after
+from dopsd_jax.mini.labels import WORLD
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import loras
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
@@ -94,7 +96,8 @@ def test_shipping_rounds_to_bfloat16_and_keeps_the_card(recipe, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "mini", "mini_judge.safetensors", "mini_qwen3_vl", "mini_undistilled.safetensors"
     ]
-    assert judge.read(str(judge_file))[2] == judge.read(str(recipe / "judge" / judge.FILE))[2]
+    reports = [judge.read(str(f)).report for f in (judge_file, recipe / "judge" / judge.FILE)]
+    assert reports[0] == reports[1]
     (turbo, vl), (base, _) = load(recipe / "turbo"), load(recipe / "base")
     pipe = load_pipeline(pipeline, dtype="float32", remat="none")
     shipped_vl = load_vision_language(vlm, pipe, dtype="float32")
@@ -125,11 +128,13 @@ def test_shipping_an_unfinished_run_says_what_is_missing(tmp_path, recipe):
 
 
 def test_the_judge_is_measured_and_written(recipe):
-    params, real, report = judge.read(str(recipe / "judge" / judge.FILE))
-    assert set(real) == {"trained", *build.ALL_STYLES}
-    assert 0 <= report["style"] <= 1 and report["frechet_of_two_real_sets"] >= 0
-    said = judge.opinion(params, np.zeros((3, 64, 64, 3), np.uint8))
-    assert said.features.shape == (3, judge.FEATURES) and said.concepts.shape == (3, 20)
+    file = judge.read(str(recipe / "judge" / judge.FILE))
+    assert set(file.real) == {"trained", *WORLD.styles} and file.labels == WORLD
+    assert 0 <= file.report["style"] <= 1 and file.report["frechet_of_two_real_sets"] >= 0
+    said = judge.opinion(file.params, np.zeros((3, 64, 64, 3), np.uint8))
+    assert said.features.shape == (3, judge.FEATURES)
+    assert said.concepts.shape == (3, len(WORLD.concepts)) and set(said.counts) <= {1, 2, 3}
+    assert said.middles.shape == (3, 2)
 
 
 def test_stages_leave_curves_and_pictures(recipe):
@@ -153,16 +158,16 @@ def test_the_placement_is_asked_everywhere_but_its_numbers_only_inside_objects()
 def test_the_picture_is_read_in_the_image_tokens_in_their_order(recipe):
     """A context that holds, where the picture's tokens are, just what is asked: no loss."""
     _, vl = load(recipe / "base")
-    latents = np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
-    picture = base_stage.by_token(latents, 4)
+    latents = np.random.default_rng(0).standard_normal((2, 16, 16, 16)).astype(np.float32)
+    picture = rows_lib.by_token(latents, 4)
     np.testing.assert_array_equal(picture[1, 6], latents[1, 4:8, 8:12].ravel())  # row 1, column 2
     ids, mask = encoding.pair_ids(vl.tokenizer, ["a cat", "a red key, ink style"])
-    text = np.zeros((2, 64, 64), np.float32)
+    text = np.zeros((2, 64, 256), np.float32)
     picture /= np.sqrt(np.mean(picture**2, -1, keepdims=True))
-    text[ids == vl.config.image_token_id] = 7 * picture.reshape(-1, 64)  # the size does not count
-    reader = {"kernel": np.eye(64, dtype=np.float32), "bias": np.zeros(64, np.float32)}
+    text[ids == vl.config.image_token_id] = 7 * picture.reshape(-1, 256)  # the size does not count
+    reader = {"kernel": np.eye(256, dtype=np.float32), "bias": np.zeros(256, np.float32)}
     blank = np.zeros((2, 1), np.float32)
-    rows = base_stage.Rows(latents, latents, blank[:, 0], ids, mask, blank, picture=picture)
+    rows = rows_lib.Rows(latents, latents, blank[:, 0], ids, mask, blank, picture=picture)
     loss = base_stage.picture_loss(
         reader, Context(text, mask), rows, vl.config.image_token_id
     )
@@ -176,7 +181,7 @@ def test_the_picture_is_read_in_the_image_tokens_in_their_order(recipe):
 def test_velocity_and_layers_is_the_velocity_and_the_last_layer_makes_it(recipe):
     pipe, _ = load(recipe / "base")
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 16, 16, 4)).astype(np.float32)
+    x = rng.standard_normal((2, 16, 16, 16)).astype(np.float32)
     ids, mask = encoding.caption_ids(pipe.tokenizer, ["a cat", "a red bell, ink style"])
     ctx = encoding.text_features(pipe, pipe.text_params, ids, mask)
     args = {"params": pipe.params}, x, np.float32([0.3, 0.9]), ctx

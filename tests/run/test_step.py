@@ -8,7 +8,6 @@ import ast
 import dataclasses
 import inspect
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +34,8 @@ from dopsd_jax.planning import lowering
 from dopsd_jax.run.step import Step
 from dopsd_jax.weights.pipeline import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
+from tests.commands import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
 CASE = Case("small", 32, 2, student_tokens=32, teacher_tokens=64)
 
 
@@ -364,8 +363,9 @@ def test_a_plan_for_a_mesh_lowers_the_very_step_of_a_run_on_it(config, cache, tm
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path / "config.json"), str(tmp_path / "run")], cwd=ROOT,
         capture_output=True, text=True, timeout=500, check=False,
-        env=dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu",
-                 XLA_FLAGS="--xla_force_host_platform_device_count=4"),
+        env=environment(
+            JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=4"
+        ),
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
