@@ -23,12 +23,11 @@ from dopsd_jax.core.checks import is_whole, noted
 from dopsd_jax.data.images import read_image, reference_image
 from dopsd_jax.data.prompts import encode_prompts, prompt_problems
 from dopsd_jax.method import flow
-from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.method.contexts import text_context, with_references
 from dopsd_jax.method.sampling import decode, draw_noise, sample_trajectory
 from dopsd_jax.models.denoiser import Context
+from dopsd_jax.run import loras
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.run.loras import read_lora, take_lora
 from dopsd_jax.weights.pipeline import DTYPES, Pipeline, load_pipeline
 
 MAX_SEED = 2**31
@@ -161,7 +160,7 @@ def generate(
     width: int | None = None,
     seed: int = 0,
     noise: np.ndarray | None = None,
-    lora: str | Path | tuple[Any, float] | None = None,
+    lora: str | Path | tuple[Any, float] | list | None = None,
     references: References | None = None,
 ) -> np.ndarray:
     """Draws one picture per prompt.
@@ -176,7 +175,8 @@ def generate(
         seed: Picture i starts from seed + i; 0 to 2^31.
         noise: float32 [B, h, w, C] standard normal in the normalised latent space, shaped as
             `pipe.denoiser.latent_shape` says; takes the place of the seed.
-        lora: A LoRA file, a PEFT directory, a run's workdir, or (tree, alpha / rank).
+        lora: A LoRA file, a PEFT directory, a run's workdir, (path, strength), (tree, alpha /
+            rank), or a list of such, which add up without being merged.
         references: For each prompt its reference images, PIL or uint8 [H, W, 3], each as large as
             it is up to an area of 1024 x 1024; for models that edit.
 
@@ -198,8 +198,7 @@ def generate(
         noise = _check_noise(noise, (len(prompts), *shape))
     variables = {"params": pipe.params}
     if lora is not None:
-        tree, scale = take_lora(lora, pipe)
-        variables["lora"] = lora_lib.scaled(jax.tree.map(jnp.asarray, tree), scale)
+        variables["lora"] = jax.tree.map(jnp.asarray, loras.take_loras(lora, pipe))
     ctx = text_context(pipe, prompts, length=_padded_length(pipe, prompts))
     sigmas = flow.sigmas_shifted(num_steps, pipe.shift_at(num_steps, height, width))
     pixels = np.empty((len(prompts), height, width, 3), np.uint8)
@@ -254,7 +253,8 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """The command's flags; a function, so that importing this module defines none."""
     flags.DEFINE_string("model", None, "Pipeline directory, or mini.", required=True)
-    flags.DEFINE_string("lora", None, "Workdir of a run, LoRA file, or PEFT directory.")
+    flags.DEFINE_multi_string("lora", None, "Workdir of a run, LoRA file, or PEFT directory, with "
+                              ":STRENGTH behind it if not 1; several add up.")
     flags.DEFINE_multi_string("prompt", None, "Prompt; may be given several times.", required=True)
     flags.DEFINE_integer("num_steps", 8, "Number of denoiser calls.")
     flags.DEFINE_multi_string("reference", None, "Reference image of every prompt, for models "
@@ -279,7 +279,9 @@ def main() -> None:
     sides = picture_size(pipe, FLAGS.height, FLAGS.width, images)
     size = dict(zip(("height", "width"), sides, strict=True), num_steps=FLAGS.num_steps)
     check_request(pipe, FLAGS.prompt, **size, num_references=[len(row) for row in images])
-    lora = None if FLAGS.lora is None else read_lora(FLAGS.lora, pipe)
+    lora = None
+    if FLAGS.lora:
+        lora = loras.take_loras([loras.parse(text) for text in FLAGS.lora], pipe), 1.0
     pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype)
     pixels = generate(pipe, FLAGS.prompt, **size, seed=FLAGS.seed, lora=lora, references=references)
     out.mkdir(parents=True, exist_ok=True)
@@ -288,7 +290,7 @@ def main() -> None:
         path = out / f"{FLAGS.seed + i:04d}-{words}.png"
         Image.fromarray(image).save(path)
         made = {"prompt": prompt, "seed": FLAGS.seed + i, "num_steps": FLAGS.num_steps,
-                "model": FLAGS.model, "lora": FLAGS.lora,
+                "model": FLAGS.model, "lora": FLAGS.lora or [],
                 "references": FLAGS.reference or []}
         path.with_suffix(".json").write_text(json.dumps(made, indent=2, ensure_ascii=False))
         print(path)

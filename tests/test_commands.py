@@ -97,8 +97,10 @@ MODEL = ("--model", "{model}")
       "width)\n  num_steps: expected at least 1 denoiser call, got 0\n"),
      ((*MODEL, "--prompt=a", "--height=8192", "--width=64"), "h = 1024 needs 512 positions"),
      ((*MODEL, "--prompt=a", "--lora=nowhere.safetensors"), "nowhere.safetensors: no such file\n"),
-     ((*MODEL, "--prompt=a", "--prompt=b", "--lora=A", "--lora", "B"),
-      "error: --lora takes one value and is given 2: A, B; give it once\n"),
+     ((*MODEL, "--prompt=a", "--prompt=b", "--out=A", "--out", "B"),
+      "error: --out takes one value and is given 2: A, B; give it once\n"),
+     ((*MODEL, "--prompt=a", "--lora=A", "--lora", "B:x"),
+      "error: B:x: expected PATH or PATH:STRENGTH with a number such as 0.7 for the strength"),
      ((*MODEL, "--prompt=a", "--lora=README.md"), "README.md: truncated or not a safetensors")],
 )
 def test_sample_says_what_is_wrong_before_it_reads_weights(command, args, message):

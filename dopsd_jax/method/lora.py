@@ -95,6 +95,23 @@ def scaled(lora: Tree, scale: float) -> Tree:
     return trees.map_named(lambda n, x: x * scale if n.endswith("/b") else x, lora)
 
 
+def combined(loras: Sequence[Tree]) -> Tree:
+    """One LoRA that adds what several add: their ranks stand side by side, nothing is merged.
+
+    Args:
+        loras: With alpha / rank, and a strength if any, already in `b` (see `scaled`). They may
+            adapt different linears and have different ranks.
+    """
+    flats = [trees.flatten(tree) for tree in loras]
+    names = dict.fromkeys(name for flat in flats for name in flat)
+    return trees.unflatten({
+        name: jnp.concatenate(
+            [jnp.asarray(flat[name]) for flat in flats if name in flat],
+            axis=-1 if name.endswith("/a") else -2,
+        ) for name in names
+    })
+
+
 def merge(params: Tree, lora: Tree, scale: float) -> Tree:
     """Parameters with the LoRA folded in, kernel + scale a b, computed in float32."""
     flat, adapters = dict(trees.flatten(params)), trees.flatten(lora)

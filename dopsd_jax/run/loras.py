@@ -1,19 +1,57 @@
-"""A LoRA by what a user names it with: a run's directory, a file of any format, or a tree."""
+"""LoRAs by what a user names them with: a run's directory, a file of any format, or a tree.
+
+Several add up, each with a strength: `runs/a`, `b.safetensors:0.7`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from dopsd_jax.core import mirror, trees
-from dopsd_jax.core.checks import is_number
+from dopsd_jax.core.checks import is_number, noted
+from dopsd_jax.core.trees import Tree
+from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import Pipeline, transformer_shapes
 
 
-def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Any, float]:
+class Named(NamedTuple):
+    """A LoRA on disk and how strongly it counts; 1 is as it was trained."""
+
+    path: str
+    strength: float = 1.0
+
+
+def parse(text: str) -> Named:
+    """"PATH" or "PATH:STRENGTH" as a user writes it.
+
+    Raises:
+        ValueError: A strength that is no finite number, or no path.
+    """
+    path, colon, strength = text.rpartition(":")
+    # A colon may belong to the path: gs://bucket/run, or a name that exists as it is.
+    if not colon or "/" in strength or os.path.exists(text):
+        path, strength = text, "1"
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or not path:
+        raise ValueError(
+            f"{text}: expected PATH or PATH:STRENGTH with a number such as 0.7 for the strength, "
+            f"got {strength!r}"
+        )
+    return Named(path, value)
+
+
+def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Tree, float]:
     """A LoRA from a run's directory or from a file of any format: (tree, alpha / rank)."""
     path = mirror.local_copy(path)
     shapes = transformer_shapes(pipe.denoiser.network)
@@ -25,17 +63,61 @@ def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Any, float]:
     return tree, spec.scale
 
 
-def take_lora(lora: Any, pipe: Pipeline) -> tuple[Any, float]:
-    """A LoRA as `generate` takes it: (tree, alpha / rank).
+def take_loras(lora: Any, pipe: Pipeline, *, any_rank: bool = False) -> Tree:
+    """LoRAs as `generate` takes them, as one: alpha / rank and strengths stand in its `b`.
+
+    Args:
+        lora: A path, a pair (tree, alpha / rank), or a list of such and of pairs (path, strength).
+        pipe: Of the model, with or without weights.
+        any_rank: Let ranks add up to more than a linear has.
 
     Raises:
-        ValueError: Neither a path nor such a pair, or one of another model.
+        ValueError: Everything that is none of these, cannot be read, belongs to another model,
+            stands twice in the list, or adds up to more ranks than a linear has, together.
     """
-    if isinstance(lora, str | Path):
-        return read_lora(lora, pipe)
-    if not isinstance(lora, tuple) or len(lora) != 2 or not is_number(lora[1]):
-        raise ValueError(f"lora: expected a path or (tree, alpha / rank), got {lora!r:.60}")
-    tree, scale = lora
+    members = lora if isinstance(lora, list) else [lora]
+    if not members:
+        raise ValueError("lora: expected a LoRA or a list of some, got an empty list")
+    problems: list[str] = []
+    taken: list[Tree] = []
+    for member in members:
+        with noted(problems):
+            taken.append(_take(member, pipe))
+    named = [m[0] if isinstance(m, tuple) and m else m for m in members]
+    paths = [os.path.realpath(x) for x in named if isinstance(x, str | Path)]
+    problems += [f"{path}: given twice; give one of them, with the sum of their strengths"
+                 for path in dict.fromkeys(p for p in paths if paths.count(p) > 1)]
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    if len(taken) == 1:
+        return taken[0]
+    tree = lora_lib.combined(taken)
+    if not any_rank:
+        _check_ranks(tree, taken)
+    return tree
+
+
+def _take(member: Any, pipe: Pipeline) -> Tree:
+    """One LoRA, alpha / rank and its strength in `b`."""
+    strength = 1.0
+    if isinstance(member, tuple) and len(member) == 2 and isinstance(member[0], str | Path):
+        member, strength = member
+        if not is_number(strength):
+            raise ValueError(f"{member}: expected a number for the strength, got {strength!r:.40}")
+    if isinstance(member, str | Path):
+        tree, scale = read_lora(member, pipe)
+    else:
+        tree, scale = _checked(member, pipe)
+    return lora_lib.scaled(tree, strength * scale)
+
+
+def _checked(pair: Any, pipe: Pipeline) -> tuple[Tree, float]:
+    """A pair (tree, alpha / rank) that fits the model."""
+    if not isinstance(pair, tuple) or len(pair) != 2 or not is_number(pair[1]):
+        raise ValueError(
+            f"lora: expected a path, (path, strength) or (tree, alpha / rank), got {pair!r:.60}"
+        )
+    tree, scale = pair
     flat = trees.flatten(tree) if isinstance(tree, Mapping) else {}
     names = {name.rpartition("/")[0] for name in flat}
     if not names or flat.keys() != {f"{n}/{part}" for n in names for part in "ab"} or not all(
@@ -47,3 +129,61 @@ def take_lora(lora: Any, pipe: Pipeline) -> tuple[Any, float]:
         )
     workdir_lib.check_fits(tree, transformer_shapes(pipe.denoiser.network), "lora")
     return tree, scale
+
+
+def _check_ranks(tree: Tree, taken: Sequence[Tree]) -> None:
+    """Raises ValueError where the ranks of several add up to more than a linear can use."""
+    flat = trees.flatten(tree)
+    for name in (n for n in flat if n.endswith("/a")):
+        path = name.removesuffix("/a")
+        fan_in, rank = flat[name].shape[-2:]
+        fan_out = flat[f"{path}/b"].shape[-1]
+        if rank > min(fan_in, fan_out):
+            ranks = [t[name].shape[-1] for t in map(trees.flatten, taken) if name in t]
+            raise ValueError(
+                f"lora: the ranks {' + '.join(map(str, ranks))} add up to {rank} at {path}, which "
+                f"has {fan_in} inputs and {fan_out} outputs; reduce them first: export --lora .. "
+                f"--rank {min(fan_in, fan_out)}"
+            )
+
+
+def reduced(tree: Tree, rank: int) -> tuple[Tree, float]:
+    """The best LoRA of a rank, linear by linear, and the relative error that it costs.
+
+    Args:
+        tree: alpha / rank in its `b`. Ranks may differ from linear to linear.
+        rank: At least 1. Where a linear has less, zeros fill up.
+
+    Returns:
+        The tree, float32 NumPy, and |difference of all a b| / |all a b|, Frobenius norms.
+    """
+    flat, made = trees.flatten(tree), {}
+    lost = whole = 0.0
+    for name in (n for n in flat if n.endswith("/a")):
+        path = name.removesuffix("/a")
+        a, b = (np.asarray(flat[f"{path}/{part}"], np.float64) for part in "ab")
+        # a b = Qa (Ra Rb^T) Qb^T: the singular values are those of a small matrix.
+        (qa, ra), (qb, rb) = np.linalg.qr(a), np.linalg.qr(np.swapaxes(b, -1, -2))
+        u, s, vt = np.linalg.svd(ra @ np.swapaxes(rb, -1, -2))
+        whole += float(np.square(s).sum())
+        lost += float(np.square(s[..., rank:]).sum())
+        kept = min(rank, s.shape[-1])
+        root = np.sqrt(s[..., :kept])
+        left = qa @ u[..., :kept] * root[..., None, :]
+        right = root[..., :, None] * vt[..., :kept, :] @ np.swapaxes(qb, -1, -2)
+        fill = [(0, 0)] * (a.ndim - 2)
+        made[f"{path}/a"] = np.pad(left, [*fill, (0, 0), (0, rank - kept)]).astype(np.float32)
+        made[f"{path}/b"] = np.pad(right, [*fill, (0, rank - kept), (0, 0)]).astype(np.float32)
+    return trees.unflatten(made), math.sqrt(lost / whole) if whole else 0.0
+
+
+def padded(tree: Tree) -> tuple[Tree, int]:
+    """The same LoRA with one rank everywhere, the largest, as files need it; and that rank."""
+    flat = trees.flatten(tree)
+    rank = max(x.shape[-1] for n, x in flat.items() if n.endswith("/a"))
+    made = {}
+    for name, leaf in flat.items():
+        axis = leaf.ndim - (1 if name.endswith("/a") else 2)
+        width = [(0, rank - leaf.shape[i]) if i == axis else (0, 0) for i in range(leaf.ndim)]
+        made[name] = np.pad(np.asarray(leaf, np.float32), width)
+    return trees.unflatten(made), rank

@@ -260,6 +260,14 @@ def load_pipeline(
     return pipe
 
 
+def load_transformer(directory: str | Path) -> trees.Tree:
+    """The transformer's parameters in the dtypes of their files; see `load_pipeline`."""
+    directory = pipeline_directory(directory)
+    nets = _open(directory, jnp.dtype("float32"), jnp.dtype("float32"), "none")
+    shapes = transformer_shapes(nets.denoiser.network)
+    return _load(_transformer_folder(directory), nets.tables["transformer"], shapes, None)
+
+
 def _transformer_folder(directory: Path) -> Path:
     """Where the transformer's tensors are."""
     folder = directory / "transformer"

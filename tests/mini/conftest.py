@@ -8,14 +8,8 @@ import torch
 from diffusers import ZImagePipeline
 from PIL import Image, ImageDraw
 
-from configs.mini import base as base_config
-from configs.mini import judge as judge_config
-from configs.mini import turbo as turbo_config
-from configs.mini import vae as vae_config
-from dopsd_jax.mini import build, model, stages
-from dopsd_jax.mini import data as data_lib
+from dopsd_jax.mini import build, make, model
 from dopsd_jax.mini.emoji import CONCEPTS, SETS, SPRITE
-from dopsd_jax.weights import random_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -54,25 +48,10 @@ def recipe(world, tmp_path_factory):
 
     It takes minutes, nearly all of them compiling: only one file should ask for it.
     """
-    out = tmp_path_factory.mktemp("recipe")
-    captions = [c for k in ("scenes", "pairs") for c in data_lib.read_part(world, k).captions]
-    sizes = small(model.sizes(model.train_merges(captions)))
-    random_pipeline.write_random_pipeline(
-        out / "blank", sizes=sizes, names=(model.PIPELINE, model.VLM)
-    )
-    before = "blank"
-    for name, config in (("vae", vae_config), ("base", base_config), ("turbo", turbo_config),
-                         ("judge", judge_config)):
-        c = config.get_config()
-        start = out / ("blank" if name == "judge" else before)
-        c.model, c.vlm, c.data = str(start / model.PIPELINE), str(start / model.VLM), str(world)
-        c.num_train_steps, c.batch_size, c.sample_every, c.checkpoint_every = 2, 6, 2, 2
-        if name == "vae":
-            c.batch_size = 8
-        state = stages.train(c, out / name)
-        assert int(state.step) == 2
-        assert stages.train(c, out / name) is None  # finished
-        before = name
+    out, sizes = tmp_path_factory.mktemp("recipe"), model.sizes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "sizes", lambda merges: small(sizes(merges)))
+        make.train(out, world, "tiny", 0, updates=2)
     return out
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     world = tmp_path_factory.mktemp("world")
-    for kind, count in {"scenes": 13_000, "pairs": 100, "judge_test": 4000}.items():
+    for kind, count in {"scenes": 13_000, "pairs": 100}.items():
         build.build(load_sprites(), world, kind, count, seed=0)
     return gates.measure(data=world)
 

@@ -3,7 +3,9 @@
 Its result is a Z-Image pipeline: diffusers opens it, and a LoRA tuned on it.
 """
 
+import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,13 +18,14 @@ from dopsd_jax import sample, train
 from dopsd_jax.core import trees
 from dopsd_jax.export import export
 from dopsd_jax.method import lora, sampling
-from dopsd_jax.mini import base_stage, encoding, judge, model, ship, stages, turbo_stage
+from dopsd_jax.mini import base_stage, encoding, judge, make, model, ship, stages, turbo_stage
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini import rows as rows_lib
 from dopsd_jax.mini.before_after import before_and_after
 from dopsd_jax.mini.labels import WORLD
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import loras
+from dopsd_jax.run.workdir import flat_config
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 from dopsd_jax.weights.save import read_tensors
 
@@ -37,6 +40,34 @@ def load(directory):
 def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(
         jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_what_is_finished_is_not_done_again(recipe, world):
+    before = {p: p.stat().st_mtime_ns for p in recipe.rglob("*") if p.is_file()}
+    make.train(recipe, world, "tiny", 0, updates=2)
+    assert {p: p.stat().st_mtime_ns for p in recipe.rglob("*") if p.is_file()} == before
+
+
+def test_a_blank_world_has_the_shapes_of_a_drawn_one(world, tmp_path):
+    counts = dict.fromkeys(("scenes", "pairs", "judge", "judge_test"), 130)
+    make.blank_world(tmp_path, ["a cat, ink style", "two keys, noto style"], counts)
+    for kind in counts:
+        drawn, blank = (data_lib.read_part(folder, kind) for folder in (world, tmp_path))
+        assert len(drawn) == len(blank)
+        for field in dataclasses.fields(drawn):
+            one, other = (getattr(part, field.name) for part in (drawn, blank))
+            assert (getattr(one, "shape", None), getattr(one, "dtype", None)) == (
+                getattr(other, "shape", None), getattr(other, "dtype", None)), field.name
+        assert not blank.pixels.any()
+
+
+def test_every_budget_names_keys_that_the_stages_have():
+    for budget, changes in make.CHANGES.items():
+        for stage in make.STAGES:
+            config = make.config_of(stage, budget, Path("world"), Path("start"))
+            for key, value in changes.get(stage, {}).items():
+                assert flat_config(config.to_dict())[key] == value
+    assert sum(share for _, share in make.STAGES.values()) == pytest.approx(1)
 
 
 def test_every_stage_changes_its_own_weights_alone(recipe):
