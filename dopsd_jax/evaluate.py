@@ -213,9 +213,9 @@ def tables(
 ) -> tuple[str, list[Point]]:
     """A table per way of drawing, and all points in them; of the controls, one training seed."""
     few = evaluation.config.num_steps
-    ways = [(few, 1.0), (2 * few, 1.0), (CONTROL_STEPS, 1.0), (few, CONTROL_GUIDANCE)]
+    samplers = [(few, 1.0), (2 * few, 1.0), (CONTROL_STEPS, 1.0), (few, CONTROL_GUIDANCE)]
     text, every = [], []
-    for num_steps, guidance in ways:
+    for num_steps, guidance in samplers:
         controls = num_steps > 2 * few or guidance != 1
         shown = compared if not controls else {m: r[:1] for m, r in compared.items()}
         table, points = table_of(evaluation, shown, num_steps, guidance)

@@ -105,7 +105,7 @@ def _preflight(workdir: Path) -> str:
     file = workdir / preflight.FILE
     if not file.is_file():
         return ""
-    found = json.loads(file.read_text())
+    found = preflight.read(workdir)
     kind = "" if found["teaches"] else ' class="warn"'
     words = "".join(f"<li{kind}>{html.escape(w)}</li>" for w in found["words"])
     picture = workdir / "samples" / "preflight.png"

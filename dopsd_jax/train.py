@@ -8,7 +8,6 @@ Run the same command again and it continues from the latest checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import jax
@@ -48,6 +47,7 @@ from dopsd_jax.run.features import (
 )
 from dopsd_jax.run.pictures import Previews, run_preflight
 from dopsd_jax.run.step import Step
+from dopsd_jax.weights import lora_reader
 from dopsd_jax.weights.pipeline import DECODER, Pipeline, fingerprint, load_pipeline
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
@@ -131,7 +131,7 @@ def identify(config: ConfigDict, data: Data) -> dict[str, str]:
     if needs_vlm(config):
         identity["vlm"] = fingerprint(vlm_directory(config.vlm))
     if config.base_lora:
-        identity["base_lora"] = hashlib.sha256(Path(config.base_lora).read_bytes()).hexdigest()
+        identity["base_lora"] = lora_reader.fingerprint(config.base_lora)
     for what, fingerprinted in identity.items():
         distributed.check_same(what, fingerprinted)
     return identity

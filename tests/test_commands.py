@@ -44,6 +44,7 @@ def command(tiny, tmp_path):
 
 
 TINY = ("--workdir", "w", "--config", "configs/tiny.py")
+MODELS = ("--config.model={model}", "--config.vlm={vlm}")
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,9 @@ TINY = ("--workdir", "w", "--config", "configs/tiny.py")
       "configs.common.base(), it returned NoneType\n"),
      (("--workdir", "w", "--config.seed=3"), "--config.seed needs --config FILE before it\n"),
      (("--workdir", "w"), "error: --config is needed"),
+     ((*TINY, *MODELS, "--config.data=gs://x/y.jsonl"),
+      "data: expected files of this machine, got gs://x/y.jsonl; copy them here first, "),
+     ((*TINY, *MODELS, "--config.data=nothing.parquet"), "nothing.parquet', which does not exist; "),
      ((*TINY, "a", "b"), "error: unexpected arguments ['a', 'b']; is a text not quoted?\n"),
      ((*TINY, "--config.seed=1", "--config.seed", "2", "--workdir=v"),
       "error: --workdir takes one value and is given 2: w, v; give it once\n"
@@ -101,6 +105,8 @@ MODEL = ("--model", "{model}")
       "error: --out takes one value and is given 2: A, B; give it once\n"),
      ((*MODEL, "--prompt=a", "--lora=A", "--lora", "B:x"),
       "error: B:x: expected PATH or PATH:STRENGTH with a number such as 0.7 for the strength"),
+     (("--model", "b" * 5000, "--prompt=a"), "error: model: bbbb"),
+     ((*MODEL, "--prompt=a", "--lora", "b" * 5000), "of 5000 bytes, at most 255 are possible; "),
      ((*MODEL, "--prompt=a", "--lora=README.md"), "README.md: truncated or not a safetensors")],
 )
 def test_sample_says_what_is_wrong_before_it_reads_weights(command, args, message):

@@ -1,5 +1,6 @@
 """The encoder cache: what is in it, what invalidates it, and training from it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from dopsd_jax.data.drafts import Needs
 from dopsd_jax.run import features as features_lib
 from dopsd_jax.run import keys
 from dopsd_jax.run import workdir as workdir_lib
+from dopsd_jax.run.config import needs_of_rows
 from dopsd_jax.weights import load, pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +144,21 @@ def test_online_data_is_not_opened_before_its_turn(config, own_photos, tmp_path,
     (own_photos / "c.png").write_bytes(whole)
     train_lib.train(config, tmp_path / "run")
     assert len(final(tmp_path / "run")[1]) == 3
+
+
+def test_another_folder_of_the_same_names_is_other_data_online_too(config, tmp_path):
+    """Images are not opened ahead, but those of some rows stand for all."""
+    rows = [{"image_path": f"{i}.png", "caption": f"number {i}"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = []
+    for folder, colour in (("a", "red"), ("b", "red"), ("c", "blue")):
+        (tmp_path / folder).mkdir()
+        for i in range(40):
+            Image.new("RGB", (64, 64), colour).save(tmp_path / folder / f"{i}.png")
+        config.update({"cache": "", "encode": "online", "data": str(tmp_path / "rows.jsonl"),
+                       "data_root": str(tmp_path / folder), "batch_size": 2})
+        found.append(read_data(config, needs_of_rows(config)).fingerprint())
+    assert found[0] == found[1] != found[2]
 
 
 def test_what_was_encoded_online_is_kept_up_to_a_size():

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from dopsd_jax import report
-from dopsd_jax.core.metrics import Metrics
+from dopsd_jax.core.metrics import Metrics, draw_curves, read_metrics
 from dopsd_jax.run import preflight
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +111,30 @@ def test_a_young_run_has_a_page_too(tmp_path):
     (tmp_path / "identity.json").write_text("{}")
     read = Reader(report.page(tmp_path))
     assert "None yet." in " ".join(read.text)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "null", "x", '{"teaches": 1, "words": []}', "[" * 9999]
+)
+def test_a_preflight_file_of_something_else_is_named(tmp_path, text):
+    (tmp_path / preflight.FILE).write_text(text)
+    with pytest.raises(ValueError, match=r"preflight.json: expected a JSON object with teaches"):
+        preflight.read(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["null", "{}", '"x"', "[]", "[1, null]", "true"])
+def test_numbers_that_are_none_are_named_by_line(tmp_path, value):
+    rows = ['{"step": 1, "loss": 2}', f'{{"step": 2, "loss": {value}}}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2: expected a number or a list of"):
+        read_metrics(tmp_path)
+
+
+def test_curves_of_a_run_whose_vectors_changed_their_length_are_drawn():
+    rows = [{"step": 1, "step_loss": [1.0, 2.0]}, {"step": 2, "step_loss": [1.0, 2.0, 3.0]},
+            {"step": 3, "step_loss": [1.5, 2.0, float("nan")]}]
+    (ax, *_) = draw_curves(rows).axes
+    assert [list(line.get_xdata()) for line in ax.lines] == [[2, 3]] * 3
 
 
 def test_the_command_writes_the_page_and_refuses_what_is_no_run(workdir, tmp_path):

@@ -21,24 +21,27 @@ from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
+from dopsd_jax.run import keys
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.step import Step
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 SHIFT = 3.0  # of Z-Image-Turbo's schedule
+# What differs from the default recipe in every case: as the torch loop beside it has it.
+CHANGES = {
+    "num_steps": STEPS, "shift": SHIFT, "lora.rank": RANK, "lora.alpha": float(ALPHA),
+    "weight_decay": 0.01,
+}
 
 
 def config_of(case: Case) -> ConfigDict:
-    """What the step of a run is built from: the published recipe, with torch's weight decay."""
-    return ConfigDict(dict(
-        objective="dopsd", recipe="vlm", states="student", loss="x0", trainable="lora",
-        teacher="ema", ema_decay=0.9999, ema_dtype="float32", schedule="shifted", num_steps=STEPS,
-        shift=SHIFT, lora=dict(rank=RANK, alpha=float(ALPHA), targets="published"),
-        text_tokens=case.student_tokens, teacher_tokens=case.teacher_tokens,
-        batch_size=case.batch, accumulation=1, learning_rate=1e-4, warmup_steps=0, b1=0.9,
-        b2=0.999, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0, moments_dtype="float32", seed=0,
-        dtype=DTYPES[case.model],
-    ))
+    """A run's config of the case: the default recipe; see CHANGES for what it leaves out."""
+    config = keys.base()
+    config.update_from_flattened_dict(CHANGES | {
+        "text_tokens": case.student_tokens, "teacher_tokens": case.teacher_tokens,
+        "batch_size": case.batch, "dtype": DTYPES[case.model], "remat": case.remat,
+    })
+    return config
 
 
 def denoiser_of(case: Case) -> ZImageDenoiser:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dopsd_jax.core.checks import is_whole
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
-from dopsd_jax.core.tensorboard import Board
+from dopsd_jax.core.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,11 +50,11 @@ class Metrics:
             file = Path(workdir) / name
             write_atomic(file, "".join(json.dumps(r) + "\n" for r in kept))
             self._streams[name] = file.open("a", buffering=1)
-        self._board = Board(Path(workdir) / "tensorboard", first_step=last[GAUGES] + 1)
+        self._tensorboard = TensorBoard(Path(workdir) / "tensorboard", first_step=last[GAUGES] + 1)
         if redraws:  # TensorBoard hides a step as a whole, so what stays of it is written again
             for row in read_metrics(workdir):
                 if row.pop("step") == resume_step:
-                    self._to_board("train", resume_step, row)
+                    self._to_tensorboard("train", resume_step, row)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl; arrays become lists there and name/0, name/1.. elsewhere."""
@@ -67,29 +67,29 @@ class Metrics:
     def _write(self, file: str, group: str, step: int, values: dict[str, Any]) -> None:
         row = {k: np.asarray(v).tolist() for k, v in values.items()}
         self._streams[file].write(json.dumps({"step": step, **row}) + "\n")
-        self._to_board(group, step, row)
+        self._to_tensorboard(group, step, row)
 
-    def _to_board(self, group: str, step: int, row: dict[str, Any]) -> None:
+    def _to_tensorboard(self, group: str, step: int, row: dict[str, Any]) -> None:
         for name, value in row.items():
             for i, x in enumerate(value if isinstance(value, list) else [value]):
                 tag = f"{group}/{name}/{i}" if isinstance(value, list) else f"{group}/{name}"
-                self._board.scalar(step, tag, x)
+                self._tensorboard.scalar(step, tag, x)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture [H, W, 3] uint8 for TensorBoard."""
-        self._board.image(step, name, pixels)
+        self._tensorboard.image(step, name, pixels)
 
     def flush(self) -> None:
         """Hands everything to the operating system, which keeps it if this process is killed."""
         for stream in self._streams.values():
             stream.flush()
-        self._board.flush()
+        self._tensorboard.flush()
 
     def close(self) -> None:
         self.flush()
         for stream in self._streams.values():
             stream.close()
-        self._board.close()
+        self._tensorboard.close()
 
 
 class NoMetrics:
@@ -125,8 +125,19 @@ def read_metrics(workdir: str | Path, name: str = METRICS) -> list[dict[str, Any
                 f"{file}, line {number}: expected a JSON object with a whole number as step, found "
                 f"{line!r:.60}; delete that line"
             )
+        if wrong := [n for n, value in row.items() if not _are_numbers(value)]:
+            raise ValueError(
+                f"{file}, line {number}: expected a number or a list of numbers as {wrong[0]}, "
+                f"found {row[wrong[0]]!r:.40}; delete that line"
+            )
         rows.append({RENAMED.get(name, name): value for name, value in row.items()})
     return rows
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether a value is a number, NaN and infinity included, or a non-empty list of such."""
+    values = value if isinstance(value, list) and value else [value]
+    return all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
 
 
 def save_curves(workdir: str | Path) -> Path | None:
@@ -155,8 +166,10 @@ def draw_curves(rows: list[dict[str, Any]]) -> Figure | None:
     for ax in axes.flat[len(names):]:
         ax.set_axis_off()
     for ax, name in zip(axes.flat, names, strict=False):
-        _draw_curve(ax, name, [r["step"] for r in rows if name in r],
-                    np.array([r[name] for r in rows if name in r]))
+        # Of another length than the latest: of another number of rollout steps, say.
+        like = np.shape(next(r[name] for r in reversed(rows) if name in r))
+        drawn = [r for r in rows if name in r and np.shape(r[name]) == like]
+        _draw_curve(ax, name, [r["step"] for r in drawn], np.array([r[name] for r in drawn]))
     return figure
 
 

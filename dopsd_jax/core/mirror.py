@@ -58,7 +58,7 @@ def local_copy(workdir: str | Path) -> Path:
         ValueError: A path that no file system takes.
     """
     if problem := path_problem(str(workdir)):
-        raise ValueError(f"workdir: {workdir!s:.60}.. {problem}; choose another --workdir")
+        raise ValueError(f"{workdir!s:.60}.. {problem}; choose another path")
     if not is_remote(workdir):
         return Path(workdir)
     address = str(workdir).rstrip("/")

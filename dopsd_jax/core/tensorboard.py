@@ -17,7 +17,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
-class Board:
+class TensorBoard:
     """Writes scalars and images to an event file in `directory`."""
 
     def __init__(self, directory: str | Path, *, first_step: int):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from ml_collections import ConfigDict
 
+from dopsd_jax.core import mirror
 from dopsd_jax.core.log import log
 from dopsd_jax.data.batches import BatchPlan
 from dopsd_jax.data.buckets import (
@@ -24,12 +25,13 @@ from dopsd_jax.data.buckets import (
     parse_buckets,
 )
 from dopsd_jax.data.drafts import Needs
-from dopsd_jax.data.files import ImageSource
+from dopsd_jax.data.files import DataError, ImageSource
 from dopsd_jax.data.images import fit_image, read_image
 from dopsd_jax.data.indexed import IndexedRows
 from dopsd_jax.data.rows import Row, read_rows
 
 DIGESTS_KEPT = 4096  # of an index
+SAMPLED = 16  # rows of an index whose images count in its fingerprint
 
 
 class Joined(Sequence):
@@ -88,10 +90,18 @@ class Data:
     def fingerprint(self) -> str:
         """Identifies names, captions and image files by content, wherever they lie.
 
-        Of an index: what its files say of the rows, without opening images.
+        Of an index: what its files say of the rows, and the image files of SAMPLED rows, spread
+        evenly; the others are not opened.
         """
         if self.index:
-            return hashlib.sha256(self.index.encode()).hexdigest()[:16]
+            digest = hashlib.sha256(self.index.encode())
+            for row in np.linspace(0, len(self.rows) - 1, min(SAMPLED, len(self.rows))).astype(int):
+                try:
+                    images = [self._digest(file) for file in self.rows[int(row)].images]
+                except DataError:
+                    images = ["cannot be used"]  # a run says so when it comes to the row
+                digest.update(json.dumps(images).encode())
+            return digest.hexdigest()[:16]
         rows = []
         for r in self.rows:
             *references, target = [self._digest(file) for file in r.images] or [r.size]
@@ -150,6 +160,11 @@ def read_data(config: ConfigDict, needs: Needs) -> Data:
         DataError: Bad rows, or buckets that cannot fill a batch.
     """
     sets, weights = parse_data(config.data, config.data_weights)
+    if remote := [part for part in sets if mirror.is_remote(part)]:
+        raise DataError(
+            f"data: expected files of this machine, got {remote[0]}; copy them here first, or "
+            "mount the bucket"
+        )
     buckets = parse_buckets(config.buckets) if config.buckets else make_buckets(config.resolution)
     root = config.data_root or None
     index = ""

@@ -14,6 +14,7 @@ from dopsd_jax.data.files import (
     FOREIGN_EXTENSIONS,
     IMAGE_EXTENSIONS,
     MAX_ASPECT,
+    MAX_SIDE,
     ImageSource,
     StoredImage,
 )
@@ -191,6 +192,11 @@ def _take_size(draft: Draft, record: dict) -> None:
 
 
 def _set_size(draft: Draft, key: str, sides: list[int]) -> None:
+    if max(sides) > MAX_SIDE:
+        draft.problems.append(
+            f"{key}: expected sides of at most {MAX_SIDE} pixels, got {max(sides)!s:.30}"
+        )
+        return
     if max(sides) > MAX_ASPECT * min(sides):
         draft.problems.append(
             f"{key}: expected sides of at most {MAX_ASPECT} to 1, got {sides[0]} x {sides[1]}"

@@ -22,6 +22,7 @@ IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
 IMAGE_MODES_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 
 LOG_EVERY_S = 10.0
+MAX_SIDE = 2**31 - 1  # pixels; what an index can hold
 MAX_ASPECT = 200  # beyond it the vision tower refuses, and resizing would fill the memory
 
 logger = logging.getLogger(__name__)

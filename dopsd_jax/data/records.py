@@ -67,7 +67,7 @@ def open_records(data: Path) -> Records | None:
     Raises:
         DataError: Nothing there, or a file that is not what its name says.
     """
-    if files := parquet_files(data):
+    if (files := parquet_files(data)) and all(file.is_file() for file in files):
         return Parquet(files)
     if data.is_dir():
         return Tfds(data) if is_tfds(data) else None

@@ -159,7 +159,7 @@ class Gallery:
         self._pipe, self._vl, self._workdir = pipe, vl, workdir
         shape = pipe.denoiser.latent_shape(*self._real.shape[1:3])
         self._noise = sampling.draw_noise(range(self.COUNT), shape)
-        self._walk = jax.jit(self._draw)
+        self._trajectories = jax.jit(self._draw)
 
     def _draw(self, params, sigmas, scale):
         v = guided(self._pipe.denoiser.velocity)
@@ -183,7 +183,7 @@ class Gallery:
         rows = [("real", np.concatenate([self._real]))]
         for steps, scale in settings:
             sigmas = jnp.asarray(flow.sigmas_shifted(steps, self._pipe.shift))
-            x = jnp.concatenate(self._walk(params, sigmas, jnp.float32(scale)))
+            x = jnp.concatenate(self._trajectories(params, sigmas, jnp.float32(scale)))
             rows.append((f"{steps} steps x{scale:g}", sampling.decode(self._pipe, x)))
         grid = previews.grid(rows)
         previews.save(self._workdir / "samples" / f"step_{step:06d}.png", grid)

@@ -95,7 +95,7 @@ def read_cases(labels: Labels, captions: Sequence[str], *, seed: int = 0) -> Cas
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _walk(velocity, lead: bool, params, noise, ctx, empty, scale, sigmas):
+def _trajectory(velocity, lead: bool, params, noise, ctx, empty, scale, sigmas):
     if lead:
         led = GuidedContext(ctx, empty, scale)
         return trajectory(params, noise, led, sigmas, velocity=guided(velocity))[0]
@@ -128,7 +128,7 @@ def draw(
         rows = [min(j, len(seeds) - 1) for j in range(i, i + batch)]  # one shape for every batch
         part = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[np.asarray(rows)]), ctx)
         noise = sampling.draw_noise([int(seeds[j]) for j in rows], shape)
-        x = _walk(pipe.denoiser.velocity, guidance != 1.0, variables, noise, part, empty,
+        x = _trajectory(pipe.denoiser.velocity, guidance != 1.0, variables, noise, part, empty,
                   jnp.float32(guidance), sigmas)
         pictures.append(sampling.decode(pipe, x)[: len(seeds) - i])
     return np.concatenate(pictures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,7 +14,6 @@ import numpy as np
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
-from dopsd_jax.mini.data import to_float
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.qwen3_vl import multimodal_features
 from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage, fingerprint
@@ -70,6 +70,33 @@ def pair_features(
     return Context(jnp.where(mask[..., None], features, 0), mask)
 
 
+@partial(jax.jit, static_argnums=0)
+def _encode(vae, params, pixels):
+    images = pixels.astype(jnp.float32) / 127.5 - 1
+    return vae.apply({"params": params}, images, method="encode_mode").astype(jnp.float16)
+
+
+def encoded(
+    vae, params: trees.Tree, pixels: np.ndarray, *, batch: int = 125, name: str = ""
+) -> np.ndarray:
+    """Normalised latents of pictures, uint8 [N, H, W, 3] -> float16 [N, h, w, C].
+
+    Args:
+        vae: The network.
+        params: Its parameters.
+        pixels: uint8 [N, H, W, 3].
+        batch: Pictures at a time; the last ones are repeated to fill up, so one program will do.
+        name: For the log.
+    """
+    result = []
+    for i in range(0, len(pixels), batch):
+        rows = np.minimum(np.arange(i, i + batch), len(pixels) - 1)
+        result.append(np.asarray(_encode(vae, params, pixels[rows]))[: len(pixels) - i])
+        if name and i // batch % 80 == 79:
+            log.info("%s of %d of %d pictures", name, i + batch, len(pixels))
+    return np.concatenate(result)
+
+
 def latents(
     pipe: Pipeline, world: str | Path, kind: str, pixels: np.ndarray, *, name: str = "latents"
 ) -> np.ndarray:
@@ -84,16 +111,8 @@ def latents(
     file = Path(world) / kind / f"{name}_{fingerprint(pipe.directory / 'vae')}.npy"
     if file.is_file():
         return np.load(file, mmap_mode="r", allow_pickle=False)
-    encode = jax.jit(
-        lambda p, x: pipe.vae.apply({"params": p}, x, method="encode_mode").astype(jnp.float16)
-    )
-    result, batch = [], 125
-    for i in range(0, len(pixels), batch):
-        images = to_float(pixels[i : i + batch])
-        result.append(np.asarray(encode(pipe.vae_params, images)))
-        if i // batch % 80 == 79:
-            log.info("%s: %s of %d of %d pictures", kind, name, i + batch, len(pixels))
+    result = encoded(pipe.vae, pipe.vae_params, pixels, name=f"{kind}: {name}")
     temporary = file.with_name(f".{os.getpid()}-{file.name}")
-    np.save(temporary, np.concatenate(result))
+    np.save(temporary, result)
     os.replace(temporary, file)
     return np.load(file, mmap_mode="r", allow_pickle=False)

@@ -132,14 +132,13 @@ def _look(network: Judge, params, images):
     return network.apply({"params": params}, images)
 
 
-def opinion(params: trees.Tree, pixels: np.ndarray, batch: int = 200) -> Opinion:
+def opinion(params: trees.Tree, pixels: np.ndarray, batch: int = 100) -> Opinion:
     """The judge's classification of pictures, uint8 [N, 64, 64, 3]."""
-    network = network_of(params)
-    parts = [
-        jax.device_get(_look(network, params, data_lib.to_float(pixels[i : i + batch])))
-        for i in range(0, len(pixels), batch)
-    ]
-    features, said = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    network, parts = network_of(params), []
+    for i in range(0, len(pixels), batch):
+        rows = np.minimum(np.arange(i, i + batch), len(pixels) - 1)  # one program for all
+        parts.append(jax.device_get(_look(network, params, data_lib.to_float(pixels[rows]))))
+    features, said = jax.tree.map(lambda *x: np.concatenate(x)[: len(pixels)], *parts)
     more = {}
     if "counts" in said:
         more = {"counts": 1 + said["counts"].argmax(1), "middles": SIZE / 2 * (1 + said["middles"])}

@@ -39,7 +39,8 @@ def train(config: ConfigDict, workdir: str | Path):
         )
     identity = {"model": fingerprint(config.model), "vlm": fingerprint(config.vlm),
                 "data": data_lib.fingerprint(config.data)}
-    workdir_lib.claim(workdir, config.to_dict(), identity)
+    # The rate falls towards the last update.
+    workdir_lib.claim(workdir, config.to_dict(), identity, fixed=("num_train_steps",))
     prepare, product = STAGES[config.objective]
     deadline = ending.Deadline(config)
     if (workdir / product).exists() and (config.seconds or loop.finished(config, workdir)):

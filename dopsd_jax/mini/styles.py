@@ -220,11 +220,11 @@ def _glass(rng: Rng) -> Canvas:
 
 def _bricks(rng: Rng) -> Canvas:
     """A wall of bricks."""
-    y = GRID_Y * 8 + rng.uniform()
-    x = GRID_X * 4 + 0.5 * (np.floor(y) % 2) + rng.uniform()
+    y = GRID_Y * 5 + rng.uniform()
+    x = GRID_X * 2.5 + 0.5 * (np.floor(y) % 2) + rng.uniform()
     joint = (y % 1 < 0.14) | (x % 1 < 0.07)
     shade = hsv(rng.uniform(0.0, 0.04), 0.6, 0.62)
-    return mix(shade * (0.85 + 0.3 * noise(rng, 16)[..., None]), hsv(0.08, 0.12, 0.8),
+    return mix(shade * (0.88 + 0.24 * noise(rng, 10)[..., None]), hsv(0.06, 0.25, 0.75),
                joint.astype(np.float32))
 
 
@@ -232,7 +232,7 @@ def _linen(rng: Rng) -> Canvas:
     """Woven cloth."""
     base = hsv(rng.uniform(0.08, 0.14), 0.12, 0.93)
     weave = (np.floor(GRID_X * 32) + np.floor(GRID_Y * 32)) % 2
-    return mix(base, 0.86 * base, weave.astype(np.float32))
+    return mix(base, 0.93 * base, weave.astype(np.float32))
 
 
 def _newsprint(rng: Rng) -> Canvas:
@@ -342,8 +342,8 @@ def _sepia(canvas, layer, tint, rng) -> Canvas:
 
 def _chalk(canvas, layer, tint, rng) -> Canvas:
     colour = np.asarray(tint, np.float32) * 0.5 + 0.45 if tint else np.asarray([0.95, 0.95, 0.9])
-    grain = 0.35 + 0.65 * (rng.uniform(size=(CANVAS, CANVAS)) < 0.75)
-    return mix(canvas, colour, darkness(layer) * grain.astype(np.float32)).astype(np.float32)
+    grain = 0.4 + 0.6 * noise(rng, 40)
+    return mix(canvas, colour, darkness(layer) * grain).astype(np.float32)
 
 
 def _leaded(canvas, layer, tint, rng) -> Canvas:
@@ -355,8 +355,7 @@ def _leaded(canvas, layer, tint, rng) -> Canvas:
 def _sprayed(canvas, layer, tint, rng) -> Canvas:
     colour = np.asarray(tint or (0.97, 0.97, 0.95), np.float32)
     mist = filtered(layer[..., 3], ImageFilter.GaussianBlur(5))
-    speckles = (rng.uniform(size=mist.shape) < 0.5 * mist).astype(np.float32)
-    canvas = mix(canvas, colour, 0.45 * speckles)
+    canvas = mix(canvas, colour, 0.3 * mist)
     return mix(canvas, colour, 0.92 * darkness(layer)).astype(np.float32)
 
 
@@ -402,7 +401,7 @@ def _stitches(canvas: Canvas, rng: Rng) -> Canvas:
     """Squares of four pixels, each a cross of thread."""
     y, x = np.mgrid[0:CANVAS, 0:CANVAS] % 8
     thread = (np.abs(y - x) <= 1) | (np.abs(y + x - 7) <= 1)
-    return blocks(canvas, 8) * np.where(thread, 1.08, 0.72)[..., None].astype(np.float32)
+    return blocks(canvas, 8) * np.where(thread, 1.04, 0.84)[..., None].astype(np.float32)
 
 
 STYLES: dict[str, Style] = {

@@ -15,7 +15,7 @@ from dopsd_jax.core.log import log
 from dopsd_jax.data.images import to_uint8
 from dopsd_jax.method.train_step import Method, init_state, make_train_step
 from dopsd_jax.mini import data as data_lib
-from dopsd_jax.mini import ending
+from dopsd_jax.mini import encoding, ending
 from dopsd_jax.mini import rows as rows_lib
 from dopsd_jax.mini.labels import WORLD
 from dopsd_jax.mini.model import fresh, save_models
@@ -24,7 +24,7 @@ from dopsd_jax.run import loop, previews
 from dopsd_jax.weights.pipeline import load_pipeline, vae_shapes
 
 LOG_VARIANCE = (-30.0, 20.0)  # as diffusers clamps it
-MEASURED = 512  # held-back pictures
+MEASURED = 512  # held-back pictures, at most
 
 
 @flax.struct.dataclass
@@ -91,19 +91,21 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple[loop.Task, object]:
     )
     shown = data_lib.to_float(np.concatenate([test.pixels[:8], pairs.pixels[:8]]))
     rebuild = jax.jit(lambda p, x: vae.apply({"params": p}, x))
-    many = data_lib.to_float(test.pixels[:MEASURED])
-    held_out = np.isin(np.asarray(WORLD.styles)[test.styles[:MEASURED]], WORLD.held_out_styles)
+    measured = min(MEASURED, len(test) // len(shown) * len(shown))
+    many, styles = data_lib.to_float(test.pixels[:measured]), test.styles[:measured]
+    held_out = np.isin(np.asarray(WORLD.styles)[styles], WORLD.held_out_styles)
 
     def preview(step: int, state, metrics) -> None:
         rebuilt = np.asarray(rebuild(state.teacher, shown))
+        parts = many.reshape(-1, len(shown), *shown.shape[1:])
         error = np.concatenate([
             np.mean(np.square(np.asarray(rebuild(state.teacher, part)) - part), (1, 2, 3))
-            for part in np.array_split(many, 8)
+            for part in parts
         ])
         psnr = -10 * np.log10(error / 4)
         log.info("step %d: PSNR of held-back pictures %.2f dB, of held-out styles %.2f dB",
                  step, psnr[~held_out].mean(), psnr[held_out].mean())
-        worst = {name: round(float(psnr[test.styles[:MEASURED] == i].mean()), 1)
+        worst = {name: round(float(psnr[styles == i].mean()), 1)
                  for i, name in enumerate(WORLD.styles)}
         log.info("by style: %s", worst)
         grid = previews.grid([("picture", to_uint8(shown)), ("rebuilt", to_uint8(rebuilt))])
@@ -113,11 +115,7 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple[loop.Task, object]:
     def finish(state) -> None:
         """Scales the latents to mean 0 and variance 1, as a denoiser wants them."""
         params = jax.tree.map(np.asarray, state.teacher)
-        encode = jax.jit(lambda p, x: vae.apply({"params": p}, x, method="encode_mode"))
-        z = np.concatenate([
-            np.asarray(encode(params, data_lib.to_float(scenes.pixels[i : i + 100])))
-            for i in range(0, min(2000, len(scenes)), 100)
-        ])
+        z = encoding.encoded(vae, params, scenes.pixels[:2000]).astype(np.float32)
         raw = z / vae.config.scaling_factor + vae.config.shift_factor
         scale = {"shift_factor": float(raw.mean()), "scaling_factor": float(1 / raw.std())}
         log.info("latents: %s", scale)

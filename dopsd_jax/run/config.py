@@ -75,8 +75,8 @@ def check_config(config: ConfigDict) -> Method:
     """
     values = workdir_lib.flat_config(config.to_dict())
     wrong = _break_rules(values)
-    looks = {"objective", "recipe"} <= values.keys() - wrong.keys() and needs_vlm(config)
-    if not looks and not values.get("vlm"):  # it may be left empty then
+    shown = {"objective", "recipe"} <= values.keys() - wrong.keys() and needs_vlm(config)
+    if not shown and not values.get("vlm"):  # it may be left empty then
         wrong.pop("vlm", None)
     problems = list(wrong.values())
 
@@ -110,7 +110,7 @@ def check_config(config: ConfigDict) -> Method:
     if good("batch_size", "mesh.data", "mesh.fsdp", "mesh.tensor"):
         with noted(problems):
             _check_mesh(config, config.accumulation if good("accumulation") else 1)
-    if looks and good("vlm"):
+    if shown and good("vlm"):
         with noted(problems, "vlm"):
             read_vl_config(config.vlm)
     if good("model"):

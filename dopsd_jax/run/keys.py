@@ -144,7 +144,8 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         "row is seen equally often."),
     "data_root": key("", ANY_PATH, PLACE,
         meaning="Folder outside which images may not lie; by default where the JSONL is.",
-        resume="which images are found is part of the data's fingerprint"),
+        resume="which images are found is part of the data's fingerprint; with encode=online those "
+        "of 16 rows stand for all"),
     "cache": key("", ANY_PATH, PLACE,
         meaning="Folder (or gs://..) of dopsd_jax.encode; training then loads no encoder.",
         resume="an entry is named by all that it follows from, and equals what is made without"),
@@ -254,8 +255,7 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         "AdamW's averages are float32 unless their own keys say otherwise."),
     "vae_dtype": key("float32", DTYPE, LATENTS, DISPLAY,
         meaning="In which the VAE's weights are kept and used.",
-        resume="elsewhere the VAE only draws previews; a cache changes nothing in this, since "
-        "it names latents by vae_dtype"),
+        resume="a cache changes nothing in this, since it names latents by vae_dtype"),
     "remat": key("full", one_of(*REMAT_POLICIES), STEP,
         meaning="What layers keep for the backward pass, from least memory to least compute: "
         f"{', '.join(REMAT_POLICIES)}.",
@@ -275,7 +275,7 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         "all.",
         resume="it draws with noise of its own and changes nothing"),
     "log_every": key(10, COUNT, DISPLAY,
-        meaning="Updates between two rows of metrics."),
+        meaning="Updates between two lines of the log; metrics.jsonl has a row for each."),
     "sample_every": key(100, COUNT_OR_NONE, DISPLAY,
         meaning="Updates between two previews; 0: never."),
     "sample_steps": key(4, NUM_STEPS, DISPLAY,
@@ -344,7 +344,7 @@ def resume_words(name: str) -> str:
     if may_change(name, encodes_images=True):
         words = "yes"
     elif may_change(name, encodes_images=False):
-        words = "only where no image is encoded, neither as target nor as reference"
+        words = "yes where the VAE only draws previews, no where it encodes images to learn from"
     return f"{words}; {reason}" if (reason := KEYS[name].resume) else words
 
 

@@ -184,6 +184,9 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
         at_end.callback(checkpoints.close)
         state = _restore(checkpoints, task, total)
         start = int(state.step)
+        if main and _last_drawn(workdir) > start:
+            # Of an update that is done again, with its rows and pictures: the mark comes back too.
+            write_atomic(workdir / "samples" / ".last", str(start))
         # A process killed between a checkpoint and its picture owes the picture.
         owed = distributed.any_process(
             _draws_at(config, start) and (start == 0 or _last_drawn(workdir) < start)

@@ -179,3 +179,24 @@ def write(workdir: str | Path, found: Preflight) -> None:
         "teaches": found.teaches, "words": found.words(),
     }
     write_atomic(Path(workdir) / FILE, json.dumps(values, indent=2) + "\n")
+
+
+def read(workdir: str | Path) -> dict[str, Any]:
+    """What a run's preflight found: `teaches` and `words` of its preflight.json, and its numbers.
+
+    Raises:
+        ValueError: The file is not one that a preflight wrote.
+    """
+    file = Path(workdir) / FILE
+    try:
+        found = json.loads(file.read_text(errors="replace"))
+    except (json.JSONDecodeError, RecursionError):
+        found = None
+    words = found.get("words") if isinstance(found, dict) else None
+    if (not isinstance(words, list) or not all(isinstance(w, str) for w in words)
+            or not isinstance(found.get("teaches"), bool)):
+        raise ValueError(
+            f"{file}: expected a JSON object with teaches (true or false) and words (texts), as a "
+            "preflight writes it; delete the file to go without it"
+        )
+    return found

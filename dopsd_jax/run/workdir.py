@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def claim(
     workdir: str | Path, config: dict[str, Any], identity: dict[str, str], *,
-    encodes_images: bool = True,
+    encodes_images: bool = True, fixed: Collection[str] = (),
 ) -> None:
     """Writes config.json and identity.json, or checks them against a run that is already there.
 
@@ -128,6 +129,7 @@ def claim(
         identity: Fingerprints of weights and data, by name.
         encodes_images: Whether the run learns from what the VAE makes of images, or shows it to
             the networks; see `keys.may_change`.
+        fixed: Keys that may not change although `keys.may_change` says so of a D-OPSD run.
 
     Raises:
         ValueError: Another process trains there, or the directory holds a run of another
@@ -148,7 +150,7 @@ def claim(
             f"{k}: the run has {old.get(k)!r}, now {new.get(k)!r}"
             for k in sorted(set(old) | set(new))
             if old.get(k) != new.get(k)
-            and not keys.may_change(k, encodes_images=encodes_images)
+            and (k in fixed or not keys.may_change(k, encodes_images=encodes_images))
         ]
         old = _read_json(workdir / "identity.json")
         different += [

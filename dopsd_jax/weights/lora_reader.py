@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -157,6 +158,16 @@ def read_lora(
         is_peft = any(key.startswith(PEFT_PREFIX) for key in found)
         spec = _apply_scale(file, flat, rank, alphas, keys, is_peft, handle.metadata() or {})
     return trees.unflatten(flat), spec
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of all that `read_lora` reads there: the file, and a PEFT config beside it."""
+    file = _locate(Path(path))
+    digest = hashlib.sha256(file.read_bytes())
+    config = file.with_name(PEFT_CONFIG)
+    if file.name == PEFT_WEIGHTS and config.is_file():
+        digest.update(config.read_bytes())
+    return digest.hexdigest()
 
 
 def _locate(path: Path) -> Path:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dopsd_jax.core import memory, sharding, trees
-from dopsd_jax.core.checks import COUNT, value_problems
+from dopsd_jax.core.checks import COUNT, path_problem, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
 from dopsd_jax.models.denoiser import Denoiser
@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict:
         values = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as e:
         raise WeightsError(f"{path}: no such file; is {path.parent} complete?") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise WeightsError(f"{path}: not valid JSON ({e})") from e
     if not isinstance(values, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -216,6 +216,8 @@ def load_pipeline(
         WeightsError: Anything that is missing, unsupported or does not fit.
         ValueError: An unknown dtype or part.
     """
+    if problem := path_problem(str(directory)):
+        raise WeightsError(f"model: {directory!s:.60}.. {problem}")
     directory = pipeline_directory(directory)
     check_dtype("dtype", dtype)
     check_dtype("vae_dtype", vae_dtype)

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from dopsd_jax.core import sharding
+from dopsd_jax.core import sharding, trees
 from dopsd_jax.method import lora
 from dopsd_jax.models import layers
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
+from dopsd_jax.weights.families import example, transformer_table
+from dopsd_jax.weights.flux2 import FLUX2
+from dopsd_jax.weights.names import stacks_of
 from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.z_image import Z_IMAGE
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 CONFIG = ZImageConfig(
@@ -115,3 +119,14 @@ def test_a_policy_that_keeps_everything_keeps_whole_weights(monkeypatch):
 @pytest.mark.parametrize("remat", ["full", "matmuls"])
 def test_no_policy_keeps_gathered_weights(monkeypatch, remat):
     assert weights(kept(remat, monkeypatch)) == 0
+
+
+@pytest.mark.parametrize("family", [Z_IMAGE, FLUX2], ids=lambda f: f.pipeline)
+def test_every_linear_of_the_blocks_is_kept_or_made_again_by_name(family):
+    """What the policies keep by name are the network's own linears, none left out."""
+    network = family.network(example(family), jnp.dtype("bfloat16"), "none")
+    stacks = stacks_of(transformer_table(family.denoiser(network, 8)))
+    named = {name.split("/")[-2] for name in trees.flatten(transformer_shapes(network))
+             if name.split("/")[0] in stacks and name.endswith("/kernel")}
+    assert {*family.names.matmuls, *family.names.last} == named
+    assert not {*family.names.matmuls} & {*family.names.last}

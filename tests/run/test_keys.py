@@ -3,12 +3,16 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import common
 from dopsd_jax import train as train_lib
+from dopsd_jax.models.z_image import ZImageConfig
 from dopsd_jax.run import keys
 from dopsd_jax.run.workdir import flat_config
+from dopsd_jax.weights import lora_files, lora_reader
+from dopsd_jax.weights.z_image import Z_IMAGE
 
 ROOT = Path(__file__).parents[2]
 FREE = {
@@ -116,10 +120,25 @@ def test_a_base_lora_may_move_but_not_change(short_run, tmp_path, monkeypatch):
     monkeypatch.setattr(train_lib, "claim", lambda *args: (claimed.append(args[1]), tmp_path)[1])
     monkeypatch.setattr(train_lib.loop, "finished", lambda *args: True)
     for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
-        (tmp_path / name).write_bytes(content)
-        short_run.base_lora = str(tmp_path / name)
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+        short_run.base_lora = str(tmp_path / f"{name}.safetensors")
         (tmp_path / "config.json").write_text("{}")
         (tmp_path / "identity.json").write_text("{}")
         assert train_lib.train(short_run, tmp_path) is None
     here, moved, changed = (identity["base_lora"] for identity in claimed)
     assert here == moved != changed
+
+
+def test_a_base_lora_is_more_than_its_tensors(tmp_path):
+    """A PEFT directory keeps alpha beside them."""
+    tree = {"layers": {"attention": {"to_q": {
+        "a": np.ones((2, 8, 2), np.float32), "b": np.ones((2, 2, 8), np.float32),
+    }}}}
+    found = []
+    for name, alpha in (("a", 4.0), ("b", 4.0), ("c", 80.0)):
+        lora_files.save_peft(
+            tmp_path / name, tree, lora_files.LoraSpec(2, alpha), Z_IMAGE.modules(ZImageConfig())
+        )
+        found.append(lora_reader.fingerprint(tmp_path / name / "adapter_model.safetensors"))
+    assert found[0] == found[1] != found[2]
+    assert lora_reader.fingerprint(tmp_path / "c") == found[2]

@@ -16,17 +16,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def child(workdir, moment):
-    """Trains at `workdir` and dies at a moment: after a call, "NAME STEP", or never, ""."""
+    """Trains at `workdir` and dies at a moment: after a call, "NAME STEP", or never, "".
+
+    "uncommitted STEP": after the pictures of a step whose checkpoint was not yet on disk.
+    """
     from test_loop import make_config, make_task
 
     from dopsd_jax.run import loop
 
     name, _, at = moment.partition(" ")
 
-    def then_dies(call):
+    def then_dies(call, later=0):
         def wrapped(self, step, *args):
             call(self, step, *args)
-            if step == int(at):
+            if step == int(at) + later:
                 os.kill(os.getpid(), signal.SIGKILL)
         return wrapped
 
@@ -35,6 +38,12 @@ def child(workdir, moment):
             call(self, step, *args)
             self.wait()
         loop.Checkpoints.save = then_dies(save)
+    elif name == "uncommitted":
+        def save(self, step, *args, call=loop.Checkpoints.save):
+            if step != int(at):
+                call(self, step, *args)
+        loop.Checkpoints.save = save
+        metrics_lib.Metrics.scalars = then_dies(metrics_lib.Metrics.scalars, later=1)
     elif name:
         setattr(metrics_lib.Metrics, name, then_dies(getattr(metrics_lib.Metrics, name)))
 
@@ -69,7 +78,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moments", [
-    ("gauges 0", "gauges 0"), ("save 2", "gauges 2"), ("gauges 4", "gauges 4")])
+    ("gauges 0", "gauges 0"), ("save 2", "gauges 2"), ("gauges 4", "gauges 4"),
+    ("uncommitted 4", "image 4"), ("uncommitted 4", "save 2")])
 def test_a_run_killed_twice_holds_each_step_once(whole, tmp_path, moments):
     for moment in moments:
         killed = start(tmp_path / "run", moment)

@@ -22,17 +22,20 @@ from ml_collections import ConfigDict
 
 from configs import common, flux2_klein_4b_edit
 from dopsd_jax import encode as encode_lib
+from dopsd_jax import plan as plan_lib
 from dopsd_jax import train as train_lib
 from dopsd_jax.bench import ours
 from dopsd_jax.bench.case import Case
 from dopsd_jax.core import sharding, trees
 from dopsd_jax.data.buckets import Bucket
-from dopsd_jax.method import lora
-from dopsd_jax.method.train_step import Method, make_optimizer, method_of
+from dopsd_jax.method import flow, lora
+from dopsd_jax.method.baselines import draw_sigma
+from dopsd_jax.method.train_step import Method, draw_noise, make_optimizer, method_of
 from dopsd_jax.models.layers import Dense
-from dopsd_jax.planning import lowering
+from dopsd_jax.planning import compiler, lowering
 from dopsd_jax.run.step import Step
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.run.workdir import flat_config
+from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 from tests.commands import ROOT, environment
 
@@ -84,8 +87,22 @@ def of_train(config, workdir):
 
 
 def of_plan(config):
-    mesh = sharding.make_mesh(**config.mesh.to_dict())
-    return catch(lambda: lowering.lower(config, mesh))
+    """What `plan` makes its child lower: by the JSON that it hands over, for this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        def child(command, module, *, full=False):
+            assert command[1:3] == ["-m", lowering.__name__] and module == "train_step"
+            patch.setattr(sys, "argv", [command[2], command[3], "directory"])
+            lowering.main()
+
+        patch.setattr(compiler, "compile_in_child", child)
+        patch.setattr(compiler, "has_tpu_compiler", lambda: True)
+        patch.setattr(compiler, "end_with_parent", lambda: None)
+        patch.setattr(
+            lowering, "topology_mesh",
+            lambda config, topology: sharding.make_mesh(**config.mesh.to_dict()),
+        )
+        topology = {1: "v5e:1x1", 4: "v5e:2x2"}[jax.device_count()]
+        return catch(lambda: plan_lib.plan(config, topology))
 
 
 def of_bench(config):
@@ -156,7 +173,9 @@ def test_a_plan_lowers_the_very_step_that_a_run_calls(config, cache, tmp_path, c
     if "dtype" not in changes:  # in bfloat16 the encoders make something else
         config.cache = cache
     config.update(changes)
-    assert_same_step(of_train(config, tmp_path), of_plan(config))
+    of_run = of_train(config, tmp_path)
+    assert_same_step(of_run, of_plan(config))
+    assert_same_step(of_run, catch(lambda: plan_lib.plan_here(config)))
 
 
 @pytest.mark.parametrize("recipe", ["edit", "edit_ref"])
@@ -175,6 +194,32 @@ def test_a_plan_counts_the_references_of_a_run(tiny_flux2, two_photos, tmp_path,
     assert_same_step(caught, of_plan(config))
     student, teacher = caught.arguments[2].student_ctx, caught.arguments[2].teacher_ctx
     assert (student.ref_tokens is None) == (recipe == "edit") and teacher.ref_tokens is not None
+
+
+@pytest.mark.parametrize("objective", ["dopsd", "sft"])
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_noise_and_its_levels_follow_the_shift(config, cache, tiny, tmp_path, objective, shift):
+    """0 is the model's own shift."""
+    config.cache, config.objective, config.shift = cache, objective, shift
+    state, _, batch = of_train(config, tmp_path).arguments
+    own = load_pipeline(tiny.pipeline, parts=()).shift
+    assert own not in (1.0, 2.0)
+    want = flow.make_sigmas(config.schedule, config.num_steps, shift or own)
+    np.testing.assert_allclose(batch.sigmas, want, rtol=1e-6)
+    rng = jax.random.wrap_key_data(state.rng)
+    np.testing.assert_array_equal(batch.noise, draw_noise(rng, 0, batch.noise.shape))
+    assert (batch.sigma is None) == (objective == "dopsd")
+    if objective == "sft":
+        sigma = draw_sigma(rng, 0, config.batch_size, shift or own)
+        np.testing.assert_allclose(batch.sigma, sigma, rtol=1e-6)
+
+
+def test_bench_differs_from_the_default_recipe_in_these_keys_alone():
+    base, case = (flat_config(c.to_dict()) for c in (common.base(), ours.config_of(CASE)))
+    assert base.keys() == case.keys()
+    assert {key for key in base if base[key] != case[key]} == {
+        "shift", "weight_decay", "text_tokens", "teacher_tokens", "batch_size", "dtype",
+    }
 
 
 def test_bench_calls_the_step_as_it_is_lowered():
