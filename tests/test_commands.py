@@ -70,7 +70,8 @@ MODELS = ("--config.model={model}", "--config.vlm={vlm}")
      (("--workdir", "w"), "error: --config is needed"),
      ((*TINY, *MODELS, "--config.data=gs://x/y.jsonl"),
       "data: expected files of this machine, got gs://x/y.jsonl; copy them here first, "),
-     ((*TINY, *MODELS, "--config.data=nothing.parquet"), "nothing.parquet', which does not exist; "),
+     ((*TINY, *MODELS, "--config.data=nothing.parquet"),
+      "nothing.parquet', which does not exist; "),
      ((*TINY, "a", "b"), "error: unexpected arguments ['a', 'b']; is a text not quoted?\n"),
      ((*TINY, "--config.seed=1", "--config.seed", "2", "--workdir=v"),
       "error: --workdir takes one value and is given 2: w, v; give it once\n"
