@@ -128,6 +128,8 @@ def identify(config: ConfigDict, data: Data) -> dict[str, str]:
     """
     identity = {"model": fingerprint(pipeline_directory(config.model)),
                 "data": data.fingerprint()}
+    if data.index:
+        identity[workdir_lib.IMAGES] = data.sampled_images()
     if needs_vlm(config):
         identity["vlm"] = fingerprint(vlm_directory(config.vlm))
     if config.base_lora:

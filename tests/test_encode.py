@@ -150,15 +150,28 @@ def test_another_folder_of_the_same_names_is_other_data_online_too(config, tmp_p
     """Images are not opened ahead, but those of some rows stand for all."""
     rows = [{"image_path": f"{i}.png", "caption": f"number {i}"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = []
-    for folder, colour in (("a", "red"), ("b", "red"), ("c", "blue")):
+    identities = {}
+    for folder, colour in (("a", "red"), ("b", "red"), ("c", "blue"), ("repaired", "red")):
         (tmp_path / folder).mkdir()
         for i in range(40):
             Image.new("RGB", (64, 64), colour).save(tmp_path / folder / f"{i}.png")
+        if folder == "repaired":
+            Image.new("RGB", (64, 64), "green").save(tmp_path / folder / "0.png")
         config.update({"cache": "", "encode": "online", "data": str(tmp_path / "rows.jsonl"),
                        "data_root": str(tmp_path / folder), "batch_size": 2})
-        found.append(read_data(config, needs_of_rows(config)).fingerprint())
-    assert found[0] == found[1] != found[2]
+        data = read_data(config, needs_of_rows(config))
+        identities[folder] = train_lib.identify(config, data)
+    run = tmp_path / "run"
+    workdir_lib.claim(run, {}, identities["a"])
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    workdir_lib.claim(run, {}, identities["b"])
+    workdir_lib.claim(run, {}, identities["repaired"])
+    with pytest.raises(ValueError, match="contents of images: the run has .*, now "):
+        workdir_lib.claim(run, {}, identities["c"])
+    (run / "identity.json").write_text(json.dumps({
+        name: value for name, value in identities["a"].items() if name != "images"
+    }))
+    workdir_lib.claim(run, {}, identities["c"])  # a run of an earlier version
 
 
 def test_what_was_encoded_online_is_kept_up_to_a_size():

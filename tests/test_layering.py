@@ -173,6 +173,7 @@ def test_no_family_is_named_outside_its_own_files():
 
 def test_no_file_knows_the_family_that_only_tests_have():
     """What weights/test_families.py proves holds only as long as no file helps the toy family."""
+    # Its layers are called strata, a word that nothing else here uses.
     names = r"toy_|toy[A-Z]|\bTOY|\bToy|strat(a|um)\b|\btests\b"
     wrong = [
         f"{relative(path)}:{line}: {text:.60}" for path in source_files()

@@ -31,7 +31,7 @@ from dopsd_jax.data.indexed import IndexedRows
 from dopsd_jax.data.rows import Row, read_rows
 
 DIGESTS_KEPT = 4096  # of an index
-SAMPLED = 16  # rows of an index whose images count in its fingerprint
+SAMPLED = 16  # rows of an index whose images are identified
 
 
 class Joined(Sequence):
@@ -90,18 +90,10 @@ class Data:
     def fingerprint(self) -> str:
         """Identifies names, captions and image files by content, wherever they lie.
 
-        Of an index: what its files say of the rows, and the image files of SAMPLED rows, spread
-        evenly; the others are not opened.
+        Of an index: what its files say of the rows, without opening images; see `sampled_images`.
         """
         if self.index:
-            digest = hashlib.sha256(self.index.encode())
-            for row in np.linspace(0, len(self.rows) - 1, min(SAMPLED, len(self.rows))).astype(int):
-                try:
-                    images = [self._digest(file) for file in self.rows[int(row)].images]
-                except DataError:
-                    images = ["cannot be used"]  # a run says so when it comes to the row
-                digest.update(json.dumps(images).encode())
-            return digest.hexdigest()[:16]
+            return hashlib.sha256(self.index.encode()).hexdigest()[:16]
         rows = []
         for r in self.rows:
             *references, target = [self._digest(file) for file in r.images] or [r.size]
@@ -110,6 +102,20 @@ class Data:
             name = r.target.name if r.target else None
             rows.append((name, r.captions, r.where, target, *beside, *enhanced))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+    def sampled_images(self) -> str:
+        """Identifies the image files of SAMPLED rows, spread evenly: a word for each row.
+
+        Of an index, whose images are not opened ahead, they stand for all.
+        """
+        words = []
+        for row in np.linspace(0, len(self.rows) - 1, min(SAMPLED, len(self.rows))).astype(int):
+            try:
+                images = [self._digest(file) for file in self.rows[int(row)].images]
+            except DataError:
+                images = []  # a run says so when it comes to the row
+            words.append(hashlib.sha256(json.dumps(images).encode()).hexdigest()[:8])
+        return " ".join(words)
 
     def pixels(self, row: int, image: int = -1) -> np.ndarray:
         """An image of a row, by default the target, float32 [H, W, 3] in [-1, 1].

@@ -152,7 +152,7 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "encode": key("ahead", one_of("ahead", "online"), STEP,
         meaning="ahead: all data is checked and encoded before the run; online: an index is "
         "made, the rest is done when a row's turn comes.",
-        resume="online identifies data by its index alone, ahead by all images"),
+        resume="online identifies data by its index and some images, ahead by all images"),
     "resolution": key(1024, whole(16, 16384, " pixels"), STEP,
         meaning="Side of the square bucket, in pixels; the others are the published ones at its "
         "area."),

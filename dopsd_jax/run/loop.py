@@ -184,7 +184,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
         at_end.callback(checkpoints.close)
         state = _restore(checkpoints, task, total)
         start = int(state.step)
-        if main and _last_drawn(workdir) > start:
+        if main and config.sample_every > 0 and _last_drawn(workdir) > start:
             # Of an update that is done again, with its rows and pictures: the mark comes back too.
             write_atomic(workdir / "samples" / ".last", str(start))
         # A process killed between a checkpoint and its picture owes the picture.
