@@ -14,7 +14,7 @@ def base() -> ConfigDict:
     c.data = "runs/mini/world"  # from dopsd_jax.mini.build
     c.batch_size = 32
     c.num_train_steps = 1000  # updates
-    c.seconds = 0             # end sooner than after that many; 0: no limit
+    c.seconds = 0.0           # end sooner than after that many; 0: no limit
     c.ema_decay = 0.999       # per update; the averaged weights are what a stage hands on
     c.seed = 0
 

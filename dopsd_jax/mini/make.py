@@ -58,7 +58,7 @@ REHEARSAL = 3  # updates of every stage on the blank world
 
 
 def blank_world(out: Path, captions: list[str], counts: dict[str, int]) -> None:
-    """A world of the same shapes whose files take no room: all zeros, sparse.
+    """A world of the same shapes whose files take no room: nearly all zeros, sparse.
 
     Args:
         out: Its directory.
@@ -69,7 +69,7 @@ def blank_world(out: Path, captions: list[str], counts: dict[str, int]) -> None:
         folder = out / kind
         folder.mkdir(parents=True, exist_ok=True)
         shapes = {
-            "pixels": ((SIZE, SIZE, 3), np.uint8), "styles": ((), np.int32),
+            "pixels": ((SIZE, SIZE, 3), np.uint8),
             "concepts": ((len(WORLD.concepts),), bool), "counts": ((), np.int32),
             "middles": ((2,), np.float32),
         }
@@ -81,6 +81,8 @@ def blank_world(out: Path, captions: list[str], counts: dict[str, int]) -> None:
             np.lib.format.open_memmap(
                 folder / f"{name}.npy", "w+", dtype=dtype, shape=(rows, *shape)
             ).flush()
+        # Some of every style: pictures along the way show held-out ones too.
+        np.save(folder / "styles.npy", np.arange(rows, dtype=np.int32) % len(WORLD.styles))
         told = [captions[i % len(captions)] for i in range(rows)]
         (folder / "captions.json").write_text(json.dumps(told))
 
