@@ -94,9 +94,10 @@ def export_loras(
         return 0.0
     cost = 0.0
     if rank is None:
-        tree, rank = loras_lib.padded(tree)
+        rank = lora_lib.max_rank(tree)
+        tree = lora_lib.padded(tree, rank)
     else:
-        tree, cost = loras_lib.reduced(tree, rank)
+        tree, cost = lora_lib.reduced(tree, rank)
     spec = lora_files.LoraSpec(rank, float(rank), str(model))
     FORMATS[fmt](out, tree, spec, pipe.lora.modules, overwrite=overwrite)
     return cost

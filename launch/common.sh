@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the launch scripts: their frame. What comes after -- is a dopsd_jax command and its
 # arguments, in COMMAND; --dry-run prints what would be run and runs nothing.
-DRY_RUN="" COMMAND=()
+DRY_RUN="" COMMAND=() REST=()
 
 fail() { echo "error: $*" >&2; exit 1; }
 
@@ -24,9 +24,9 @@ run() {
   [ -n "$DRY_RUN" ] || "$@"
 }
 
-# parse SCRIPT "name! name=default flag:" "$@": options --NAME VALUE and --FLAG into variables of
-# their name, in capitals; those with "!" must be given.
-parse() {
+# options SCRIPT "name! name=default flag:" "$@": options --NAME VALUE and --FLAG into variables of
+# their name, in capitals; those with "!" must be given. What begins with -- alone is left in REST.
+options() {
   local script="$1" spec="$2" name upper word missing=""
   local -A kind=()
   shift 2
@@ -57,6 +57,13 @@ parse() {
     [ "$name" = "$word" ] || [ -n "${!upper}" ] || missing+=" --$name"
   done
   [ -z "$missing" ] || fail "needed:$missing; see $script --help"
+  REST=("$@")
+}
+
+# The same of a script that runs what comes after --, in COMMAND.
+parse() {
+  options "$@"
+  set -- "${REST[@]}"
   [ $# -gt 1 ] || fail "give a dopsd_jax command after --, such as -- train --config .."
   shift
   [[ " $(commands) " == *" $1 "* ]] || fail "no such command: $1; there is: $(commands)"

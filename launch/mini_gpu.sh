@@ -10,28 +10,20 @@
 #   --python PYTHON  a Python with jax[cuda], flax, optax, orbax-checkpoint and transformers
 #                    (default: python3)
 #   --vendor DIR     where launch/gpu_bench.sh --pack put the other packages
+#   --dry-run        print the command and run nothing
 #
 # Put the parts together again, and take the files over:
 #   cat DIR/made.tar.gz.* | tar xz -C DIR && cp -r DIR/shipped/* dopsd_jax/assets/
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT="" MINUTES=9 BUDGET=gpu WORK=runs/mini_gpu PYTHON=python3 VENDOR=""
-fail() { echo "error: $*" >&2; exit 1; }
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --help | -h) sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; exit 0 ;;
-    --out | --minutes | --budget | --work | --python | --vendor)
-      [ $# -gt 1 ] || fail "$1 needs a value"
-      name="${1#--}"
-      printf -v "${name^^}" %s "$2"
-      shift 2 ;;
-    *) fail "unknown option $1; see launch/mini_gpu.sh --help" ;;
-  esac
-done
-[ -n "$OUT" ] || fail "needed: --out; see launch/mini_gpu.sh --help"
+# shellcheck source-path=SCRIPTDIR
+source launch/common.sh
+options launch/mini_gpu.sh "out! minutes=9 budget=gpu work=runs/mini_gpu python=python3 vendor=" "$@"
+[ ${#REST[@]} -eq 0 ] || fail "nothing can come after --; see launch/mini_gpu.sh --help"
 export PYTHONPATH=".${VENDOR:+:$VENDOR}" XLA_PYTHON_CLIENT_MEM_FRACTION=.6
-mkdir -p "$OUT" "$WORK"
-"$PYTHON" -m dopsd_jax.mini.make --out "$WORK" --budget "$BUDGET" --minutes "$MINUTES"
+run "$PYTHON" -m dopsd_jax.mini.make --out "$WORK" --budget "$BUDGET" --minutes "$MINUTES"
+[ -z "$DRY_RUN" ] || exit 0
+mkdir -p "$OUT"
 for STAGE in vae base turbo judge; do
   mkdir -p "$WORK/report/$STAGE"
   cp "$WORK/$STAGE/metrics.jsonl" "$WORK/$STAGE/config.json" "$WORK/report/$STAGE/"

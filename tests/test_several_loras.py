@@ -134,7 +134,7 @@ def test_both_as_one_file_are_read_back_exactly(pipe, two, tiny, tmp_path, fmt):
 
 def test_a_lower_rank_is_the_best_of_that_rank_and_its_cost_is_told(pipe, two):
     tree = loras.take_loras(list(zip(two, STRENGTHS, strict=True)), pipe)
-    small, cost = loras.reduced(tree, 5)
+    small, cost = lora_lib.reduced(tree, 5)
     flat, less = trees.flatten(tree), trees.flatten(small)
     lost = whole = 0.0
     for name in (n for n in flat if n.endswith("/a")):
@@ -149,7 +149,7 @@ def test_a_lower_rank_is_the_best_of_that_rank_and_its_cost_is_told(pipe, two):
             np.square(full - low).sum(), np.square(values[..., 5:]).sum(), atol=1e-6, rtol=1e-4
         )
     assert cost == pytest.approx(np.sqrt(lost / whole), rel=1e-6) and 0.01 < cost < 0.5
-    assert loras.reduced(tree, 7)[1] < 1e-7
+    assert lora_lib.reduced(tree, 7)[1] < 1e-7
 
 
 def test_full_weights_hold_both(pipe, two, tiny, tmp_path):

@@ -225,7 +225,7 @@ def prepare(config: ConfigDict, workdir: Path):
     )
     pair_rows = config.batch_size // 3
 
-    def draw_batch(data, key, step) -> tuple[Rows, Rows]:
+    def draw_batch(data, key) -> tuple[Rows, Rows]:
         scenes, pairs = data
         keys = jax.random.split(key)
         return (

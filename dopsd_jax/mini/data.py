@@ -7,6 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
 
@@ -69,6 +70,6 @@ def fingerprint(world: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def to_float(pixels: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1]."""
+def to_float(pixels: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """uint8 -> float32 in [-1, 1]; of NumPy or on the device."""
     return pixels.astype(np.float32) / 127.5 - 1

@@ -14,6 +14,7 @@ import numpy as np
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
+from dopsd_jax.mini.data import to_float
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.qwen3_vl import multimodal_features
 from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage, fingerprint
@@ -42,7 +43,7 @@ def patches(pixels: jax.Array) -> jax.Array:
     As `prompts.image_patches` cuts a picture that need not be resized, but on the device.
     """
     B, H, W, _ = pixels.shape
-    x = (pixels.astype(jnp.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
+    x = to_float(pixels).transpose(0, 3, 1, 2)
     down, across = H // (MERGE * PATCH), W // (MERGE * PATCH)
     x = x.reshape(B, 3, down, MERGE, PATCH, across, MERGE, PATCH)
     x = x.transpose(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]
@@ -72,8 +73,7 @@ def pair_features(
 
 @partial(jax.jit, static_argnums=0)
 def _encode(vae, params, pixels):
-    images = pixels.astype(jnp.float32) / 127.5 - 1
-    return vae.apply({"params": params}, images, method="encode_mode").astype(jnp.float16)
+    return vae.apply({"params": params}, to_float(pixels), method="encode_mode").astype(jnp.float16)
 
 
 def encoded(

@@ -222,13 +222,13 @@ def prepare(config: ConfigDict, workdir: Path):
     method = Method(
         trainable="full", teacher="ema", ema_decay=config.ema_decay, ema_warmup=True
     )
-    def draw_batch(train, key, step) -> JudgeBatch:
+    def draw_batch(train, key) -> JudgeBatch:
         for_index, for_shift = jax.random.split(key)
         index = jax.random.randint(for_index, (config.batch_size,), 0, len(train["pixels"]))
         drawn = {name: array[index] for name, array in train.items()}
         pixels, middles = shifted(drawn["pixels"], drawn["middles"], for_shift)
         return JudgeBatch(
-            pixels.astype(jnp.float32) / 127.5 - 1, drawn["styles"],
+            data_lib.to_float(pixels), drawn["styles"],
             drawn["concepts"].astype(jnp.float32), drawn["counts"], middles / (SIZE / 2) - 1,
         )
 

@@ -31,7 +31,6 @@ from dopsd_jax.mini.labels import WORLD
 from dopsd_jax.mini.styles import SIZE
 from dopsd_jax.mini.world import draw_scene
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.weights import random_pipeline
 
 FLAGS = flags.FLAGS
 # Stage -> its config, and the share of the time that it takes where the time is limited.
@@ -107,13 +106,7 @@ def train(out: Path, world: Path, budget: str, minutes: float, updates: int = 0)
         updates: For trying it out.
     """
     if not (out / "blank").exists():
-        captions: list[str] = []
-        for part in ("scenes", "pairs"):
-            captions += json.loads((world / part / "captions.json").read_text())
-        random_pipeline.write_random_pipeline(
-            out / "blank", sizes=model.sizes(model.train_merges(captions)),
-            names=(model.PIPELINE, model.VLM),
-        )
+        model.write_blank(world, out / "blank")
     end, left = time.monotonic() + 60 * minutes, 1.0
     before = out / "blank"
     for stage, (_, share) in STAGES.items():

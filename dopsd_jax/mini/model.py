@@ -154,14 +154,18 @@ def save_models(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def main() -> None:
+def write_blank(data: str | Path, out: str | Path) -> tuple[Path, Path]:
+    """Writes `out`/pipeline and `out`/qwen3_vl with random weights, for the words of a world."""
     captions: list[str] = []
     for part in ("scenes", "pairs"):
-        captions += json.loads((Path(FLAGS.data) / part / "captions.json").read_text())
-    made = random_pipeline.write_random_pipeline(
-        FLAGS.out, sizes=sizes(train_merges(captions)), names=(PIPELINE, VLM),
+        captions += json.loads((Path(data) / part / "captions.json").read_text())
+    return random_pipeline.write_random_pipeline(
+        out, sizes=sizes(train_merges(captions)), names=(PIPELINE, VLM),
     )
-    print(*made, sep="\n")
+
+
+def main() -> None:
+    print(*write_blank(FLAGS.data, FLAGS.out), sep="\n")
 
 
 if __name__ == "__main__":

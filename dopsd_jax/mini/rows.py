@@ -145,16 +145,16 @@ def by_token(latents: jax.Array, side: int) -> jax.Array:
 
 def step_that_draws(
     train_step: Callable[[TrainState, trees.Tree, Any], tuple[TrainState, dict]],
-    draw_batch: Callable[[Any, jax.Array, jax.Array], Any],
+    draw_batch: Callable[[Any, jax.Array], Any],
 ) -> Callable[[TrainState, trees.Tree, Any], tuple[TrainState, dict]]:
     """A jitted train step that draws its batch: (state, base, data) -> state, metrics.
 
     Args:
         train_step: From `make_train_step`.
-        draw_batch: (data, key, step) -> batch; the key is the run's, folded with the step.
+        draw_batch: (data, key) -> batch; the key is the run's, folded with the step.
     """
     def step(state: TrainState, base: trees.Tree, data):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        return train_step(state, base, draw_batch(data, key, state.step))
+        return train_step(state, base, draw_batch(data, key))
 
     return jax.jit(step, donate_argnums=0)

@@ -106,7 +106,7 @@ def prepare(config: ConfigDict, workdir: Path):
 
     pair_rows = config.batch_size // 3
 
-    def draw_batch(data, key, step) -> tuple[Rows, Rows, jax.Array]:
+    def draw_batch(data, key) -> tuple[Rows, Rows, jax.Array]:
         (scenes, pairs), keys = data, jax.random.split(key, 3)
         rows = rows_lib.draw(scenes, keys[0], config.batch_size - pair_rows)
         return rows, rows_lib.draw(pairs, keys[1], pair_rows), keys[2]

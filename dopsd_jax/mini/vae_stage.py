@@ -74,7 +74,7 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple[loop.Task, object]:
     method = Method(
         trainable="full", teacher="ema", ema_decay=config.ema_decay, ema_warmup=True
     )
-    def draw_batch(parts, key, step) -> VaeBatch:
+    def draw_batch(parts, key) -> VaeBatch:
         for_part, for_index, for_noise = jax.random.split(key, 3)
         most = jnp.asarray([len(part) for part in parts])[:, None]
         index = jax.random.randint(for_index, (2, config.batch_size), 0, most)
@@ -84,7 +84,7 @@ def prepare(config: ConfigDict, workdir: Path) -> tuple[loop.Task, object]:
         noise = jax.random.normal(
             for_noise, (config.batch_size, side, side, vae.config.latent_channels)
         )
-        return VaeBatch(pixels.astype(jnp.float32) / 127.5 - 1, noise)
+        return VaeBatch(data_lib.to_float(pixels), noise)
 
     step_fn = rows_lib.step_that_draws(
         make_train_step(method, optimizer, vae_objective(vae, config.kl_weight)), draw_batch

@@ -108,9 +108,10 @@ def _last_drawn(workdir: Path) -> int:
         ) from e
 
 
-def _draws_at(config: ConfigDict, step: int) -> bool:
+def _draws_at(config: ConfigDict, step: int, last: int) -> bool:
+    """Whether a run whose last update is `last` draws after `step`."""
     every = config.sample_every
-    return every > 0 and (step == config.num_train_steps or step % every == 0)
+    return every > 0 and (step == last or step % every == 0)
 
 
 def finished(config: ConfigDict, workdir: str | Path) -> bool:
@@ -135,7 +136,8 @@ def _finished_step(config: ConfigDict, workdir: Path) -> int | None:
     checkpoints.close()
     if step is None or step < config.num_train_steps:
         return None
-    return None if _draws_at(config, step) and _last_drawn(workdir) < step else step
+    draws = _draws_at(config, step, config.num_train_steps)
+    return None if draws and _last_drawn(workdir) < step else step
 
 
 def _restore(checkpoints: Checkpoints, task: Task, total: int) -> State:
@@ -189,7 +191,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             write_atomic(workdir / "samples" / ".last", str(start))
         # A process killed between a checkpoint and its picture owes the picture.
         owed = distributed.any_process(
-            _draws_at(config, start) and (start == 0 or _last_drawn(workdir) < start)
+            _draws_at(config, start, total) and (start == 0 or _last_drawn(workdir) < start)
         )
         metrics = Metrics(workdir, start, redraws=owed) if main else NoMetrics()
         if main:
@@ -247,7 +249,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             pending = (step, values)
             stopping = vote(stopper.signal is not None)
             saves = step == total or stopping or step % config.checkpoint_every == 0
-            draws = _draws_at(config, step) or (step == total and config.sample_every > 0)
+            draws = _draws_at(config, step, total)
             if compiles or saves or draws:
                 settle(*pending, timed=not compiles)
                 pending = None

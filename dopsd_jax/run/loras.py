@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dopsd_jax.core import mirror, trees
 from dopsd_jax.core.checks import is_number, noted
 from dopsd_jax.core.trees import Tree
@@ -133,57 +131,13 @@ def _checked(pair: Any, pipe: Pipeline) -> tuple[Tree, float]:
 
 def _check_ranks(tree: Tree, taken: Sequence[Tree]) -> None:
     """Raises ValueError where the ranks of several add up to more than a linear can use."""
-    flat = trees.flatten(tree)
-    for name in (n for n in flat if n.endswith("/a")):
-        path = name.removesuffix("/a")
-        fan_in, rank = flat[name].shape[-2:]
-        fan_out = flat[f"{path}/b"].shape[-1]
+    for path, a, b in lora_lib.pairs(tree):
+        (fan_in, rank), fan_out = a.shape[-2:], b.shape[-1]
         if rank > min(fan_in, fan_out):
+            name = f"{path}/a"
             ranks = [t[name].shape[-1] for t in map(trees.flatten, taken) if name in t]
             raise ValueError(
                 f"lora: the ranks {' + '.join(map(str, ranks))} add up to {rank} at {path}, which "
                 f"has {fan_in} inputs and {fan_out} outputs; reduce them first: export --lora .. "
                 f"--rank {min(fan_in, fan_out)}"
             )
-
-
-def reduced(tree: Tree, rank: int) -> tuple[Tree, float]:
-    """The best LoRA of a rank, linear by linear, and the relative error that it costs.
-
-    Args:
-        tree: alpha / rank in its `b`. Ranks may differ from linear to linear.
-        rank: At least 1. Where a linear has less, zeros fill up.
-
-    Returns:
-        The tree, float32 NumPy, and |difference of all a b| / |all a b|, Frobenius norms.
-    """
-    flat, made = trees.flatten(tree), {}
-    lost = whole = 0.0
-    for name in (n for n in flat if n.endswith("/a")):
-        path = name.removesuffix("/a")
-        a, b = (np.asarray(flat[f"{path}/{part}"], np.float64) for part in "ab")
-        # a b = Qa (Ra Rb^T) Qb^T: the singular values are those of a small matrix.
-        (qa, ra), (qb, rb) = np.linalg.qr(a), np.linalg.qr(np.swapaxes(b, -1, -2))
-        u, s, vt = np.linalg.svd(ra @ np.swapaxes(rb, -1, -2))
-        whole += float(np.square(s).sum())
-        lost += float(np.square(s[..., rank:]).sum())
-        kept = min(rank, s.shape[-1])
-        root = np.sqrt(s[..., :kept])
-        left = qa @ u[..., :kept] * root[..., None, :]
-        right = root[..., :, None] * vt[..., :kept, :] @ np.swapaxes(qb, -1, -2)
-        fill = [(0, 0)] * (a.ndim - 2)
-        made[f"{path}/a"] = np.pad(left, [*fill, (0, 0), (0, rank - kept)]).astype(np.float32)
-        made[f"{path}/b"] = np.pad(right, [*fill, (0, rank - kept), (0, 0)]).astype(np.float32)
-    return trees.unflatten(made), math.sqrt(lost / whole) if whole else 0.0
-
-
-def padded(tree: Tree) -> tuple[Tree, int]:
-    """The same LoRA with one rank everywhere, the largest, as files need it; and that rank."""
-    flat = trees.flatten(tree)
-    rank = max(x.shape[-1] for n, x in flat.items() if n.endswith("/a"))
-    made = {}
-    for name, leaf in flat.items():
-        axis = leaf.ndim - (1 if name.endswith("/a") else 2)
-        width = [(0, rank - leaf.shape[i]) if i == axis else (0, 0) for i in range(leaf.ndim)]
-        made[name] = np.pad(np.asarray(leaf, np.float32), width)
-    return trees.unflatten(made), rank
