@@ -38,7 +38,7 @@ NUM_STEPS, TOKENS, ENLARGED, FIRST_SEED = 2, 64, 2, 7
 def real_pictures(concepts: tuple[str, ...]) -> np.ndarray:
     """One real picture of each concept in the new style, uint8 [N, 64, 64, 3]."""
     sprites, rng = load_sprites(), np.random.default_rng(FIRST_SEED)
-    scenes = [world.draw_scene(rng, style=STYLE, concept=c, two=0.0, tinted=0.0) for c in concepts]
+    scenes = [world.plain_scene(rng, STYLE, c) for c in concepts]
     return np.stack([world.render(sprites, scene, rng) for scene in scenes])
 
 

@@ -123,9 +123,7 @@ def write_style(sprites: Sprites, out: Path, style: str, count: int, seed: int) 
     rng = np.random.default_rng([seed, STREAMS["style"], WORLD.styles.index(style)])
     out.mkdir(parents=True, exist_ok=True)
     for concept in rng.permutation(WORLD.trained_concepts)[:count].tolist():
-        scene = world.draw_scene(
-            rng, style=style, concept=concept, two=0.0, counted=0.0, tinted=0.0, placed=0.0
-        )
+        scene = world.plain_scene(rng, style, concept)
         _write_picture(sprites, out, concept, scene, rng)
     (out / "ATTRIBUTION").write_text(f"Pictures drawn from {SETS[STYLES[style].art]}.\n")
 

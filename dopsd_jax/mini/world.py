@@ -181,6 +181,13 @@ def draw_scene(
     return Scene(style, things, caption, place)
 
 
+def plain_scene(rng: Rng, style: str, concept: str) -> Scene:
+    """A random scene of one object in its own colours, as a user's picture of it would be."""
+    return draw_scene(
+        rng, style=style, concept=concept, two=0.0, counted=0.0, tinted=0.0, placed=0.0
+    )
+
+
 def place(sprite: np.ndarray, thing: Thing) -> np.ndarray:
     """The sprite of a thing on an empty canvas: float32 [CANVAS, CANVAS, 4], straight alpha."""
     scale = SPRITE / (thing.size * CANVAS / SIZE)

@@ -102,6 +102,14 @@ def test_two_objects_do_not_cover_each_other():
     assert all(world._apart(s.things) for s in scenes + counted)
 
 
+def test_a_plain_scene_is_one_thing_of_which_nothing_more_is_told():
+    for seed in range(60):
+        scene = world.plain_scene(np.random.default_rng(seed), "blueprint", "key")
+        (thing,) = scene.things
+        assert (thing.concept, thing.tint, scene.place) == ("key", None, None)
+        assert not set(scene.caption.replace(",", "").split()) & {"two", "three", "on", "at"}
+
+
 def test_placing_puts_the_sprite_where_the_scene_says(sprites):
     thing = world.Thing("car", size=20.0, x=40.0, y=16.0, tilt=10.0, mirrored=True, tint=None)
     alpha = world.place(sprites["noto", "car"], thing)[..., 3]
