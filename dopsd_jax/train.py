@@ -20,6 +20,7 @@ from dopsd_jax.core import cli, distributed, mirror, sharding, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
 from dopsd_jax.core.trees import Tree
+from dopsd_jax.data import keeping
 from dopsd_jax.data.cache import Cache
 from dopsd_jax.data.datasets import Data, read_data
 from dopsd_jax.method import lora
@@ -47,7 +48,6 @@ from dopsd_jax.run.features import (
 )
 from dopsd_jax.run.pictures import Previews, run_preflight
 from dopsd_jax.run.step import Step
-from dopsd_jax.weights import lora_reader
 from dopsd_jax.weights.pipeline import DECODER, Pipeline, fingerprint, load_pipeline
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
@@ -89,19 +89,22 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     )
     pipe = load_parts(config, mesh, draws_pictures=bool(config.sample_every or looks_ahead))
     # Before the encoders run, which may take hours: it refuses targets that match no layer.
-    step = Step(config, pipe.denoiser, pipe.lora.targets, mesh)
+    earlier = None
+    if config.base_lora:
+        earlier = loras.take_loras(loras.parse_list(config.base_lora), pipe)
+    step = Step(config, pipe.denoiser, pipe.lora.targets, mesh, earlier)
     made = make_features(config, pipe, data, entries, cache)
     features = BatchFeatures(config, data, entries, made)
 
     # Act 4, the state at step 0, and pictures of what it can do untrained.
-    base, state = first_state(config, pipe, step)
+    base, state, untuned = first_state(config, pipe, step)
     if looks_ahead:
         variables = step.method.assemble(base, state.student)
         run_preflight(config, workdir, pipe, data, features, variables, mesh)
     preview = None
     if config.sample_every:
         preview = Previews(
-            config, workdir, pipe, data, features, step.method, base, state.student, mesh
+            config, workdir, pipe, data, features, step.method, base, untuned, mesh
         ).save
 
     # Act 5, the updates, from the latest checkpoint on if there is one.
@@ -109,7 +112,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         rows = data.plan.at(number)
         bucket = rows.bucket
         shift = config.shift or pipe.shift_at(config.num_steps, bucket.height, bucket.width)
-        return step.batch(number, rng, bucket, shift, features.batch(rows.take(step.rows)))
+        rows = rows.take(step.rows)
+        kept = np.array([bool(prompt) for prompt in rows.kept]) if rows.kept else None
+        return step.batch(number, rng, bucket, shift, features.batch(rows), kept)
 
     state = loop.run(config, workdir, loop.Task(
         state, lambda state, batch: step(state, base, batch), make_batch,
@@ -132,8 +137,13 @@ def identify(config: ConfigDict, data: Data) -> dict[str, str]:
         identity[workdir_lib.IMAGES] = data.sampled_images()
     if needs_vlm(config):
         identity["vlm"] = fingerprint(vlm_directory(config.vlm))
-    if config.base_lora:
-        identity["base_lora"] = lora_reader.fingerprint(config.base_lora)
+    for key in ("base_lora", "init_lora"):
+        if config[key]:
+            identity[key] = loras.fingerprint(config[key])
+    if config.init_full:
+        identity["init_full"] = workdir_lib.fingerprint(config.init_full)
+    if data.keep_prompts:
+        identity["keep_prompts"] = keeping.fingerprint(data.keep_prompts)
     for what, fingerprinted in identity.items():
         distributed.check_same(what, fingerprinted)
     return identity
@@ -198,21 +208,30 @@ def make_features(
 
 def first_state(
     config: ConfigDict, pipe: Pipeline, step: Step
-) -> tuple[Tree | None, TrainState]:
-    """The frozen weights, None where everything trains, and the state at step 0.
+) -> tuple[Tree | None, TrainState, Tree]:
+    """What does not train, None without any, the state at step 0, and the untuned variables.
 
-    The pipeline's own weights are given up for them.
+    The pipeline's own weights are given up for them; the untuned variables may share arrays with
+    the other two, so they are of no use after the first update.
     """
     params, pipe.params = pipe.params, None
-    trained = step.state_shapes.student
+    trained, start = step.state_shapes.student, None
+    if config.init_lora:
+        start = loras.take_loras(loras.parse_list(config.init_lora), pipe)
+    if config.init_full:
+        start = workdir_lib.read_full(config.init_full)[0]
+        workdir_lib.check_same_model(start, trained, config.init_full)
     if step.method.trainable == "lora":
-        if config.base_lora:
-            params = lora.merge(params, *loras.read_lora(config.base_lora, pipe))
         log.info("LoRA: %d linears, %s parameters, scale %g", lora.num_linears(trained),
                  f"{trees.count(trained):,}", step.method.lora_scale)
     else:
         log.info("full fine-tuning: %s parameters", f"{trees.count(trained):,}")
-    return step.init(params)
+    base, state = step.init(params, start)
+    if step.method.trainable == "full":
+        return base, state, {"params": params if start is not None else state.student}
+    # Of the structure that the student's have, so that one program draws both.
+    variables = step.method.assemble(base, state.student)
+    return base, state, variables | {"lora": lora.scaled(variables["lora"], 0.0)}
 
 
 def send(workdir: Path) -> None:

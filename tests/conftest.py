@@ -26,6 +26,8 @@ from dopsd_jax.weights.random_flux2 import write_random_flux2
 from dopsd_jax.weights.random_pipeline import write_random_pipeline
 
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Two thirds of the compile time, here and in the commands that tests start: XLA's CPU compiler
 # leaves out LLVM's optimisation. The long checks compile as a user does.
 QUICK = "--xla_backend_optimization_level=0"

@@ -57,7 +57,7 @@ def make(sizes, trainable, remat):
     )
     base, student = None, params
     if trainable == "lora":
-        base = sharding.place(params, sharding.shard(mesh, params))
+        base = sharding.place({"params": params}, sharding.shard(mesh, {"params": params}))
         targets = Z_IMAGE_TARGETS["published"]
         student = jax.tree.map(
             lambda x: x + 0.02, lora.init(jax.random.key(0), params, targets, 4)

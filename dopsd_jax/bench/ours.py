@@ -82,7 +82,8 @@ def contexts(case: Case) -> tuple[Context, Context]:
 def measure(case: Case) -> Measured:
     """Compiles and runs the step of a case."""
     step, bucket = step_of(case), Bucket(case.side, case.side)
-    base, state = step.init(random_weights(step.base_shapes))
+    base_shapes = step.base_shapes or {"params": step.state_shapes.student}
+    base, state = step.init(random_weights(base_shapes["params"]))
     features = (*contexts(case), None)
 
     def update(state, number: int):

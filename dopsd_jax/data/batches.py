@@ -28,17 +28,24 @@ MIXTURE = 4096  # turns in which weights are rounded to whole numbers
 
 @dataclass(frozen=True)
 class BatchRows:
-    """Rows of one batch, all of one bucket, with the caption each uses this time."""
+    """Rows of one batch, all of one bucket, with the caption each uses this time.
+
+    Attributes:
+        kept: A prompt for each row that only keeps the student as it is, see data/keeping.py, and
+            "" for the others; empty where none does.
+    """
 
     bucket: Bucket
     rows: tuple[int, ...]
     caption_keys: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
     def take(self, positions: Sequence[int]) -> BatchRows:
         """Some of the batch's rows."""
         return BatchRows(
             self.bucket, tuple(self.rows[i] for i in positions),
             tuple(self.caption_keys[i] for i in positions),
+            tuple(self.kept[i] for i in positions) if self.kept else (),
         )
 
 
@@ -137,7 +144,7 @@ class BatchPlan:
         index, batch = self._bucket_turns.at(step)  # of this bucket's stream
         first = batch * self._batch_size
         rows = tuple(self._row(index, first + i) for i in range(self._batch_size))
-        draws = self._random(self._batch_size, _CAPTIONS, step)
+        draws = _random(self._batch_size, self._seed, _CAPTIONS, step)
         keys = [self._captions(row) for row in rows]
         chosen = tuple(k[int(draw) % len(k)] for k, draw in zip(keys, draws, strict=True))
         return BatchRows(self._buckets[index], rows, chosen)
@@ -186,13 +193,19 @@ class BatchPlan:
         )
 
     def _permutation(self, size: int, *key: int) -> np.ndarray:
-        # NumPy promises stable bits from Philox, but not from Generator.permutation: sorting raw
-        # bits keeps a resumed run's order across NumPy versions.
-        return np.argsort(self._random(size, *key), kind="stable")
+        return permutation(size, self._seed, *key)
 
-    def _random(self, size: int, *key: int) -> np.ndarray:
-        """uint64 [size], a pure function of the seed and the key."""
-        return np.random.Philox(np.random.SeedSequence(self._seed, spawn_key=key)).random_raw(size)
+
+def permutation(size: int, seed: int, *key: int) -> np.ndarray:
+    """int64 [size], a pure function of the seed and the key."""
+    # NumPy promises stable bits from Philox, but not from Generator.permutation: sorting raw bits
+    # keeps a resumed run's order across NumPy versions.
+    return np.argsort(_random(size, seed, *key), kind="stable")
+
+
+def _random(size: int, seed: int, *key: int) -> np.ndarray:
+    """uint64 [size], a pure function of the seed and the key."""
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(size)
 
 
 def whole_shares(shares: Sequence[float]) -> list[int]:

@@ -28,6 +28,7 @@ from dopsd_jax.data.drafts import Needs
 from dopsd_jax.data.files import DataError, ImageSource
 from dopsd_jax.data.images import fit_image, read_image
 from dopsd_jax.data.indexed import IndexedRows
+from dopsd_jax.data.keeping import PlanWithKept, kept_rows, read_prompts
 from dopsd_jax.data.rows import Row, read_rows
 
 DIGESTS_KEPT = 4096  # of an index
@@ -58,12 +59,14 @@ class Data:
         assignment: Rows by bucket.
         plan: Which rows every step takes.
         index: What identifies rows that are not read ahead, or "".
+        keep_prompts: On which the student is to stay as it was, see data/keeping.py; may be empty.
     """
 
     rows: Sequence[Row]
     assignment: Mapping[Bucket, Sequence[int]]
-    plan: BatchPlan
+    plan: BatchPlan | PlanWithKept
     index: str = ""
+    keep_prompts: tuple[str, ...] = ()
     _digests: dict[ImageSource, str] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -186,13 +189,21 @@ def read_data(config: ConfigDict, needs: Needs) -> Data:
         rows = list(itertools.chain.from_iterable(parts))
         shapes = ((row.size, len(row.references)) for row in rows)
     assignment = assign_buckets(shapes, buckets)
-    check_fillable(assignment, config.batch_size, config.small_buckets)
+    kept = kept_rows(config.batch_size, config.keep_share)
+    batch_size = max(config.batch_size - kept, 1)  # of rows of data
+    check_fillable(assignment, batch_size, config.small_buckets)
     log.info(
         "%d rows in %d buckets: %s; that many shapes of the train step will be compiled",
         len(rows), len(assignment), ", ".join(f"{b} x{len(r)}" for b, r in assignment.items()),
     )
     plan = BatchPlan(
-        assignment, lambda row: list(rows[row].captions), batch_size=config.batch_size,
+        assignment, lambda row: list(rows[row].captions), batch_size=batch_size,
         seed=config.seed, sizes=[len(part) for part in parts], weights=weights,
     )
-    return Data(rows, assignment, plan, index)
+    if not kept:
+        return Data(rows, assignment, plan, index)
+    prompts = read_prompts(config.keep_prompts)
+    plan = PlanWithKept(
+        plan, prompts, batch_size=config.batch_size, count=kept, seed=config.seed
+    )
+    return Data(rows, assignment, plan, index, prompts)

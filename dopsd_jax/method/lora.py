@@ -123,6 +123,40 @@ def combined(loras: Sequence[Tree]) -> Tree:
     })
 
 
+def continued(first: Tree, fresh: Tree, scale: float) -> Tree:
+    """A LoRA to go on training from: an earlier one, and fresh directions up to the new rank.
+
+    It adds to the weights what `first` adds, because the `b` of fresh directions is 0.
+
+    Args:
+        first: With alpha / rank, and a strength if any, already in its `b` (see `scaled`).
+        fresh: From `init`.
+        scale: alpha / rank of the new one, see `scaled`.
+
+    Raises:
+        ValueError: Linears of `first` that the new one does not adapt, or more ranks than it has.
+    """
+    flat, problems = dict(trees.flatten(fresh)), []
+    for path, a, b in pairs(first):
+        rank = a.shape[-1]
+        if f"{path}/a" not in flat:
+            problems.append(f"{path} is not among lora.targets")
+            continue
+        new_a, new_b = flat[f"{path}/a"], flat[f"{path}/b"]
+        if rank > new_a.shape[-1]:
+            problems.append(f"{path} has rank {rank}, lora.rank = {new_a.shape[-1]}")
+            continue
+        flat[f"{path}/a"] = jnp.concatenate([jnp.asarray(a), new_a[..., rank:]], -1)
+        flat[f"{path}/b"] = jnp.concatenate([jnp.asarray(b) / scale, new_b[..., rank:, :]], -2)
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(
+            "expected a LoRA of the run's own targets with at most lora.rank: "
+            + "; ".join(problems[:3]) + more
+        )
+    return trees.unflatten(flat)
+
+
 def merge(params: Tree, lora: Tree, scale: float) -> Tree:
     """Parameters with the LoRA folded in, kernel + scale a b, computed in float32."""
     flat = dict(trees.flatten(params))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -31,6 +32,39 @@ def step_loss(v_student: jax.Array, v_teacher: jax.Array, sigma: jax.Array, loss
     return jnp.square(sigma) * distance if loss == "x0" else distance
 
 
+@flax.struct.dataclass
+class Retention:
+    """What pulls the student towards the untuned model, which sees the prompt alone as it does.
+
+    One more forward pass at each state gives the untuned model's prediction for all rows; it serves
+    both. The loss of a row is D(student, teacher) + anchor D(student, untuned), and that of a kept
+    row is D(student, untuned) alone; D is `step_loss`.
+
+    Attributes:
+        untuned: Variables of the untuned network.
+        anchor: Weight of the distance to it, 0 for none.
+        kept: bool [B], the rows whose only teacher it is; None for none.
+    """
+
+    untuned: Tree
+    anchor: float = flax.struct.field(pytree_node=False, default=0.0)
+    kept: jax.Array | None = None
+
+    def losses(
+        self, v_student: jax.Array, v_teacher: jax.Array, v_untuned: jax.Array, sigma: jax.Array,
+        loss: str,
+    ) -> dict[str, jax.Array]:
+        """The terms of the mean over rows, which add up to it: teacher, anchor, kept."""
+        kept = jnp.zeros(len(v_student), bool) if self.kept is None else self.kept
+        per_row = jax.vmap(step_loss, (0, 0, None, None))
+        to_untuned = per_row(v_student, v_untuned, sigma, loss)
+        return {
+            "teacher": jnp.mean(jnp.where(kept, 0, per_row(v_student, v_teacher, sigma, loss))),
+            "anchor": self.anchor * jnp.mean(jnp.where(kept, 0, to_untuned)),
+            "kept": jnp.mean(jnp.where(kept, to_untuned, 0)),
+        }
+
+
 def dopsd_loss_and_grad(
     student: Tree,
     teacher: Tree,
@@ -45,6 +79,7 @@ def dopsd_loss_and_grad(
     loss: str = "x0",
     states: str = "student",
     latents: jax.Array | None = None,
+    retention: Retention | None = None,
 ) -> tuple[jax.Array, Tree, dict[str, jax.Array]]:
     """One on-policy rollout with its loss and the gradient in the student.
 
@@ -63,11 +98,13 @@ def dopsd_loss_and_grad(
             others are off-policy, for comparison: "teacher", on the teacher's trajectory; "noised",
             at the noised target, with this noise at every step.
         latents: float32 [B, h, w, C], the targets, for "noised".
+        retention: What keeps the student near the untuned model; None for nothing.
 
     Returns:
         loss: float32 scalar, the mean over the S steps.
         grads: Tree like `student`, float32.
-        metrics: `step_loss` [S], and `x0` [B, h, w, C], the picture at the trajectory's end.
+        metrics: `step_loss` [S], and `x0` [B, h, w, C], the picture at the trajectory's end; with
+            `retention` also `terms`, the parts of the loss by name (see `Retention.losses`).
 
     Raises:
         ValueError: Unknown loss or states, or shapes that do not fit.
@@ -92,7 +129,12 @@ def dopsd_loss_and_grad(
         v_teacher = jax.lax.stop_gradient(v_teacher)
         # The loss needs this velocity anyway, so the sampler's step costs no further evaluation.
         v_sampler = v_teacher if states == "teacher" else v_student
-        return step_loss(v_student, v_teacher, sigma, loss) / num_steps, v_sampler
+        if retention is None:
+            return step_loss(v_student, v_teacher, sigma, loss) / num_steps, (v_sampler, {})
+        v_untuned = jax.lax.stop_gradient(velocity(retention.untuned, x, sigma, student_ctx))
+        terms = retention.losses(v_student, v_teacher, v_untuned, sigma, loss)
+        terms = jax.tree.map(lambda term: term / num_steps, terms)
+        return sum(terms.values()), (v_sampler, terms)
 
     def step(carry, sigma_pair):
         x, grads = carry
@@ -102,20 +144,23 @@ def dopsd_loss_and_grad(
         # Inside the scan: jax.grad of the whole scan would keep the activations of all its steps
         # for the backward pass. The sum of these gradients is the gradient of the summed loss,
         # because every state counts as a constant.
-        (value, v), g = jax.value_and_grad(loss_at, has_aux=True)(student, x, sigma)
+        (value, (v, terms)), g = jax.value_and_grad(loss_at, has_aux=True)(student, x, sigma)
         grads = jax.tree.map(lambda total, new: total + new.astype(total.dtype), grads, g)
         # Where the student got to is data for the next step, not a way to lower its loss: no
         # gradient crosses steps, not even if a caller differentiates the whole rollout.
         x = jax.lax.stop_gradient(flow.euler_step(x, v, sigma, sigma_next))
-        return (x, grads), value
+        return (x, grads), (value, terms)
 
     # The carry is float32 whatever the network computes in: over the steps, small moves add up to
     # a state, and small gradients to a gradient, and bfloat16 would lose them.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), student)
-    (x, grads), values = jax.lax.scan(
+    (x, grads), (values, terms) = jax.lax.scan(
         step, (noise.astype(jnp.float32), zeros), (sigmas[:-1], sigmas[1:])
     )
-    return jnp.sum(values), grads, {"step_loss": values * num_steps, "x0": x}
+    metrics = {"step_loss": values * num_steps, "x0": x}
+    if retention is not None:
+        metrics["terms"] = jax.tree.map(jnp.sum, terms)
+    return jnp.sum(values), grads, metrics
 
 
 def trajectory(

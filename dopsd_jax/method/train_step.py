@@ -53,6 +53,7 @@ class Batch:
         sigmas: float32 [S + 1], the rollout's schedule.
         latents: float32 [B, h, w, C], the targets; None where nothing asks for them.
         sigma: float32 [B], a noise level per row, of flow matching only.
+        kept: bool [B], the rows that only keep the student near the untuned model; None for none.
     """
 
     noise: jax.Array
@@ -61,6 +62,7 @@ class Batch:
     sigmas: jax.Array
     latents: jax.Array | None = None
     sigma: jax.Array | None = None
+    kept: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,8 @@ class Method:
         loss: "x0" or "velocity".
         states: "student" (on-policy), "teacher" or "noised", see rollout.
         accumulation: Micro-batches per update; divides the batch.
+        anchor: Weight of the distance to the untuned model, see `rollout.Retention`.
+        keeps: Whether some rows of a batch only keep the student near it.
     """
 
     trainable: str = "lora"
@@ -87,6 +91,8 @@ class Method:
     loss: str = "x0"
     states: str = "student"
     accumulation: int = 1
+    anchor: float = 0.0
+    keeps: bool = False
 
     def __post_init__(self):
         for name, allowed in (
@@ -99,12 +105,31 @@ class Method:
             raise ValueError(f"ema_decay: expected a number in [0, 1], got {self.ema_decay}")
         if self.accumulation < 1:
             raise ValueError(f"accumulation: expected at least 1, got {self.accumulation}")
+        if not self.anchor >= 0:
+            raise ValueError(f"anchor: expected 0 or a number above it, got {self.anchor}")
 
-    def assemble(self, base: Tree, trained: Tree) -> Tree:
-        """Variables of the network: the roles are arguments, not modes."""
+    @property
+    def needs_untuned(self) -> bool:
+        """Whether the loss asks the untuned model."""
+        return self.anchor > 0 or self.keeps
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether weights stay beside those that train."""
+        return self.trainable == "lora" or self.needs_untuned
+
+    def assemble(self, base: Tree | None, trained: Tree) -> Tree:
+        """Variables of the network: the roles are arguments, not modes.
+
+        Args:
+            base: What does not train: {"params"}, and "lora", with alpha / rank in its `b`, where
+                earlier LoRAs stay beside the one that trains. Not read where everything trains.
+            trained: A LoRA, or all parameters.
+        """
         if self.trainable == "full":
             return {"params": trained}
-        return {"params": base, "lora": lora.scaled(trained, self.lora_scale)}
+        tree = lora.scaled(trained, self.lora_scale)
+        return base | {"lora": lora.combined([base["lora"], tree]) if "lora" in base else tree}
 
 
 def make_optimizer(
@@ -154,7 +179,8 @@ def method_of(config: ConfigDict) -> Method:
     return Method(
         trainable=config.trainable, lora_scale=config.lora.alpha / config.lora.rank,
         teacher=config.teacher, ema_decay=config.ema_decay, loss=config.loss,
-        states=config.states, accumulation=config.accumulation,
+        states=config.states, accumulation=config.accumulation, anchor=config.anchor,
+        keeps=config.keep_share > 0,
     )
 
 
@@ -224,18 +250,31 @@ def draw_noise(rng: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.A
     return jax.random.normal(jax.random.fold_in(rng, step), shape, jnp.float32)
 
 
+def untuned(base: Tree) -> Tree:
+    """Variables of the untuned network, of what does not train: without any LoRA."""
+    return {"params": base["params"]}
+
+
 Objective = Callable[[Tree, Tree, Tree, Any], tuple[Tree, dict[str, jax.Array]]]
 
 
 def dopsd(method: Method, velocity: rollout.Velocity) -> Objective:
-    """The method itself: (student, teacher, base, Batch) -> gradient, {loss, step_loss [S]}."""
+    """The method itself: (student, teacher, base, Batch) -> gradient, {loss, step_loss [S]}.
+
+    Where it asks the untuned model, the parts of the loss are there too, as `loss_teacher`,
+    `loss_anchor` and `loss_kept`.
+    """
     def objective(student, teacher, base, batch: Batch):
+        retention = None
+        if method.needs_untuned:
+            retention = rollout.Retention(untuned(base), method.anchor, batch.kept)
         loss, grads, metrics = rollout.dopsd_loss_and_grad(
             student, teacher, base, batch.noise, batch.student_ctx, batch.teacher_ctx,
             batch.sigmas, velocity=velocity, assemble=method.assemble, loss=method.loss,
-            states=method.states, latents=batch.latents,
+            states=method.states, latents=batch.latents, retention=retention,
         )
-        return grads, {"loss": loss, "step_loss": metrics["step_loss"]}
+        terms = {f"loss_{name}": term for name, term in metrics.get("terms", {}).items()}
+        return grads, {"loss": loss, "step_loss": metrics["step_loss"]} | terms
 
     return accumulated(objective, method.accumulation)
 

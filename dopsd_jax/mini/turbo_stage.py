@@ -100,7 +100,8 @@ def prepare(config: ConfigDict, workdir: Path):
         )
         return distill_loss_and_grad(
             trained, base, batch, sigmas, velocity=pipe.denoiser.velocity,
-            assemble=method.assemble, guidance=config.guidance, matching=config.matching,
+            assemble=lambda base, trained: method.assemble({"params": base}, trained),
+            guidance=config.guidance, matching=config.matching,
             last_regression=config.last_regression,
         )
 

@@ -20,6 +20,7 @@ from dopsd_jax.core.trees import Tree
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.planning import compiler
+from dopsd_jax.run import loras
 from dopsd_jax.run.step import Shapes, Step
 from dopsd_jax.weights.families import find, published_denoiser
 from dopsd_jax.weights.pipeline import load_pipeline
@@ -53,7 +54,17 @@ def denoiser_of(config: ConfigDict) -> Denoiser:
 def step_of(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Step:
     """The run's own step; config.batch_size rows in all."""
     denoiser = denoiser_of(config)
-    return Step(config, denoiser, find(denoiser.network.config).targets, mesh)
+    return Step(
+        config, denoiser, find(denoiser.network.config).targets, mesh, earlier_loras(config)
+    )
+
+
+def earlier_loras(config: ConfigDict) -> Tree | None:
+    """The LoRAs that stay beside the one that trains, as one; None without any."""
+    if not config.base_lora:
+        return None
+    pipe = load_pipeline(config.model, dtype=config.dtype, remat=config.remat, parts=())
+    return loras.take_loras(loras.parse_list(config.base_lora), pipe)
 
 
 def bytes_per_device(tree: Tree) -> int:

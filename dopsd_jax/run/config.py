@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,13 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.core import sharding, trees
 from dopsd_jax.core.checks import noted
-from dopsd_jax.data import prompts
+from dopsd_jax.data import keeping, prompts
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.datasets import parse_data
 from dopsd_jax.data.drafts import Needs
 from dopsd_jax.method import contexts, flow, lora
 from dopsd_jax.method.train_step import Method, method_of
+from dopsd_jax.run import loras
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.keys import KEYS
 from dopsd_jax.weights.pipeline import (
@@ -89,11 +89,7 @@ def check_config(config: ConfigDict) -> Method:
             f"{config.batch_size}"
         )
         problems.append(wrong["accumulation"])
-    if good("base_lora", "trainable") and config.base_lora:
-        if config.trainable != "lora":
-            problems.append("base_lora: expected nothing with trainable = full, which has no base")
-        elif not Path(config.base_lora).is_file():
-            problems.append(f"base_lora: expected a LoRA file, found none at {config.base_lora}")
+    problems += _break_start(config, good) + _break_retention(config, good)
     if good("data", "data_weights"):
         with noted(problems):
             parse_data(config.data, config.data_weights)
@@ -120,6 +116,54 @@ def check_config(config: ConfigDict) -> Method:
     if problems:
         raise ValueError("config:\n  " + "\n  ".join(problems))
     return method_of(config)
+
+
+def _break_start(config: ConfigDict, good: Callable[..., bool]) -> list[str]:
+    """Problems of what a run stands on or goes on from."""
+    problems: list[str] = []
+    for key in ("base_lora", "init_lora"):
+        if good(key, "trainable") and config[key]:
+            if config.trainable != "lora":
+                problems.append(f"{key}: expected nothing with trainable = full, which has no LoRA")
+                continue
+            with noted(problems, key):
+                loras.check_present(config[key])
+    if good("init_full", "trainable") and config.init_full:
+        if config.trainable != "full":
+            problems.append("init_full: expected nothing with trainable = lora; give init_lora")
+        elif not workdir_lib.is_workdir(config.init_full):
+            problems.append(
+                f"init_full: expected a run's directory, found none at {config.init_full}"
+            )
+    return problems
+
+
+def _break_retention(config: ConfigDict, good: Callable[..., bool]) -> list[str]:
+    """Problems of what keeps the student near the untuned model."""
+    problems: list[str] = []
+    if not good("keep_prompts", "keep_share", "anchor", "objective", "states", "recipe"):
+        return problems
+    if bool(config.keep_prompts) != (config.keep_share > 0):
+        problems.append(
+            "keep_share: expected a share above 0 with keep_prompts, got 0"
+            if config.keep_prompts else
+            f"keep_prompts: expected a text file with keep_share = {config.keep_share:g}, got none"
+        )
+    if config.keep_share and good("batch_size"):
+        with noted(problems):
+            keeping.kept_rows(config.batch_size, config.keep_share)
+    for key in ("keep_share", "anchor"):
+        if config[key] and config.objective != "dopsd":
+            problems.append(f"{key}: expected 0 with objective = {config.objective}, which has no "
+                            "trajectory to ask the untuned model on")
+    if config.keep_share and config.states != "student":
+        problems.append("keep_share: expected 0 unless states = student; prompts without a picture "
+                        f"have no other trajectory than the student's, got {config.states}")
+    recipe = contexts.RECIPES[config.recipe]
+    if config.keep_share and recipe.shown(contexts.STUDENT, 1):
+        problems.append(f"keep_share: expected 0 with recipe = {config.recipe}, whose student sees "
+                        "references that a prompt alone does not have")
+    return problems
 
 
 def check_values(config: ConfigDict, besides: Collection[str] = ()) -> None:
@@ -209,15 +253,18 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
                 max(h for h, _, _ in sizes), max(w for _, w, _ in sizes),
                 max(config[key] for key in lengths),
             )
-    for key in ("sample_prompts", "gauge_prompts"):
-        if good(key, "text_tokens"):
-            problems += [
-                f"{key}: {problem} (text_tokens = {config.text_tokens})"
-                for problem in prompts.prompt_problems(
-                    pipe.tokenizer, config[key], config.text_tokens,
-                    enable_thinking=pipe.text.enable_thinking,
-                )
-            ]
+    texts = {key: config[key] for key in ("sample_prompts", "gauge_prompts") if good(key)}
+    if good("keep_prompts") and config.keep_prompts:
+        with noted(problems):
+            texts["keep_prompts"] = keeping.read_prompts(config.keep_prompts)
+    for key, given in texts.items() if good("text_tokens") else ():
+        problems += [
+            f"{key}: {problem} (text_tokens = {config.text_tokens})"
+            for problem in prompts.prompt_problems(
+                pipe.tokenizer, given, config.text_tokens,
+                enable_thinking=pipe.text.enable_thinking,
+            )
+        ]
     return problems
 
 

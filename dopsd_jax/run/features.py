@@ -6,6 +6,7 @@ An `Entry` names one array by all that it follows from. `Encoders` make it; a ca
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Entries:
     def __init__(self, config: ConfigDict, data: Data):
         self._config, self._data, self._prompts = config, data, {
             key: tuple(config[key]) for key in ("sample_prompts", "gauge_prompts")
-        }
+        } | {"keep_prompts": data.keep_prompts}
         self._recipe = RECIPES[config.recipe]
         model = pipeline_directory(config.model)
         text = fingerprint(model, ("text_encoder", "tokenizer"))
@@ -235,12 +236,16 @@ class BatchFeatures:
     def batch(self, batch: BatchRows) -> tuple[Context, Context | None, np.ndarray | None]:
         """Contexts of student and teacher and target latents of a batch's rows, as NumPy.
 
-        None for what the objective does not need.
+        None for what the objective does not need. Of a row that keeps, the student sees the prompt,
+        and what the teacher would see is that of the row of data beside it.
         """
         rows = [self._data.rows[r] for r in batch.rows]
         captions = [row.captions[k] for row, k in zip(rows, batch.caption_keys, strict=True)]
         of_rows = list(zip(batch.rows, captions, [row.where for row in rows], strict=True))
-        student = self._padded((self._entries.student(c, where) for _, c, where in of_rows),
+        prompts = [(kept or caption, where) for kept, (_, caption, where) in zip(
+            batch.kept or [""] * len(rows), of_rows, strict=True
+        )]
+        student = self._padded(itertools.starmap(self._entries.student, prompts),
                                self._config.text_tokens)
         student = self._with_references(student, batch, contexts.STUDENT)
         teacher = targets = None

@@ -98,6 +98,10 @@ PATH = Rule(f"a path {_POSSIBLE}", lambda x: _is_path(x) and x != "")
 PATHS = Rule(f"paths {_POSSIBLE}",
              lambda x: _is_text(x) and x != "" and all(map(_is_path, x.split(","))))
 ANY_PATH = Rule(f"nothing or a path {_POSSIBLE}", _is_path)
+LORAS = Rule(
+    f"nothing, or PATH or PATH:STRENGTH between commas, each a path {_POSSIBLE}",
+    lambda x: _is_text(x) and all(map(_is_path, x.split(","))),
+)
 DTYPE = one_of(*DTYPES)
 KEPT_DTYPE = one_of("float32", "bfloat16")
 
@@ -175,10 +179,27 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "states": key("student", one_of(*rollout.STATES), STEP,
         meaning="Where the loss is taken: on the student's own trajectory, or off-policy on "
         "that of the teacher or on noised targets (noised)."),
-    "base_lora": key("", ANY_PATH, PLACE,
-        meaning="LoRA file put into the frozen weights while training, such as one that undoes "
-        "a distillation.",
-        resume="what it holds is part of a run's identity"),
+    "base_lora": key("", LORAS, PLACE,
+        meaning="LoRAs that stay beside the one that trains, in float32: those of earlier tasks, "
+        "or one that undoes a distillation. Runs or files, `runs/a,b.safetensors:0.7`.",
+        resume="what it holds is part of a run's identity, and so are strengths"),
+    "init_lora": key("", LORAS, PLACE,
+        meaning="LoRA to go on training from: a run or file, of at most lora.rank; fresh "
+        "directions fill up.",
+        resume="as base_lora"),
+    "init_full": key("", ANY_PATH, PLACE,
+        meaning="Run of full fine-tuning to go on training from, at its latest checkpoint; model "
+        "stays the one that counts as untuned.",
+        resume="as base_lora"),
+    "keep_prompts": key("", ANY_PATH, PLACE,
+        meaning="Text file with a prompt in each line on which the student is to stay as it was: "
+        "rows without a picture whose teacher is the untuned model with the same prompt.",
+        resume="the prompts are part of a run's identity"),
+    "keep_share": key(0.0, SHARE, STEP,
+        meaning="Share of the rows of every batch that keep_prompts take; a whole number of rows."),
+    "anchor": key(0.0, NOT_NEGATIVE, STEP,
+        meaning="Weight of the distance to the untuned model's prediction with the prompt alone, "
+        "at the states of the loss; 0: none."),
     "recipe": key("vlm", one_of(*contexts.RECIPES), STUDENT, TEACHER, STEP,
         meaning="What the teacher sees: vlm (prompt and target image), edit (target as "
         "reference), edit_ref (references, target as the last), text (a longer text), "

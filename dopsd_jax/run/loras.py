@@ -5,18 +5,21 @@ Several add up, each with a strength: `runs/a`, `b.safetensors:0.7`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dopsd_jax.core import mirror, trees
 from dopsd_jax.core.checks import is_number, noted
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.weights import lora_files
+from dopsd_jax.weights import lora_files, lora_reader
 from dopsd_jax.weights.pipeline import Pipeline, transformer_shapes
 
 
@@ -47,6 +50,49 @@ def parse(text: str) -> Named:
             f"got {strength!r}"
         )
     return Named(path, value)
+
+
+def parse_list(text: str) -> list[Named]:
+    """"a,b.safetensors:0.7" as a config has it.
+
+    Raises:
+        ValueError: As `parse`, or nothing between commas.
+    """
+    parts = [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"expected LoRAs between commas, got {text!r}")
+    return [parse(part) for part in parts]
+
+
+def fingerprint(text: str) -> str:
+    """What identifies the LoRAs of a config: their contents and strengths, not where they lie.
+
+    Raises:
+        ValueError: As `parse_list` and for what cannot be read.
+    """
+    found = []
+    for named in parse_list(text):
+        path = mirror.local_copy(named.path)
+        if workdir_lib.is_workdir(path):
+            tree, spec = workdir_lib.read_lora(path)
+            digest = hashlib.sha256(f"alpha / rank {spec.scale!r}".encode())
+            for name, x in sorted(trees.flatten(tree).items()):
+                digest.update(f"{name} {x.dtype} {x.shape}".encode() + np.asarray(x).tobytes())
+            word = digest.hexdigest()
+        else:
+            word = lora_reader.fingerprint(path)
+        found.append(word if named.strength == 1 else f"{word} x {named.strength!r}")
+    return ", ".join(found)
+
+
+def check_present(text: str) -> None:
+    """Raises ValueError unless every LoRA of a config is there: a file, a folder or a run."""
+    missing = [
+        n.path for n in parse_list(text) if not mirror.is_remote(n.path) and
+        not os.path.exists(n.path)
+    ]
+    if missing:
+        raise ValueError(f"expected a LoRA file or a run's directory, found none at {missing[0]}")
 
 
 def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Tree, float]:

@@ -90,8 +90,8 @@ class Previews:
     """Grids of base, student and any teacher, and their trajectories, of one bucket's rows."""
 
     def __init__(self, config, workdir: Path, pipe: Pipeline, data: Data, ctxs: BatchFeatures,
-                 method: Method, base: trees.Tree, student: trees.Tree, mesh: Mesh):
-        """`student`: the untrained one, which equals the base; drawn now, and not stored."""
+                 method: Method, base: trees.Tree, untuned: trees.Tree, mesh: Mesh):
+        """`untuned`: variables of the model without any LoRA; drawn now, and not stored."""
         self._workdir, self._pipe, self._method, self._base = workdir, pipe, method, base
         rows = first_rows(data, config.sample_rows)
         self._draw = Artist(config, pipe, mesh, rows.bucket)
@@ -113,17 +113,16 @@ class Previews:
             self._gauge_ctx = ctxs.prompts(config.gauge_prompts)
             seeds = [config.seed + 2000 + i for i in range(len(config.gauge_prompts))]
             self._gauge_noise = sampling.draw_noise(seeds, shape)
-        # Now, because full fine-tuning keeps no base and a resumed run's student has moved.
-        untrained = method.assemble(base, student)
-        self._base_rows, _ = self._draw(untrained, self._noise, self._student_ctx)
+        # Now, because full fine-tuning may keep no base and a resumed run's student has moved.
+        self._base_rows, _ = self._draw(untuned, self._noise, self._student_ctx)
         self._target_name = "target"
-        if self._targets is None:  # then what the untrained teacher draws is what to become
-            self._target_name = "untrained teacher"
-            self._targets, _ = self._draw(untrained, self._noise, self._teacher_ctx)
+        if self._targets is None:  # then what the untuned teacher draws is what to become
+            self._target_name = "untuned teacher"
+            self._targets, _ = self._draw(untuned, self._noise, self._teacher_ctx)
         if self._prompt_ctx is not None:
-            self._base_prompts, _ = self._draw(untrained, self._prompt_noise, self._prompt_ctx)
+            self._base_prompts, _ = self._draw(untuned, self._prompt_noise, self._prompt_ctx)
         if self._gauge_ctx is not None:
-            self._base_gauge, _ = self._draw(untrained, self._gauge_noise, self._gauge_ctx)
+            self._base_gauge, _ = self._draw(untuned, self._gauge_noise, self._gauge_ctx)
 
     def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Writes step_N, trajectory_N, prompts_N and gauge_N.png in samples/, and the gauges."""

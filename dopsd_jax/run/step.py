@@ -61,13 +61,13 @@ class Step:
         optimizer: Of the trained tree.
         targets: Regexes of the kernels that get a LoRA; None where all parameters train.
         state_shapes: The train state as ShapeDtypeStruct with shardings.
-        base_shapes: The same of the frozen weights; None where all parameters train.
+        base_shapes: The same of what does not train, see `Method.assemble`; None without any.
         rows: Which of a batch's rows this process has to provide, see `batch`.
     """
 
     def __init__(
         self, config: ConfigDict, denoiser: Denoiser, presets: Mapping[str, tuple[str, ...]],
-        mesh: Mesh | AbstractMesh,
+        mesh: Mesh | AbstractMesh, earlier: Tree | None = None,
     ):
         """Builds the step from a config whose values are possible, see run/config.py.
 
@@ -76,6 +76,7 @@ class Step:
             denoiser: The network; its weights are not needed.
             presets: LoRA targets of its family by name, see `lora.PRESETS`.
             mesh: An abstract one will do for shapes, not for compiling.
+            earlier: The LoRAs of config.base_lora as one, alpha / rank in its `b`, or None.
 
         Raises:
             ValueError: LoRA targets that the network does not have.
@@ -89,10 +90,15 @@ class Step:
         self.targets = self.base_shapes = None
         if self.method.trainable == "lora":
             self.targets = lora.parse_targets(config.lora.targets, presets)
+        if self.method.needs_base:
             dtype = jnp.dtype(config.dtype)
-            self.base_shapes = self._placed(
-                jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)
-            )
+            base = {"params": jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)}
+            if earlier is not None:
+                base["lora"] = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), earlier
+                )
+            self.base_shapes = self._placed(base)
+        self._earlier = earlier
         self.state_shapes = self._placed(jax.eval_shape(self._first_state, params))
 
     def _placed(self, shapes: Tree) -> Tree:
@@ -101,34 +107,50 @@ class Step:
             shapes, sharding.shard(self._mesh, shapes),
         )
 
-    def _first_state(self, params: Tree) -> TrainState:
+    def _first_state(self, params: Tree, start: Tree | None = None) -> TrainState:
         rng = jax.random.key(self._config.seed)
         if self.targets is None:
             # Updates are far below the resolution of bfloat16 weights: what trains is float32.
-            trained = trees.cast_floats(params, jnp.float32)
+            trained = trees.cast_floats(params if start is None else start, jnp.float32)
         else:
             trained = lora.init(
                 jax.random.fold_in(rng, 1), params, self.targets, self._config.lora.rank
             )
+            if start is not None:
+                trained = lora.continued(start, trained, self.method.lora_scale)
         return init_state(
             trained, self.optimizer, jax.random.key_data(jax.random.fold_in(rng, 2)),
             jnp.dtype(self._config.ema_dtype),
         )
 
-    def init(self, params: Tree) -> tuple[Tree | None, TrainState]:
-        """What stays frozen, None where everything trains, and the state at step 0.
+    def init(
+        self, params: Tree, start: Tree | None = None
+    ) -> tuple[Tree | None, TrainState]:
+        """What does not train, None without any, and the state at step 0.
 
         Args:
             params: The network's parameters. They are given up: the base or the state may hold
                 the same arrays, and calling the step frees those of the state.
+            start: What to go on from: a LoRA, alpha / rank in its `b`, or all parameters. None for
+                a LoRA that changes nothing, or `params`.
+
+        Raises:
+            ValueError: A LoRA with other targets than the run's or a larger rank.
         """
-        if self.base_shapes is None:
+        base = None
+        if self.base_shapes is not None:
+            base = {"params": params}
+            if self._earlier is not None:
+                base["lora"] = trees.cast_floats(self._earlier, jnp.float32)
+            base = sharding.place(base, _where(self.base_shapes))
+        if self.targets is None:
             # In one program, so that the copies and moments of all weights come into being where
             # they belong, and are never whole on one device.
-            return None, jax.jit(self._first_state, out_shardings=_where(self.state_shapes))(params)
+            make = jax.jit(self._first_state, out_shardings=_where(self.state_shapes))
+            return base, make(params, start)
         # A LoRA is small: it is made whole and then put in its place.
-        state = sharding.place(self._first_state(params), _where(self.state_shapes))
-        return sharding.place(params, _where(self.base_shapes)), state
+        state = sharding.place(self._first_state(params, start), _where(self.state_shapes))
+        return base, state
 
     @functools.cached_property
     def jitted(self):
@@ -187,6 +209,7 @@ class Step:
             sigmas=array(*sigmas.shape, where=self._everywhere),
             latents=array(*latent) if needs_targets(config) else None,
             sigma=array(config.batch_size) if self._draws_sigma else None,
+            kept=array(config.batch_size, dtype=bool) if self.method.keeps else None,
         ))
 
     def reference_tokens(self, role: str, bucket: Bucket) -> int:
@@ -220,6 +243,7 @@ class Step:
     def batch(
         self, number: int, rng: jax.Array, bucket: Bucket, shift: float,
         features: tuple[Context, Context | None, np.ndarray | None],
+        kept: np.ndarray | None = None,
     ) -> Batch:
         """The batch of an update, on the devices.
 
@@ -233,10 +257,11 @@ class Step:
             shift: Of the schedule: the config's, or the model's for this bucket.
             features: Of this process's `rows`, as `BatchFeatures.batch` gives them: contexts of
                 student and teacher, and the targets' latents.
+            kept: bool, which of these `rows` only keep the student; None without `method.keeps`.
         """
         config = self._config
-        student_ctx, teacher_ctx, latents = sharding.place_rows(
-            self._rows, config.batch_size, self.rows, features
+        (student_ctx, teacher_ctx, latents), kept = sharding.place_rows(
+            self._rows, config.batch_size, self.rows, (features, kept)
         )
         if shift not in self._sigmas:
             sigmas = flow.make_sigmas(config.schedule, config.num_steps, shift)
@@ -245,7 +270,7 @@ class Step:
         noise, sigma = self._draws(rng, number, (config.batch_size, *shape), shift)
         return Batch(
             noise, student_ctx, teacher_ctx, self._sigmas[shift], latents,
-            sigma if self._draws_sigma else None,
+            sigma if self._draws_sigma else None, kept,
         )
 
 

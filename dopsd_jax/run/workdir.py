@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -146,7 +147,10 @@ def claim(
     file = workdir / "config.json"
     # A start that failed before its first checkpoint has nothing to protect.
     if _has_checkpoint(workdir):
-        old, new = flat_config(_read_json(file)), flat_config(config)
+        new = flat_config(config)
+        # A run that began before a key was added did what the key's default says.
+        defaults = flat_config({k: e.default for k, e in keys.KEYS.items() if k in new})
+        old = defaults | flat_config(_read_json(file))
         different = [
             f"{k}: the run has {old.get(k)!r}, now {new.get(k)!r}"
             for k in sorted(set(old) | set(new))
@@ -219,6 +223,28 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
 def read_identity(workdir: str | Path) -> dict[str, str]:
     """Fingerprints of a run's weights and data, by name: identity.json."""
     return _read_json(Path(workdir) / "identity.json")
+
+
+def fingerprint(workdir: str | Path) -> str:
+    """What identifies the latest checkpoint of a run: the run and the step, without reading it."""
+    workdir = Path(workdir)
+    run = {"config": read_config(workdir), "identity": read_identity(workdir)}
+    digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+    return f"{digest} step {saved_steps(workdir)[-1:]}"
+
+
+def check_same_model(weights: trees.Tree, shapes: trees.Tree, where: str | Path) -> None:
+    """Raises ValueError unless all weights have the names and shapes of a model's."""
+    found, wanted = (
+        {name: tuple(x.shape) for name, x in trees.flatten(tree).items()}
+        for tree in (weights, shapes)
+    )
+    if found != wanted:
+        name = next(n for n in wanted | found if found.get(n) != wanted.get(n))
+        raise ValueError(
+            f"{where}: the weights belong to another model: {name}: expected {wanted.get(name)}, "
+            f"got {found.get(name)}"
+        )
 
 
 def read_lora(

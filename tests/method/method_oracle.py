@@ -35,6 +35,8 @@ class Case:
     learning_rate: float = 1e-3
     ema_decay: float = 0.9
     eps: float = 1e-8
+    anchor: float = 0.0
+    kept: tuple[bool, ...] = ()  # of every row; empty: no row keeps
 
 
 class TorchRun:
@@ -91,6 +93,21 @@ class TorchRun:
             p.requires_grad_(True)  # set_adapter freezes the adapter it leaves
         return self.out(x, t, context)
 
+    @torch.no_grad()
+    def untuned(self, x, t, context):
+        """What the model without any adapter gives out."""
+        self.model.disable_adapters()
+        out = self.out(x, t, context)
+        self.model.enable_adapters()
+        return out
+
+    def loss(self, x, t, u_student, others):
+        """Squared distances of the student to others, a mean for every row: others, [B] each."""
+        def clean(u):
+            return x + (self.end - t) * u if self.case.loss == "x0" else u
+
+        return [((clean(u_student) - clean(u)) ** 2).flatten(1).mean(1) for u in others]
+
     def update(self, noise, student, teacher):
         """One optimizer step; returns the losses of the rollout's steps."""
         case = self.case
@@ -102,11 +119,15 @@ class TorchRun:
                 role = "student" if case.teacher == "live" else "teacher"
                 u_teacher = self.raw(role, x, t, teacher)
             u_student = self.raw("student", x, t, student)
-            if case.loss == "x0":
-                ours, theirs = (x + (self.end - t) * u for u in (u_student, u_teacher))
-            else:
-                ours, theirs = u_student, u_teacher
-            losses.append(((ours - theirs) ** 2).mean())
+            to_teacher, to_untuned = self.loss(
+                x, t, u_student, (u_teacher, self.untuned(x, t, student))
+            )
+            kept = case.kept or (False,) * len(x)
+            rows = [
+                to_untuned[i] if keeps else to_teacher[i] + case.anchor * to_untuned[i]
+                for i, keeps in enumerate(kept)
+            ]
+            losses.append(sum(rows) / len(rows))
             x = x + u_student * (t_next - t)
         self.optimizer.zero_grad()
         (sum(losses) / case.num_steps).backward()
@@ -154,8 +175,9 @@ class OurRun:
         ))
         method = train_step.Method(
             trainable="lora", lora_scale=ALPHA / RANK, teacher=case.teacher,
-            ema_decay=case.ema_decay, loss=case.loss,
+            ema_decay=case.ema_decay, loss=case.loss, anchor=case.anchor, keeps=bool(case.kept),
         )
+        self.kept = jnp.asarray(case.kept) if case.kept else None
         self.state = train_step.init_state(
             jax.tree.map(jnp.asarray, student), optimizer, jax.random.key(0)
         )
@@ -164,12 +186,12 @@ class OurRun:
             donate_argnums=0,
             compiler_options={"xla_backend_optimization_level": 0},  # half the compile time
         )
-        self.base, self.sigmas, self.context = base, jnp.asarray(sigmas), context
+        self.base, self.sigmas, self.context = {"params": base}, jnp.asarray(sigmas), context
 
     def update(self, noise, student, teacher):
         batch = train_step.Batch(
             jnp.asarray(noise), self.context(student, "student"),
-            self.context(teacher, "teacher"), self.sigmas,
+            self.context(teacher, "teacher"), self.sigmas, kept=self.kept,
         )
         self.state, metrics = self.step(self.state, self.base, batch)
         return metrics["step_loss"], self.state.opt_state[0], float(metrics["grad_norm"])

@@ -39,6 +39,9 @@ CASES = {
     # Where b starts at zero, Adam's first update is a gradient's sign; the larger eps keeps the
     # rounding of gradients near zero out of it.
     "x0, live teacher, b from zero": Case("x0", "live", 2, 1e3, 0, 0.1, zero_b=True, eps=1e-3),
+    "x0, an anchor and a row that keeps": Case(
+        "x0", "ema", 3, 0.01, 3, 0.01, anchor=0.5, kept=(False, True)
+    ),
 }
 
 

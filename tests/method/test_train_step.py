@@ -93,7 +93,7 @@ def jitted(method, optimizer):
 def run(method, optimizer, updates=3, state=None):
     step = jitted(method, optimizer)
     state = state or make_state(optimizer, method.trainable)
-    frozen = None if method.trainable == "full" else base()
+    frozen = {"params": base()} if method.needs_base else None
     log = []
     for i in range(updates):
         state, metrics = step(state, frozen, make_batch(i))
@@ -222,7 +222,7 @@ def test_lora_training_lowers_the_loss_and_never_touches_the_base():
     step = jitted(Method(teacher="frozen"), optimizer)
     state, losses = make_state(optimizer), []
     for _ in range(60):
-        state, metrics = step(state, base(), make_batch(0))
+        state, metrics = step(state, {"params": base()}, make_batch(0))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0]
     assert equal(before, base())
@@ -243,7 +243,7 @@ def test_the_lora_scale_is_alpha_over_rank():
 
 def test_the_state_is_donated_and_the_base_is_not():
     optimizer = make_optimizer()
-    state, frozen = make_state(optimizer), base()
+    state, frozen = make_state(optimizer), {"params": base()}
     step = jax.jit(
         train_step.make_train_step(Method(), optimizer, train_step.dopsd(Method(), velocity)),
         donate_argnums=0,
@@ -305,6 +305,6 @@ def test_an_average_with_warm_up_forgets_its_start():
     state = make_state(optimizer)
     want = jax.tree.map(jnp.copy, state.student)
     for n, decay in enumerate([1 / 10, 2 / 11, 3 / 12]):
-        state, _ = jitted(method, optimizer)(state, base(), make_batch(n))
+        state, _ = jitted(method, optimizer)(state, {"params": base()}, make_batch(n))
         want = jax.tree.map(lambda w, s, d=decay: d * w + (1 - d) * s, want, state.student)
     assert_close(state.teacher, want, 1e-6)

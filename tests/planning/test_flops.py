@@ -71,7 +71,7 @@ def test_a_step_is_counted_as_xla_counts_it(trainable):
         low_rank = jax.eval_shape(
             lambda: lora.init(jax.random.key(0), params, Z_IMAGE_TARGETS["published"], 16)
         )
-    trained, base = (low_rank, params) if low_rank is not None else (params, None)
+    trained, base = (low_rank, {"params": params}) if low_rank is not None else (params, None)
     noise = jax.ShapeDtypeStruct((1, 16, 16, 16), jnp.float32)
     batch = Batch(noise, context(Z_IMAGE, 64), context(Z_IMAGE, 96), np.float32([1, 0]))
     counted = jax.jit(dopsd(method, Z_IMAGE.velocity)).lower(

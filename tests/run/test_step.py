@@ -136,21 +136,33 @@ def config(short_run):
 
 
 @pytest.fixture(scope="module")
-def cache(make_short_run, tmp_path_factory):
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("keep") / "prompts.txt"
+    file.write_text("a red fox\n\na lighthouse\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def cache(make_short_run, prompts, tmp_path_factory):
     """What the encoders make for `config`, whatever it is changed to."""
     config = make_short_run()
     config.states = "noised"  # reads most: two contexts and targets
     config.cache = str(tmp_path_factory.mktemp("step") / "cache")
     encode_lib.encode(config)
+    config.states, config.keep_share = "student", 0.5
+    config.keep_prompts = str(prompts)
+    encode_lib.encode(config)
     return config.cache
 
 
 @pytest.fixture
-def commands(config, cache, tmp_path):
+def commands(config, cache, prompts, tmp_path):
     """Command -> (changes of its config) -> the step that it then uses."""
     def changed(config, changes):
         config = config.copy_and_resolve_references()
         config.update_from_flattened_dict(changes)
+        if config.keep_share:
+            config.keep_prompts = str(prompts)
         return config
 
     def train(**changes):
@@ -167,12 +179,17 @@ def commands(config, cache, tmp_path):
     {}, {"accumulation": 2, "teacher": "live"},
     {"trainable": "full", "moments_dtype": "bfloat16", "ema_dtype": "bfloat16"},
     {"objective": "sft"}, {"states": "noised", "dtype": "bfloat16", "remat": "matmuls"},
-    {"num_steps": 8, "schedule": "reference8", "shift": 2.0},
+    {"num_steps": 8, "schedule": "reference8", "shift": 2.0}, {"anchor": 2.0},
+    {"anchor": 2.0, "trainable": "full"}, {"keep_share": 0.5},
 ], ids=str)
-def test_a_plan_lowers_the_very_step_that_a_run_calls(config, cache, tmp_path, changes):
+def test_a_plan_lowers_the_very_step_that_a_run_calls(
+    config, cache, prompts, tmp_path, changes
+):
     if "dtype" not in changes:  # in bfloat16 the encoders make something else
         config.cache = cache
     config.update(changes)
+    if config.keep_share:
+        config.keep_prompts = str(prompts)
     of_run = of_train(config, tmp_path)
     assert_same_step(of_run, of_plan(config))
     assert_same_step(of_run, catch(lambda: plan_lib.plan_here(config)))
@@ -235,7 +252,7 @@ FIELDS = {
     "trainable": {"trainable": "full"}, "lora_scale": {"lora.alpha": 3.0},
     "teacher": {"teacher": "frozen"}, "ema_decay": {"ema_decay": 0.5},
     "loss": {"loss": "velocity"}, "states": {"states": "teacher"},
-    "accumulation": {"accumulation": 2},
+    "accumulation": {"accumulation": 2}, "anchor": {"anchor": 2.0}, "keeps": {"keep_share": 0.5},
 }
 NO_KEY = {"ema_warmup"}  # for the mini model's stages, which build their steps themselves
 
@@ -334,7 +351,7 @@ def test_the_targets_of_lora_reach_every_command(commands, command):
         state, base, _ = commands[command](**changes).arguments
         found = {name.rpartition("/")[0] for name in trees.flatten(state.student)}
         if want is None:
-            kernels = lora.match_targets(base, Z_IMAGE_TARGETS["published"])
+            kernels = lora.match_targets(base["params"], Z_IMAGE_TARGETS["published"])
             want = {name.removesuffix("/kernel") for name in kernels}
         assert found == want
 
