@@ -2,7 +2,8 @@
 
     python -m dopsd_jax.report --workdir runs/a
 
-Of a comparison's directory (dopsd_jax.evaluate) the page has its tables, curves and pictures.
+Of a comparison's directory (dopsd_jax.evaluate) the page has its tables, curves and pictures; of a
+sequence's (dopsd_jax.tasks) what was kept of every task, and pictures of each.
 
 Writes <workdir>/report.html, or --out: pictures and curves are inside it, nothing is loaded from
 elsewhere and no script runs. May be called while the run goes on.
@@ -30,6 +31,7 @@ from dopsd_jax.run import workdir as workdir_lib
 
 FLAGS = flags.FLAGS
 TABLE = "table.md"  # of a comparison, see evaluate
+TASKS = "tasks.md"  # of a sequence, see tasks
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
@@ -220,10 +222,30 @@ def evaluation_page(workdir: str | Path) -> str:
     ])
 
 
+def tasks_page(workdir: str | Path) -> str:
+    """The page of a sequence of tasks, see tasks: its table, and the last pictures of each."""
+    workdir = Path(workdir)
+    parts = ["<h2>What was learned and kept</h2>", _from_markdown((workdir / TASKS).read_text())]
+    runs = {int(p.name.partition("_")[0]): p for p in workdir.iterdir()
+            if re.fullmatch(r"\d+_.+", p.name) and (p / "samples").is_dir()}
+    for number, run in sorted(runs.items()):
+        name = run.name.partition("_")[2]
+        last = {"its own prompts": "step", "unrelated prompts": "gauge"} | {
+            f"prompts of {runs[i].name.partition('_')[2]}": f"earlier{i}" for i in range(1, number)
+        }
+        files = {words: list(steps_of(run / "samples", kind).values())[-1:]
+                 for words, kind in last.items()}
+        parts += [f"<h2>After task {number}, {html.escape(name)}</h2>",
+                  _figures({words: found[0] for words, found in files.items() if found})]
+    return _document(f"{workdir.resolve().name}: {len(runs)} tasks", parts)
+
+
 def main() -> None:
     workdir = mirror.local_copy(FLAGS.workdir)
     out = Path(FLAGS.out) if FLAGS.out else workdir / "report.html"
-    text = evaluation_page(workdir) if (workdir / TABLE).is_file() else page(workdir)
+    pages = {TABLE: evaluation_page, TASKS: tasks_page}
+    make = next((make for file, make in pages.items() if (workdir / file).is_file()), page)
+    text = make(workdir)
     write_atomic(out, text)
     print(f"{out} ({len(text) / 2**20:.1f} MiB)")
 

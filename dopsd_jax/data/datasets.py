@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.core import mirror
 from dopsd_jax.core.log import log
-from dopsd_jax.data.batches import BatchPlan
+from dopsd_jax.data.batches import BatchPlan, BatchRows
 from dopsd_jax.data.buckets import (
     Bucket,
     assign_buckets,
@@ -60,6 +60,7 @@ class Data:
         plan: Which rows every step takes.
         index: What identifies rows that are not read ahead, or "".
         keep_prompts: On which the student is to stay as it was, see data/keeping.py; may be empty.
+        earlier: The data of every earlier task, of which previews show some rows.
     """
 
     rows: Sequence[Row]
@@ -67,6 +68,7 @@ class Data:
     plan: BatchPlan | PlanWithKept
     index: str = ""
     keep_prompts: tuple[str, ...] = ()
+    earlier: tuple[Data, ...] = ()
     _digests: dict[ImageSource, str] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -74,6 +76,27 @@ class Data:
         self._bucket_of = np.empty(len(self.rows), np.int16)
         for number, members in enumerate(self.assignment.values()):
             self._bucket_of[np.asarray(members, np.int64)] = number
+
+    def first_rows(self, count: int, *, repeat: bool = False) -> BatchRows:
+        """The first rows of the largest bucket, so that all pictures have one shape.
+
+        Args:
+            count: At most so many.
+            repeat: Take rows again where there are fewer.
+        """
+        first = max(self.assignment, key=lambda bucket: len(self.assignment[bucket]))
+        rows = self.assignment[first]
+        rows = list(itertools.islice(itertools.cycle(rows) if repeat else rows, count))
+        return BatchRows(
+            first, tuple(rows), tuple(next(iter(self.rows[i].captions)) for i in rows)
+        )
+
+    def captions(self, rows: BatchRows) -> list[str]:
+        """The captions that rows use."""
+        return [
+            self.rows[i].captions[key]
+            for i, key in zip(rows.rows, rows.caption_keys, strict=True)
+        ]
 
     def bucket(self, row: int) -> Bucket:
         """The bucket of a row."""
@@ -200,10 +223,22 @@ def read_data(config: ConfigDict, needs: Needs) -> Data:
         assignment, lambda row: list(rows[row].captions), batch_size=batch_size,
         seed=config.seed, sizes=[len(part) for part in parts], weights=weights,
     )
-    if not kept:
-        return Data(rows, assignment, plan, index)
-    prompts = read_prompts(config.keep_prompts)
-    plan = PlanWithKept(
-        plan, prompts, batch_size=config.batch_size, count=kept, seed=config.seed
-    )
-    return Data(rows, assignment, plan, index, prompts)
+    prompts: tuple[str, ...] = ()
+    if kept:
+        prompts = read_prompts(config.keep_prompts)
+        plan = PlanWithKept(
+            plan, prompts, batch_size=config.batch_size, count=kept, seed=config.seed
+        )
+    return Data(rows, assignment, plan, index, prompts, read_earlier(config, needs))
+
+
+def read_earlier(config: ConfigDict, needs: Needs) -> tuple[Data, ...]:
+    """The data of every earlier task of a run, as `read_data` reads a run's own."""
+    changes = {"data_weights": "", "small_buckets": "repeat", "keep_share": 0.0,
+               "earlier_data": ""}
+    found = []
+    for data in filter(None, config.earlier_data.split(";")):
+        one = config.copy_and_resolve_references()
+        one.update(changes | {"data": data})
+        found.append(read_data(one, needs))
+    return tuple(found)

@@ -401,7 +401,7 @@ def _stitches(canvas: Canvas, rng: Rng) -> Canvas:
     """Squares of four pixels, each a cross of thread."""
     y, x = np.mgrid[0:CANVAS, 0:CANVAS] % 8
     thread = (np.abs(y - x) <= 1) | (np.abs(y + x - 7) <= 1)
-    return blocks(canvas, 8) * np.where(thread, 1.04, 0.84)[..., None].astype(np.float32)
+    return blocks(canvas, 8) * np.where(thread, 1.03, 0.92)[..., None].astype(np.float32)
 
 
 STYLES: dict[str, Style] = {

@@ -163,6 +163,9 @@ def _break_retention(config: ConfigDict, good: Callable[..., bool]) -> list[str]
     if config.keep_share and recipe.shown(contexts.STUDENT, 1):
         problems.append(f"keep_share: expected 0 with recipe = {config.recipe}, whose student sees "
                         "references that a prompt alone does not have")
+    if good("earlier_data") and config.earlier_data and recipe.shown(contexts.STUDENT, 1):
+        problems.append(f"earlier_data: expected nothing with recipe = {config.recipe}, whose "
+                        "student sees references that a prompt alone does not have")
     return problems
 
 

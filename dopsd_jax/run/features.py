@@ -69,7 +69,10 @@ class Entries:
     def __init__(self, config: ConfigDict, data: Data):
         self._config, self._data, self._prompts = config, data, {
             key: tuple(config[key]) for key in ("sample_prompts", "gauge_prompts")
-        } | {"keep_prompts": data.keep_prompts}
+        } | {"keep_prompts": data.keep_prompts, "earlier_data": [
+            caption for earlier in data.earlier
+            for caption in earlier.captions(earlier.first_rows(config.sample_rows))
+        ]}
         self._recipe = RECIPES[config.recipe]
         model = pipeline_directory(config.model)
         text = fingerprint(model, ("text_encoder", "tokenizer"))

@@ -9,6 +9,7 @@ change when a run is continued (`may_change`), the settings that name an entry o
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +99,8 @@ PATH = Rule(f"a path {_POSSIBLE}", lambda x: _is_path(x) and x != "")
 PATHS = Rule(f"paths {_POSSIBLE}",
              lambda x: _is_text(x) and x != "" and all(map(_is_path, x.split(","))))
 ANY_PATH = Rule(f"nothing or a path {_POSSIBLE}", _is_path)
+DATA_SETS = Rule(f"nothing, or paths {_POSSIBLE}, with ; and , between them",
+                 lambda x: _is_text(x) and all(map(_is_path, re.split("[;,]", x))))
 LORAS = Rule(
     f"nothing, or PATH or PATH:STRENGTH between commas, each a path {_POSSIBLE}",
     lambda x: _is_text(x) and all(map(_is_path, x.split(","))),
@@ -315,6 +318,9 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         meaning="Unrelated prompts, the same in every run, drawn with sample_every: what became "
         "of them is logged as gauges of retention; empty: no such gauges.",
         resume="as sample_steps"),
+    "earlier_data": key("", DATA_SETS, PLACE, DISPLAY,
+        meaning="Data of earlier tasks, `a.jsonl;b.jsonl,c.parquet` with ; between tasks, whose "
+        "first prompts previews draw too; dopsd_jax.tasks sets it."),
     "checkpoint_every": key(500, COUNT, DISPLAY,
         meaning="Updates between two checkpoints."),
     "keep_checkpoints": key(5, COUNT, DISPLAY,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,22 +22,6 @@ from dopsd_jax.run.features import BatchFeatures
 from dopsd_jax.weights.pipeline import Pipeline
 
 PREFLIGHT_PICTURES = 8
-
-
-def first_rows(data: Data, count: int, *, repeat: bool = False) -> BatchRows:
-    """The first rows of the largest bucket, so that all pictures have one shape.
-
-    Args:
-        data: Of the run.
-        count: At most so many.
-        repeat: Take rows again where there are fewer.
-    """
-    first = max(data.assignment, key=lambda bucket: len(data.assignment[bucket]))
-    rows = data.assignment[first]
-    rows = list(itertools.islice(itertools.cycle(rows) if repeat else rows, count))
-    return BatchRows(
-        first, tuple(rows), tuple(next(iter(data.rows[i].captions)) for i in rows)
-    )
 
 
 def have_pictures(data: Data, rows: BatchRows) -> bool:
@@ -66,7 +49,7 @@ class Artist:
 def run_preflight(config, workdir: Path, pipe: Pipeline, data: Data, ctxs: BatchFeatures,
                   variables: trees.Tree, mesh: Mesh) -> None:
     """Compares untrained student and teacher; writes preflight.json and its pictures."""
-    rows = first_rows(data, PREFLIGHT_PICTURES, repeat=True)
+    rows = data.first_rows(PREFLIGHT_PICTURES, repeat=True)
     if not have_pictures(data, rows):
         log.info("preflight: left out; rows without pictures leave it nothing to compare with")
         return
@@ -86,6 +69,31 @@ def run_preflight(config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Batch
         preflight.write(workdir, found)
 
 
+class EarlierRows:
+    """Some prompts of an earlier task, drawn again in every preview."""
+
+    def __init__(self, config, pipe: Pipeline, data: Data, ctxs: BatchFeatures,
+                 untuned: trees.Tree, mesh: Mesh):
+        rows = data.first_rows(config.sample_rows)
+        self._targets = None
+        if have_pictures(data, rows):
+            self._targets = to_uint8(np.stack([data.pixels(i) for i in rows.rows]))
+        self._ctx = ctxs.prompts(data.captions(rows))
+        shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
+        self._noise = sampling.draw_noise([config.seed + i for i in range(len(rows.rows))], shape)
+        self._draw = Artist(config, pipe, mesh, rows.bucket)
+        self._base, _ = self._draw(untuned, self._noise, self._ctx)
+
+    def drawn(self, student: trees.Tree) -> tuple[list[tuple[str, np.ndarray]], float | None]:
+        """Columns of a grid, and the distance in style to that task's targets if it has any."""
+        ours, _ = self._draw(student, self._noise, self._ctx)
+        columns = [("base", self._base), ("student", ours)]
+        if self._targets is None:
+            return columns, None
+        style = gauges.style_distance(ours, self._targets).mean()
+        return [("target", self._targets), *columns], style
+
+
 class Previews:
     """Grids of base, student and any teacher, and their trajectories, of one bucket's rows."""
 
@@ -93,7 +101,7 @@ class Previews:
                  method: Method, base: trees.Tree, untuned: trees.Tree, mesh: Mesh):
         """`untuned`: variables of the model without any LoRA; drawn now, and not stored."""
         self._workdir, self._pipe, self._method, self._base = workdir, pipe, method, base
-        rows = first_rows(data, config.sample_rows)
+        rows = data.first_rows(config.sample_rows)
         self._draw = Artist(config, pipe, mesh, rows.bucket)
         self._targets, self._references = None, []
         if have_pictures(data, rows):
@@ -119,6 +127,10 @@ class Previews:
         if self._targets is None:  # then what the untuned teacher draws is what to become
             self._target_name = "untuned teacher"
             self._targets, _ = self._draw(untuned, self._noise, self._teacher_ctx)
+        self._untuned_style = gauges.style_distance(self._base_rows, self._targets).mean()
+        self._earlier = [
+            EarlierRows(config, pipe, earlier, ctxs, untuned, mesh) for earlier in data.earlier
+        ]
         if self._prompt_ctx is not None:
             self._base_prompts, _ = self._draw(untuned, self._prompt_noise, self._prompt_ctx)
         if self._gauge_ctx is not None:
@@ -129,7 +141,8 @@ class Previews:
         student = self._method.assemble(self._base, state.student)
         ours, trajectory = self._draw(student, self._noise, self._student_ctx)
         shown, trajectories = [("student", ours)], [trajectory]
-        values = {"style": gauges.style_distance(ours, self._targets).mean()}
+        values = {"style": gauges.style_distance(ours, self._targets).mean(),
+                  "untuned_style": self._untuned_style}
         if self._teacher_ctx is not None:
             teacher = self._method.assemble(
                 self._base, state.student if self._method.teacher == "live" else state.teacher
@@ -154,6 +167,11 @@ class Previews:
             values |= gauges.retention(ours, self._base_gauge)
             columns = [("base", self._base_gauge), ("student", ours)]
             self._write(metrics, step, "gauge", previews.grid(columns))
+        for number, earlier in enumerate(self._earlier, 1):
+            columns, style = earlier.drawn(student)
+            self._write(metrics, step, f"earlier{number}", previews.grid(columns))
+            if style is not None:
+                values[f"style_{number}"] = style
         metrics.gauges(step, values)
         log.info("gauges: %s", ", ".join(f"{k} {v:.3g}" for k, v in values.items()))
 

@@ -1,0 +1,29 @@
+"""Two styles after one another on the mini model, with rows that keep what it knew.
+
+    python -m dopsd_jax.mini.build --style chalk --out runs/styles/chalk
+    python -m dopsd_jax.mini.build --style thermal --out runs/styles/thermal
+    python -m dopsd_jax.tasks --config configs/mini_tasks.py --workdir runs/tasks
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+import dopsd_jax
+
+PROMPTS = Path(dopsd_jax.__file__).parent / "assets" / "mini_prompts.txt"
+
+
+def get_config():
+    c = ConfigDict()
+    c.run_config = "configs/mini_style.py"  # what every task starts from
+    # adapter: one LoRA carried along; stack: a new LoRA on top of frozen ones; full: all weights.
+    c.carry = "adapter"
+    # Keys of run_config that differ in every task.
+    c.changes = ConfigDict({"keep_prompts": str(PROMPTS), "keep_share": 0.25})
+    # In order. A task has a name, and any keys of a run that differ: its data, its recipe, ..
+    c.tasks = (
+        {"name": "chalk", "data": "runs/styles/chalk"},
+        {"name": "thermal", "data": "runs/styles/thermal"},
+    )
+    return c

@@ -1,0 +1,243 @@
+"""Command: one task after another on the same model, each a run of its own that stands on the last.
+
+    python -m dopsd_jax.tasks --config configs/mini_tasks.py --workdir runs/tasks
+
+Every task is an ordinary run in <workdir>/1_NAME, 2_NAME, ..; run the same command again and it
+continues inside any of them. Tasks may be added at the end later. What was done cannot be changed:
+another order, other data or settings of a task on which later ones stand are refused.
+
+Writes <workdir>/tasks.md and report.html: what was kept of every earlier task after each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dopsd_jax import report
+from dopsd_jax import train as train_lib
+from dopsd_jax.compare import matrix as matrix_lib
+from dopsd_jax.core import cli, distributed, mirror
+from dopsd_jax.core.checks import is_whole
+from dopsd_jax.core.files import write_atomic
+from dopsd_jax.core.log import log
+from dopsd_jax.method import contexts
+from dopsd_jax.run import loop
+from dopsd_jax.run import workdir as workdir_lib
+
+FLAGS = flags.FLAGS
+HISTORY = "tasks.json"
+# How a task goes on from those before it -> whether a LoRA or all weights train.
+CARRIES = {"adapter": "lora", "stack": "lora", "full": "full"}
+# Of a task's run, made here.
+OWN_KEYS = ("base_lora", "init_lora", "init_full", "trainable", "earlier_data")
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task of a sequence.
+
+    Attributes:
+        name: Of letters, digits, - and _.
+        workdir: Of its run.
+        config: Of its run, complete.
+    """
+
+    name: str
+    workdir: Path
+    config: ConfigDict
+
+
+def planned(config: ConfigDict, workdir: Path) -> list[Task]:
+    """The runs of a sequence.
+
+    Args:
+        config: See configs/mini_tasks.py: run_config, carry, changes, tasks.
+        workdir: Of the sequence.
+
+    Raises:
+        ValueError: Everything that is wrong with the sequence itself, together; each run's own
+            config is checked when it starts.
+    """
+    problems = []
+    if config.carry not in CARRIES:
+        problems.append(f"carry: expected one of {tuple(CARRIES)}, got {config.carry!r}")
+    tasks = [dict(task) for task in config.tasks]
+    names = [task.get("name") for task in tasks]
+    if not tasks:
+        problems.append("tasks: expected at least one, got none")
+    for i, name in enumerate(names, 1):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            problems.append(f"tasks: expected a name of a-z, 0-9, - and _ for task {i}, got "
+                            f"{name!r}")
+    if len(set(names)) < len(names):
+        problems.append(f"tasks: expected different names, got {', '.join(map(str, names))}")
+    if problems:
+        raise ValueError("config:\n  " + "\n  ".join(problems))
+    common = cli.load_config(config.run_config, flag="config.run_config")
+    if common.get("trainable") is None:
+        raise ValueError(f"run_config: expected the config of a run, got {config.run_config}")
+    found: list[Task] = []
+    for i, task in enumerate(tasks, 1):
+        changes = dict(config.changes) | {k: v for k, v in task.items() if k != "name"}
+        known = cli.config_keys(common)
+        for key in changes:
+            if key not in known:
+                problems.append(f"task {i} ({task['name']}): {key}: no key of a run")
+            elif key in OWN_KEYS and i > 1:
+                problems.append(f"task {i} ({task['name']}): {key}: expected none, it follows from "
+                                "carry and the tasks before")
+        if problems:
+            continue
+        run = common.copy_and_resolve_references()
+        run.update_from_flattened_dict(changes)
+        run.trainable = CARRIES[config.carry]
+        _stand_on(run, config.carry, found)
+        found.append(Task(task["name"], workdir / f"{i}_{task['name']}", run))
+    if problems:
+        raise ValueError("config:\n  " + "\n  ".join(problems))
+    return found
+
+
+def _stand_on(run: ConfigDict, carry: str, earlier: Sequence[Task]) -> None:
+    """Puts into a run's config what it stands on or goes on from."""
+    if not earlier:
+        return
+    if contexts.RECIPES[run.recipe].shown(contexts.STUDENT, 1):
+        log.info("recipe %s: previews draw no earlier task; the student needs references to draw",
+                 run.recipe)
+    else:
+        run.earlier_data = ";".join(task.config.data for task in earlier)
+    last = str(earlier[-1].workdir)
+    if carry == "stack":
+        first = earlier[0].config.base_lora  # what the whole sequence stands on, if anything
+        run.base_lora = ",".join(filter(None, [first, *(str(t.workdir) for t in earlier)]))
+    elif carry == "adapter":
+        run.base_lora, run.init_lora = earlier[-1].config.base_lora, last
+    else:
+        run.init_full = last
+
+
+def claim(config: ConfigDict, tasks: Sequence[Task], workdir: Path) -> None:
+    """Takes the workdir for a sequence, or checks it against the one that is there.
+
+    Raises:
+        ValueError: Tasks that were begun in another order or under other names, another way to go
+            on, or another number of updates of a task on which a later one stands.
+    """
+    file = workdir / HISTORY
+    begun: list[dict[str, Any]] = []
+    if file.is_file():
+        history = _read(file)
+        begun = history["tasks"]
+        if history["carry"] != config.carry:
+            raise ValueError(
+                f"{workdir}: holds tasks with carry = {history['carry']}, now {config.carry}; "
+                "choose another --workdir"
+            )
+    elif workdir.is_dir() and any(not p.name.startswith(".") for p in workdir.iterdir()):
+        raise ValueError(f"{workdir}: holds other things than tasks; choose a new --workdir")
+    problems = []
+    for i, old in enumerate(begun):
+        if i >= len(tasks) or tasks[i].name != old["name"]:
+            now = tasks[i].name if i < len(tasks) else "none"
+            problems.append(f"task {i + 1}: was {old['name']}, now {now}")
+        elif i + 1 < len(begun) and tasks[i].config.num_train_steps != old["num_train_steps"]:
+            problems.append(
+                f"task {i + 1} ({old['name']}): num_train_steps was {old['num_train_steps']}, now "
+                f"{tasks[i].config.num_train_steps}, and task {i + 2} stands on it"
+            )
+    if problems:
+        raise ValueError(
+            f"{workdir}: another history than the config's; what was done cannot be changed, only "
+            "added to:\n  " + "\n  ".join(problems)
+        )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """tasks.json: {"carry", "tasks": [{"name", "num_train_steps"}]} of the tasks that were begun.
+
+    Raises:
+        ValueError: Not such a file.
+    """
+    try:
+        values = json.loads(file.read_text())
+        good = isinstance(values["carry"], str) and all(
+            isinstance(t["name"], str) and is_whole(t["num_train_steps"]) for t in values["tasks"]
+        )
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"{file}: damaged; restore it, or choose another --workdir")
+    return values
+
+
+def _begin(config: ConfigDict, tasks: Sequence[Task], file: Path) -> None:
+    """Writes down that the last of these tasks is begun; what is there may name later ones."""
+    begun = [{"name": t.name, "num_train_steps": int(t.config.num_train_steps)} for t in tasks]
+    if file.is_file() and len(_read(file)["tasks"]) >= len(begun):
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps({"carry": config.carry, "tasks": begun}, indent=2) + "\n")
+
+
+def run(config: ConfigDict, workdir: str | Path) -> list[Task]:
+    """Runs a sequence to its end, or continues it; returns its tasks.
+
+    Raises:
+        ValueError: A bad config, or another history than the workdir's; whatever `train` raises.
+        loop.TrainingError: As `train`.
+    """
+    if mirror.is_remote(workdir):
+        raise ValueError(f"--workdir: expected a directory of this machine, got {workdir}; tasks "
+                         "read each other's checkpoints")
+    if "," in str(workdir):
+        raise ValueError(f"--workdir: expected a path without a comma, got {workdir}")
+    workdir = Path(workdir)
+    tasks = planned(config, workdir)
+    distributed.on_main(lambda: claim(config, tasks, workdir))
+    for i, task in enumerate(tasks, 1):
+        distributed.on_main(lambda i=i: _begin(config, tasks[:i], workdir / HISTORY))
+        log.info("task %d of %d: %s, in %s", i, len(tasks), task.name, task.workdir)
+        state = train_lib.train(task.config, task.workdir)
+        if state is not None and int(state.step) < task.config.num_train_steps:
+            break  # it was asked to stop
+        distributed.on_main(lambda i=i: write_pages(workdir, tasks[:i]))
+    return tasks
+
+
+def write_pages(workdir: Path, tasks: Sequence[Task]) -> None:
+    """tasks.md and report.html of the tasks that are done."""
+    found = matrix_lib.of_gauges({task.name: task.workdir for task in tasks})
+    write_atomic(workdir / report.TASKS, matrix_lib.as_markdown(found))
+    write_atomic(workdir / "report.html", report.tasks_page(workdir))
+
+
+def main() -> None:
+    if FLAGS.config is None:
+        raise ValueError("--config is needed, such as --config configs/mini_tasks.py")
+    cli.check_directory(FLAGS.workdir)
+    distributed.initialize()
+    workdir_lib.enable_compilation_cache()
+    tasks = run(FLAGS.config, FLAGS.workdir)
+    if not distributed.is_main():
+        return
+    for task in tasks:
+        print(f"{task.name:20} {task.workdir}")
+    if (Path(FLAGS.workdir) / "report.html").is_file():
+        print(f"kept and learned     {FLAGS.workdir}/{report.TASKS}, {FLAGS.workdir}/report.html")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Directory of the sequence.", required=True)
+    distributed.define_flags()
+    cli.run_command(main, errors=(loop.TrainingError,))

@@ -1,0 +1,281 @@
+"""One task after another: what each stands on, what is refused, and that kills change nothing."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dopsd_jax import report, tasks
+from dopsd_jax import train as train_lib
+from dopsd_jax.compare import matrix as matrix_lib
+from dopsd_jax.core import trees
+from dopsd_jax.core.metrics import GAUGES, read_metrics
+from dopsd_jax.method import lora as lora_lib
+from dopsd_jax.run import workdir as workdir_lib
+from tests.commands import ROOT, environment
+
+RUN = """
+from configs import tiny
+def get_config():
+    c = tiny.get_config()
+    c.model, c.vlm, c.buckets = {model!r}, {vlm!r}, "64x64"
+    c.text_tokens, c.teacher_tokens = 128, 672
+    c.num_train_steps, c.batch_size, c.learning_rate, c.lora.rank = 3, 2, 1e-2, 4
+    c.sample_every, c.sample_steps, c.sample_rows, c.checkpoint_every = 3, 2, 2, 1
+    c.gauge_prompts, c.preflight, c.data = ("a lighthouse",), "off", {data!r}
+    return c
+"""
+SEQUENCE = """
+from ml_collections import ConfigDict
+def get_config():
+    return ConfigDict({values!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def data(two_photos, tmp_path_factory):
+    """Two data sets of the same pictures with other captions."""
+    folder = tmp_path_factory.mktemp("tasks_data")
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        for picture in two_photos.glob("*.png"):
+            (folder / name / picture.name).write_bytes(picture.read_bytes())
+            (folder / name / f"{picture.stem}.txt").write_text(f"{name} {picture.stem}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(tiny, data, tmp_path_factory):
+    """Changes of a sequence -> its config."""
+    file = tmp_path_factory.mktemp("tasks_config") / "run.py"
+    file.write_text(RUN.format(model=str(tiny.pipeline), vlm=str(tiny.vlm), data=str(data / "one")))
+
+    def make(**changes):
+        return ConfigDict({
+            "run_config": str(file), "carry": "stack", "changes": {},
+            "tasks": [{"name": "first", "data": str(data / "one")},
+                      {"name": "second", "data": str(data / "two"), "lora.rank": 2}],
+        } | changes)
+
+    return make
+
+
+def students(found):
+    return [workdir_lib.read_lora(t.workdir)[0] for t in found]
+
+
+def moved(tree, other):
+    """Largest difference of two LoRAs of one rank."""
+    pairs = zip(trees.flatten(tree).values(), trees.flatten(other).values(), strict=True)
+    return max(np.abs(x - y).max() for x, y in pairs)
+
+
+@pytest.fixture(scope="module")
+def stacked(make, tmp_path_factory):
+    """A finished sequence, in which nothing may be changed."""
+    workdir = tmp_path_factory.mktemp("tasks") / "stacked"
+    return workdir, tasks.run(make(), workdir)
+
+
+def test_a_new_lora_stands_on_frozen_ones(stacked):
+    _, (first, second) = stacked
+    assert second.config.base_lora == str(first.workdir) and not second.config.init_lora
+    assert [lora_lib.max_rank(x) for x in students((first, second))] == [4, 2]
+    assert not any(r["step"] == 0 and r["drift"] == 0 for r in read_metrics(second.workdir, GAUGES))
+
+
+def test_every_later_task_draws_the_earlier_ones(stacked):
+    _, (first, second) = stacked
+    assert second.config.earlier_data == first.config.data and not first.config.earlier_data
+    rows = read_metrics(second.workdir, GAUGES)
+    assert [r["step"] for r in rows] == [0, 3]
+    # Before its first update the second student draws the first task's prompts as that one did.
+    last = read_metrics(first.workdir, GAUGES)[-1]
+    np.testing.assert_allclose(rows[0]["style_1"], last["style"], rtol=1e-3)
+    assert rows[1]["style_1"] != rows[0]["style_1"]
+    assert (second.workdir / "samples" / "earlier1_000003.png").is_file()
+
+
+def test_the_page_shows_what_was_kept(stacked):
+    workdir, (first, second) = stacked
+    table = (workdir / "tasks.md").read_text()
+    found = matrix_lib.of_gauges({"first": first.workdir, "second": second.workdir})
+    assert np.isnan(found.values[0, 1]) and not np.isnan(found.values[1]).any()
+    for value in (*found.values[1], *found.untuned, found.values[0, 0]):
+        assert f"| {value:.3g} |" in table
+    assert f"Backward transfer: {found.values[0, 0] - found.values[1, 0]:+.3g}" in table
+    page = (workdir / "report.html").read_text()
+    assert page == report.tasks_page(workdir)
+    assert page.count("<h2>After task") == 2 and "prompts of first" in page
+
+
+@pytest.fixture
+def copied(stacked, tmp_path):
+    """The workdir of such a sequence, to be changed at will."""
+    return Path(shutil.copytree(stacked[0], tmp_path / "copied"))
+
+
+def test_a_finished_sequence_does_nothing_and_takes_further_tasks(make, copied, data):
+    workdir = copied
+    assert len(tasks.run(make(), workdir)) == 2
+    longer = make()
+    longer.tasks = (*longer.tasks, {"name": "third", "data": str(data / "one"),
+                                    "num_train_steps": 1})
+    third = tasks.run(longer, workdir)[-1]
+    assert third.config.base_lora == f"{workdir}/1_first,{workdir}/2_second"
+    assert workdir_lib.saved_steps(third.workdir) == [1]
+    history = json.loads((workdir / "tasks.json").read_text())
+    assert [t["name"] for t in history["tasks"]] == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("carry", ["adapter", "full"])
+def test_what_is_carried_along_goes_on_where_it_was(make, data, tmp_path, carry):
+    # In the second task nothing moves, so that its end is where it began.
+    config = make(carry=carry, tasks=[
+        {"name": "first", "data": str(data / "one")},
+        {"name": "second", "data": str(data / "two"), "learning_rate": 1e-30},
+    ])
+    first, second = tasks.run(config, tmp_path / "run")
+    if carry == "adapter":
+        assert moved(*students((first, second))) < 1e-6
+        assert second.config.init_lora == str(first.workdir) and not second.config.base_lora
+    else:
+        one, two = (workdir_lib.read_full(t.workdir)[0] for t in (first, second))
+        assert moved(one, two) == 0
+    rows = read_metrics(second.workdir, GAUGES)
+    assert rows[0]["drift"] > 0 and rows[0]["drift"] == pytest.approx(rows[1]["drift"], rel=1e-3)
+
+
+def changed_tasks(make, *changes):
+    config = make()
+    config.tasks = tuple(dict(t) | c for t, c in zip(config.tasks, changes, strict=False))
+    return config
+
+
+@pytest.mark.parametrize("alter, message", [
+    (lambda make, data: make(carry="adapter"), "holds tasks with carry = stack, now adapter"),
+    (lambda make, data: changed_tasks(make, {"name": "second"}, {"name": "first"}),
+     "task 1: was first, now second\n  task 2: was second, now first"),
+    (lambda make, data: changed_tasks(make, {}), "task 2: was second, now none"),
+    (lambda make, data: changed_tasks(make, {"num_train_steps": 4}, {}),
+     "num_train_steps was 3, now 4, and task 2 stands on it"),
+    (lambda make, data: changed_tasks(make, {"data": str(data / "two")}, {}),
+     "contents of data: the run has"),
+    (lambda make, data: changed_tasks(make, {"learning_rate": 1.0}, {}),
+     "learning_rate: the run has 0.01, now 1.0"),
+])
+def test_another_history_is_refused(make, data, stacked, alter, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.run(alter(make, data), stacked[0])
+
+
+def test_an_earlier_task_that_went_on_elsewhere_is_noticed(make, stacked, copied):
+    """Whoever trains a task's directory on by hand has changed what the next one stands on."""
+    longer = stacked[1][0].config.copy_and_resolve_references()
+    longer.num_train_steps = 4
+    train_lib.train(longer, copied / "1_first")
+    with pytest.raises(ValueError, match="contents of base_lora: the run has"):
+        tasks.run(make(), copied)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"carry": "both"}, r"carry: expected one of \('adapter', 'stack', 'full'\), got 'both'"),
+    ({"tasks": []}, "tasks: expected at least one, got none"),
+    ({"tasks": [{"name": "a/b"}]}, "expected a name of a-z, 0-9, - and _ for task 1, got 'a/b'"),
+    ({"tasks": [{"name": "a"}, {"name": "a"}]}, "tasks: expected different names, got a, a"),
+    ({"tasks": [{"name": "a"}, {"name": "b", "init_lora": "x"}]},
+     r"task 2 \(b\): init_lora: expected none, it follows from carry"),
+    ({"tasks": [{"name": "a", "rate": 1}]}, r"task 1 \(a\): rate: no key of a run"),
+    ({"run_config": "none.py"}, "--config.run_config none.py: no such file"),
+])
+def test_a_bad_sequence_is_refused_before_anything_is_made(make, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.run(make(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_directories_of_others_and_damaged_histories_are_refused(make, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "photo.png").write_text("")
+    with pytest.raises(ValueError, match="holds other things than tasks"):
+        tasks.run(make(), tmp_path / "run")
+    (tmp_path / "run" / "tasks.json").write_text('{"carry": "stack"')
+    with pytest.raises(ValueError, match=r"tasks.json: damaged"):
+        tasks.run(make(), tmp_path / "run")
+    with pytest.raises(ValueError, match="without a comma"):
+        tasks.run(make(), tmp_path / "a,b")
+    with pytest.raises(ValueError, match="expected a directory of this machine"):
+        tasks.run(make(), "gs://bucket/run")
+
+
+def test_average_and_backward_transfer():
+    values = np.array([[0.9, np.nan, np.nan], [0.7, 0.8, np.nan], [0.6, 0.9, 0.5]])
+    found = matrix_lib.Matrix(("a", "b", "c"), "accuracy", values, np.zeros(3), {}, True)
+    assert found.average == pytest.approx((0.6 + 0.9 + 0.5) / 3)
+    assert found.backward_transfer == pytest.approx((-0.3 + 0.1) / 2)
+    less = matrix_lib.Matrix(("a", "b", "c"), "distance", values, np.zeros(3), {}, False)
+    assert less.backward_transfer == pytest.approx((0.3 - 0.1) / 2)
+    one = matrix_lib.Matrix(("a",), "accuracy", values[:1, :1], np.zeros(1), {}, True)
+    assert np.isnan(one.backward_transfer) and "Backward" not in matrix_lib.as_markdown(one)
+
+
+def start(config, workdir):
+    file = workdir.parent / f"{workdir.name}.py"
+    file.write_text(SEQUENCE.format(values=config.to_dict()))
+    return subprocess.Popen(
+        [sys.executable, "-m", "dopsd_jax.tasks", "--config", str(file), "--workdir", str(workdir)],
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )
+
+
+def same_files(one, two, names):
+    return all(
+        [dict(r, images_per_second=0) for r in read_metrics(one / n, file)]
+        == [dict(r, images_per_second=0) for r in read_metrics(two / n, file)]
+        for n in names for file in ("metrics.jsonl", GAUGES)
+    )
+
+
+def kill_and_compare(config, tmp_path, kills, seed, longest):
+    """Kills a sequence at random instants and compares its end with that of one left alone.
+
+    Returns:
+        How often it was killed: less than `kills` where it came to its end before.
+    """
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(config, whole)
+    assert process.wait() == 0, process.stderr.read()
+    rng, count = random.Random(seed), 0
+    while True:
+        process = start(config, killed)
+        try:
+            status = process.wait(rng.uniform(0.5, longest) if count < kills else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            count += 1
+            continue
+        assert status == 0, process.stderr.read()
+        break
+    names = ("1_first", "2_second")
+    for name in names:
+        one, two = (workdir_lib.read_lora(d / name)[0] for d in (whole, killed))
+        assert moved(one, two) == 0
+    assert same_files(whole, killed, names)
+    return count
+
+
+def test_a_killed_sequence_ends_as_one_that_was_not(make, tmp_path):
+    assert kill_and_compare(make(), tmp_path, kills=3, seed=1, longest=14) >= 1
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_instants(make, tmp_path):
+    config = make(changes={"num_train_steps": 12, "sample_every": 4, "checkpoint_every": 2})
+    assert kill_and_compare(config, tmp_path, kills=20, seed=2, longest=20) == 20
