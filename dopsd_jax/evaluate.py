@@ -49,7 +49,7 @@ from dopsd_jax.method.lora import scaled
 from dopsd_jax.mini import drawing, judge
 from dopsd_jax.mini.build import write_trained
 from dopsd_jax.mini.emoji import load_sprites
-from dopsd_jax.run import previews
+from dopsd_jax.run import loras, previews
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import load_pipeline
 from dopsd_jax.weights.shipped import JUDGE
@@ -86,7 +86,8 @@ class Evaluation:
         if run is None:
             return {"params": self._pipe.params}
         tree, spec = workdir_lib.read_lora(run.workdir, step=step)
-        return {"params": self._pipe.params, "lora": scaled(tree, spec.scale)}
+        members = [(scaled(tree, run.strength), spec.scale), *run.besides]
+        return {"params": self._pipe.params, "lora": loras.take_loras(members, self._pipe)}
 
     def point(self, run: Run | None, step: int, *, num_steps: int, guidance: float = 1.0,
               shift: int = 0) -> Point:
@@ -96,6 +97,10 @@ class Evaluation:
         contents = [] if run is None else [str(run.workdir.resolve()), *(
             (run.workdir / name).read_text() for name in ("config.json", "identity.json")
         )]
+        if run is not None and (run.strength, run.besides) != (1.0, ()):
+            contents += [repr(run.strength), *(
+                f"{loras.fingerprint(n.path)} x {n.strength!r}" for n in run.besides
+            )]
         drawn = hashlib.sha256("\n".join([*asked, *contents]).encode())
         file = self.workdir / "measured" / (
             f"{name}-{num_steps}steps-x{guidance:g}-noise{shift}-{drawn.hexdigest()[:8]}.npz"

@@ -25,6 +25,7 @@ run "$PYTHON" -m dopsd_jax.mini.make --out "$WORK" --budget "$BUDGET" --minutes 
 [ -z "$DRY_RUN" ] || exit 0
 mkdir -p "$OUT"
 for STAGE in vae base turbo judge; do
+  [ -d "$WORK/$STAGE" ] || continue  # the VAE, where that of the package serves
   mkdir -p "$WORK/report/$STAGE"
   cp "$WORK/$STAGE/metrics.jsonl" "$WORK/$STAGE/config.json" "$WORK/report/$STAGE/"
   # The last pictures of the stage; the judge draws none.

@@ -271,11 +271,8 @@ def kill_and_compare(config, tmp_path, kills, seed, longest):
     return count
 
 
-def test_a_killed_sequence_ends_as_one_that_was_not(make, tmp_path):
-    assert kill_and_compare(make(), tmp_path, kills=3, seed=1, longest=14) >= 1
-
-
 @pytest.mark.slow
 def test_twenty_kills_at_random_instants(make, tmp_path):
-    config = make(changes={"num_train_steps": 12, "sample_every": 4, "checkpoint_every": 2})
-    assert kill_and_compare(config, tmp_path, kills=20, seed=2, longest=20) == 20
+    """Each life of a process makes a few seconds of progress, of a minute or more in all."""
+    config = make(changes={"num_train_steps": 600, "sample_every": 100, "checkpoint_every": 10})
+    assert kill_and_compare(config, tmp_path, kills=20, seed=2, longest=14) == 20

@@ -19,7 +19,9 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.core import cli
 from dopsd_jax.core.log import log
+from dopsd_jax.run import loras
 from dopsd_jax.run import workdir as workdir_lib
+from dopsd_jax.run.loras import Named
 
 MOST_AT_ONCE = 8  # trainings; each takes 1.3 GB
 
@@ -32,6 +34,8 @@ class Run:
         method, rate, seed: Which training.
         workdir: Its directory.
         changes: Keys of the run's config that differ from the comparison's `run_config`.
+        strength: How strongly its LoRA counts.
+        besides: Further LoRAs that are drawn with, at any step of this run.
     """
 
     method: str
@@ -39,6 +43,8 @@ class Run:
     seed: int
     workdir: Path
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    strength: float = 1.0
+    besides: tuple[Named, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,16 +75,27 @@ def _name(method: str, rate: float, seed: int) -> str:
 
 
 def own_runs(directories: str) -> list[Run]:
-    """The runs of "runs/a,runs/b", each a method of its own.
+    """The runs of "runs/a,runs/b:0.7,runs/a+c.safetensors:0.5", each a method of its own.
+
+    What is joined by + is drawn together; the first of it is the run. A number behind : is how
+    strongly a LoRA counts.
 
     Raises:
-        ValueError: A directory that is no run's, or two of one name.
+        ValueError: A directory that is no run's, a strength that is no number, or two of one name.
     """
     found = []
     for text in directories.split(","):
-        workdir = Path(text.strip())
+        first, *besides = (loras.parse(part.strip()) for part in text.split("+"))
+        workdir = Path(first.path)
         config = workdir_lib.read_config(workdir)
-        found.append(Run(workdir.name, config["learning_rate"], config["seed"], workdir))
+        method = "+".join(
+            Path(n.path).name + ("" if n.strength == 1 else f":{n.strength:g}")
+            for n in (first, *besides)
+        )
+        found.append(Run(
+            method, config["learning_rate"], config["seed"], workdir, {}, first.strength,
+            tuple(besides),
+        ))
     if len({r.method for r in found}) < len(found):
         raise ValueError(f"checkpoints: expected runs of different names, got {directories!r}")
     return found

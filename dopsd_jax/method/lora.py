@@ -167,6 +167,30 @@ def merge(params: Tree, lora: Tree, scale: float) -> Tree:
     return trees.unflatten(flat)
 
 
+def rounding(params: Tree, merged: Tree, lora: Tree) -> tuple[float, float]:
+    """What merging a LoRA lost, because the weights' dtype resolves no smaller changes.
+
+    Args:
+        params, merged: Before, and as `merge` returned them, with scale 1.
+        lora: alpha / rank in its `b`.
+
+    Returns:
+        The share of the adapted kernels' elements that changed at all, and
+        |merged - params - a b| / |a b|, Frobenius norms over all of them, summed in float64.
+    """
+    before, after = trees.flatten(params), trees.flatten(merged)
+    changed = elements = 0
+    lost = whole = 0.0
+    for path, a, b in pairs(lora):
+        old, new = (np.asarray(x[f"{path}/kernel"], np.float32) for x in (before, after))
+        delta = np.matmul(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        changed += np.count_nonzero(new != old)
+        elements += old.size
+        lost += float(np.square(new - old - delta).sum(dtype=np.float64))
+        whole += float(np.square(delta).sum(dtype=np.float64))
+    return changed / max(elements, 1), math.sqrt(lost / whole) if whole else 0.0
+
+
 def reduced(lora: Tree, rank: int) -> tuple[Tree, float]:
     """The best LoRA of a rank, linear by linear, and the relative error that it costs.
 

@@ -3,8 +3,8 @@
     python -m dopsd_jax.mini.make --out runs/mini                              # CPU, hours
     python -m dopsd_jax.mini.make --out runs/mini --budget gpu --minutes 9     # one GPU
 
-Draws the world, then trains VAE, base, the distilled model and the judge, each in a folder of its
-own. Every part continues where it was stopped, and what is finished is not done again. With
+Draws the world, then trains base, the distilled model and the judge, each in a folder of its own,
+on the latents of the VAE in the package, or of a new one with --vae train. Every part continues where it was stopped, and what is finished is not done again. With
 --minutes the stages share what time is left after the world was drawn, and each ends well in its
 share of it: its rate falls to 0 first. While the world is drawn, the programs of all stages are
 compiled, on a world of the same size with nothing in it.
@@ -31,6 +31,7 @@ from dopsd_jax.mini.labels import WORLD
 from dopsd_jax.mini.styles import SIZE
 from dopsd_jax.mini.world import draw_scene
 from dopsd_jax.run import workdir as workdir_lib
+from dopsd_jax.weights.shipped import MINI_VAE
 
 FLAGS = flags.FLAGS
 # Stage -> its config, and the share of the time that it takes where the time is limited.
@@ -95,7 +96,10 @@ def config_of(stage: str, budget: str, world: Path, start: Path) -> ConfigDict:
     return config
 
 
-def train(out: Path, world: Path, budget: str, minutes: float, updates: int = 0) -> None:
+def train(
+    out: Path, world: Path, budget: str, minutes: float, updates: int = 0, *,
+    vae: Path | None = None,
+) -> None:
     """All stages, each from the one before; `updates` of each alone, if given.
 
     Args:
@@ -104,12 +108,17 @@ def train(out: Path, world: Path, budget: str, minutes: float, updates: int = 0)
         budget: A key of CHANGES.
         minutes: For all of it; 0: no limit.
         updates: For trying it out.
+        vae: Folder of a trained VAE, in place of that stage; None trains one.
     """
     if not (out / "blank").exists():
         model.write_blank(world, out / "blank")
-    end, left = time.monotonic() + 60 * minutes, 1.0
+    chosen = dict(STAGES)
+    if vae is not None:
+        shutil.copytree(vae, out / "blank" / model.PIPELINE / "vae", dirs_exist_ok=True)
+        del chosen["vae"]
+    end, left = time.monotonic() + 60 * minutes, sum(share for _, share in chosen.values())
     before = out / "blank"
-    for stage, (_, share) in STAGES.items():
+    for stage, (_, share) in chosen.items():
         config = config_of(stage, budget, world, out / "blank" if stage == "judge" else before)
         if updates:
             config.num_train_steps = config.sample_every = config.checkpoint_every = updates
@@ -131,20 +140,20 @@ def draw_world(out: Path, counts: dict[str, int]) -> subprocess.Popen:
     ])
 
 
-def make(out: Path, budget: str, minutes: float) -> None:
-    """Everything up to the trained stages, from wherever it was stopped."""
+def make(out: Path, budget: str, minutes: float, vae: Path | None = None) -> None:
+    """Everything up to the trained stages, from wherever it was stopped; see `train`."""
     began, world = time.monotonic(), out / "world"
     drawing = draw_world(world, WORLDS[budget])
     rehearsal = out / "rehearsal"
     if minutes and not (out / "blank").exists():
         blank_world(rehearsal / "world", some_captions(), WORLDS[budget])
-        train(rehearsal, rehearsal / "world", budget, 0, updates=REHEARSAL)
+        train(rehearsal, rehearsal / "world", budget, 0, updates=REHEARSAL, vae=vae)
         shutil.rmtree(rehearsal)
     if drawing.wait() != 0:
         raise RuntimeError(f"drawing the world ended with exit status {drawing.returncode}")
     used = (time.monotonic() - began) / 60
     log.info("world drawn and programs compiled after %.1f minutes", used)
-    train(out, world, budget, max(minutes - used, 0.1) if minutes else 0)
+    train(out, world, budget, max(minutes - used, 0.1) if minutes else 0, vae=vae)
 
 
 def some_captions(count: int = 20_000) -> list[str]:
@@ -155,7 +164,7 @@ def some_captions(count: int = 20_000) -> list[str]:
 def main() -> None:
     workdir_lib.enable_compilation_cache()
     out = Path(FLAGS.out)
-    make(out, FLAGS.budget, FLAGS.minutes)
+    make(out, FLAGS.budget, FLAGS.minutes, MINI_VAE if FLAGS.vae == "shipped" else None)
     files = ship.ship(out / "turbo", out / "judge", out / "shipped")
     print(*files, sep="\n")
 
@@ -163,6 +172,8 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("out", "runs/mini", "Directory of everything.")
     flags.DEFINE_enum("budget", "cpu", sorted(CHANGES), "What it is made on; tiny: to try it out.")
+    flags.DEFINE_enum("vae", "shipped", ["shipped", "train"], "The VAE of the package, or a new "
+                      "one.")
     flags.DEFINE_float("minutes", 0, "End well after so many; 0: when all updates are done.",
                        lower_bound=0)
     cli.run_command(main)

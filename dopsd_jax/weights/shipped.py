@@ -9,6 +9,8 @@ PIPELINES = {"mini": ASSETS / "mini"}
 VISION_LANGUAGE = {"mini": ASSETS / "mini_qwen3_vl"}
 # A LoRA on mini's transformer that undoes its distillation.
 UNDISTILLED = ASSETS / "mini_undistilled.safetensors"
+# A VAE trained on today's mini world, which the next mini model is made with; see mini/make.py.
+MINI_VAE = ASSETS / "mini_vae"
 JUDGE = ASSETS / "mini_judge.safetensors"  # see mini/judge.py
 
 

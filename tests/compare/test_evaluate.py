@@ -1,6 +1,7 @@
 """The whole comparison on the shipped model, as small as it goes; and own runs. Minutes: slow."""
 
 import csv
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -70,3 +71,24 @@ def test_own_runs_are_compared_as_they_are(config, workdir, tmp_path):
     own.checkpoints = str(tmp_path / "none")
     with pytest.raises(ValueError, match="none: expected a run's directory"):
         evaluate_lib.evaluate(own, tmp_path)
+
+
+def test_own_runs_may_be_drawn_together(config, workdir, tmp_path):
+    """With a strength of 0 the second LoRA is not there; with 1 it is."""
+    first, second = sorted(map(str, (workdir / "runs").iterdir()))[:2]
+    rows = {}
+    for name, given in (("alone", first), ("with 0", f"{first}+{second}:0"),
+                        ("both", f"{first}+{second}"), ("half", f"{first}:0.5+{second}:0.5")):
+        own = mini_claim.get_config().copy_and_resolve_references()
+        own.update(config)
+        own.checkpoints = given
+        text = evaluate_lib.evaluate(own, tmp_path / name)
+        head = {"alone": "", "with 0": ":0", "both": "", "half": ":0.5"}[name]
+        label = Path(first).name if name == "alone" else f"+{Path(second).name}{head}"
+        rows[name] = [line.rpartition(" updates) |")[2] for line in text.splitlines()
+                      if f"{label} (" in line]
+        assert len(rows[name]) == 4
+    assert rows["alone"] == rows["with 0"] != rows["both"] != rows["half"]
+    own.checkpoints = f"{first}+{second}:half"
+    with pytest.raises(ValueError, match="expected PATH or PATH:STRENGTH"):
+        evaluate_lib.evaluate(own, tmp_path / "bad")

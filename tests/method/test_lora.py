@@ -217,3 +217,17 @@ def test_ema_in_float32_follows_where_bfloat16_stalls():
     assert run(0.0, jnp.bfloat16) == 1 / 32
     assert run(0.9, jnp.bfloat16) == float(jnp.bfloat16(0.9))
     assert run(0.9, jnp.float32) == pytest.approx(1 - 0.1 * decay**updates, rel=1e-4)
+
+
+def test_what_merging_loses_is_counted():
+    """bfloat16 keeps 8 bits: a change below half a unit of the last one is lost."""
+    kernel = jnp.full((4, 6), 1.0, jnp.bfloat16)
+    a, b = np.zeros((4, 1), np.float32), np.zeros((1, 6), np.float32)
+    a[:2], b[:] = [[1.0], [0.001]], 0.25  # the second row's change is too small, two have none
+    adapter = {"x": {"a": a, "b": b}}
+    for dtype, changed, error in (
+        (jnp.bfloat16, 6 / 24, 0.001 / np.sqrt(1 + 0.001**2)), (jnp.float32, 12 / 24, 0.0),
+    ):
+        params = {"x": {"kernel": kernel.astype(dtype)}}
+        found = lora.rounding(params, lora.merge(params, adapter, 1.0), adapter)
+        np.testing.assert_allclose(found, (changed, error), atol=1e-6)

@@ -5,6 +5,7 @@ Its result is a Z-Image pipeline: diffusers opens it, and a LoRA tuned on it.
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ from dopsd_jax.run import loras
 from dopsd_jax.run.workdir import flat_config
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 from dopsd_jax.weights.save import read_tensors
+from dopsd_jax.weights.shipped import MINI_VAE
 
 PROMPTS = ["a red umbrella and a small cat, noto style", "a bell, neon style"]
 
@@ -82,6 +84,30 @@ def test_every_budget_names_keys_that_the_stages_have():
             for key, value in changes.get(stage, {}).items():
                 assert flat_config(config.to_dict())[key] == value
     assert sum(share for _, share in make.STAGES.values()) == pytest.approx(1)
+
+
+def test_a_trained_vae_takes_the_place_of_its_stage(recipe, world, tmp_path, monkeypatch):
+    configs = {}
+    monkeypatch.setattr(make.stages, "train", lambda config, out: configs.update({out.name: config}))
+    shutil.copytree(recipe / "blank", tmp_path / "blank")
+    vae = recipe / "vae" / model.PIPELINE / "vae"
+    make.train(tmp_path, world, "tiny", 10, vae=vae)
+    assert list(configs) == ["base", "turbo", "judge"]
+    begun, _ = load(tmp_path / "blank")
+    trained, _ = load(recipe / "vae")
+    assert same(begun.vae_params, trained.vae_params)
+    assert configs["base"].model == str(tmp_path / "blank" / model.PIPELINE)
+    # All of the time is shared out among those that are left; nothing here takes any of it.
+    shares = [make.STAGES[stage][1] for stage in configs]
+    assert configs["base"].seconds == pytest.approx(600 * shares[0] / sum(shares), abs=1)
+    assert configs["judge"].seconds == pytest.approx(600, abs=1)
+
+
+def test_the_shipped_vae_is_of_the_sizes_of_the_recipe():
+    config = json.loads((MINI_VAE / "config.json").read_text())
+    sizes = model.sizes([]).vae | {k: config[k] for k in ("scaling_factor", "shift_factor")}
+    assert {k: config[k] for k in sizes} == sizes
+    assert 0.5 < config["scaling_factor"] < 2  # of latents that were trained
 
 
 def test_every_stage_changes_its_own_weights_alone(recipe):
