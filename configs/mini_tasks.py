@@ -19,6 +19,9 @@ def get_config():
     c.run_config = "configs/mini_style.py"  # what every task starts from
     # adapter: one LoRA carried along; stack: a new LoRA on top of frozen ones; full: all weights.
     c.carry = "adapter"
+    # Rows that keep (keep_share) also take the prompts of earlier tasks, and hold on to the model
+    # that each task began with instead of the untuned one.
+    c.keep_earlier = True
     # Keys of run_config that differ in every task.
     c.changes = ConfigDict({"keep_prompts": str(PROMPTS), "keep_share": 0.25})
     # In order. A task has a name, and any keys of a run that differ: its data, its recipe, ..

@@ -28,9 +28,12 @@ from dopsd_jax.core import cli, distributed, mirror
 from dopsd_jax.core.checks import is_whole
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
+from dopsd_jax.data.datasets import read_data
+from dopsd_jax.data.keeping import read_prompts
 from dopsd_jax.method import contexts
 from dopsd_jax.run import loop
 from dopsd_jax.run import workdir as workdir_lib
+from dopsd_jax.run.config import needs_of_rows
 
 FLAGS = flags.FLAGS
 HISTORY = "tasks.json"
@@ -38,6 +41,7 @@ HISTORY = "tasks.json"
 CARRIES = {"adapter": "lora", "stack": "lora", "full": "full"}
 # Of a task's run, made here.
 OWN_KEYS = ("base_lora", "init_lora", "init_full", "trainable", "earlier_data")
+MOST_PROMPTS = 1000  # of an earlier task's data that are kept
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
 
 
@@ -49,18 +53,21 @@ class Task:
         name: Of letters, digits, - and _.
         workdir: Of its run.
         config: Of its run, complete.
+        keep_prompts: The user's own file of them, if any; config has one that holds the prompts of
+            earlier tasks too, where these are kept.
     """
 
     name: str
     workdir: Path
     config: ConfigDict
+    keep_prompts: str = ""
 
 
 def planned(config: ConfigDict, workdir: Path) -> list[Task]:
     """The runs of a sequence.
 
     Args:
-        config: See configs/mini_tasks.py: run_config, carry, changes, tasks.
+        config: See configs/mini_tasks.py: run_config, carry, keep_earlier, changes, tasks.
         workdir: Of the sequence.
 
     Raises:
@@ -101,7 +108,16 @@ def planned(config: ConfigDict, workdir: Path) -> list[Task]:
         run.update_from_flattened_dict(changes)
         run.trainable = CARRIES[config.carry]
         _stand_on(run, config.carry, found)
-        found.append(Task(task["name"], workdir / f"{i}_{task['name']}", run))
+        own_prompts = run.keep_prompts
+        if config.keep_earlier and found:
+            if not run.keep_share:
+                problems.append(f"task {i} ({task['name']}): keep_share: expected a share above 0 "
+                                "with keep_earlier, got 0")
+            # Of prompts that earlier tasks taught, the untuned model knows nothing.
+            run.keep_prompts, run.retain = str(workdir / f"keep_{i}.txt"), "start"
+        found.append(
+            Task(task["name"], workdir / f"{i}_{task['name']}", run, own_prompts)
+        )
     if problems:
         raise ValueError("config:\n  " + "\n  ".join(problems))
     return found
@@ -124,6 +140,20 @@ def _stand_on(run: ConfigDict, carry: str, earlier: Sequence[Task]) -> None:
         run.base_lora, run.init_lora = earlier[-1].config.base_lora, last
     else:
         run.init_full = last
+
+
+def write_prompts(task: Task, earlier: Sequence[Task]) -> None:
+    """The file of prompts that a task keeps: the user's own, and those of the tasks before it.
+
+    Of a data set with more than MOST_PROMPTS captions as many, evenly spaced.
+    """
+    prompts = list(read_prompts(task.keep_prompts)) if task.keep_prompts else []
+    for before in earlier:
+        rows = read_data(before.config, needs_of_rows(before.config)).rows
+        every = max(len(rows) / MOST_PROMPTS, 1)
+        chosen = (rows[int(i * every)] for i in range(min(len(rows), MOST_PROMPTS)))
+        prompts += [" ".join(next(iter(row.captions.values())).split()) for row in chosen]
+    write_atomic(Path(task.config.keep_prompts), "".join(f"{p}\n" for p in prompts))
 
 
 def claim(config: ConfigDict, tasks: Sequence[Task], workdir: Path) -> None:
@@ -206,6 +236,8 @@ def run(config: ConfigDict, workdir: str | Path) -> list[Task]:
     distributed.on_main(lambda: claim(config, tasks, workdir))
     for i, task in enumerate(tasks, 1):
         distributed.on_main(lambda i=i: _begin(config, tasks[:i], workdir / HISTORY))
+        if task.config.keep_prompts != task.keep_prompts:
+            distributed.on_main(lambda i=i: write_prompts(tasks[i - 1], tasks[: i - 1]))
         log.info("task %d of %d: %s, in %s", i, len(tasks), task.name, task.workdir)
         state = train_lib.train(task.config, task.workdir)
         if state is not None and int(state.step) < task.config.num_train_steps:

@@ -89,10 +89,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     )
     pipe = load_parts(config, mesh, draws_pictures=bool(config.sample_every or looks_ahead))
     # Before the encoders run, which may take hours: it refuses targets that match no layer.
-    earlier = None
-    if config.base_lora:
-        earlier = loras.take_loras(loras.parse_list(config.base_lora), pipe)
-    step = Step(config, pipe.denoiser, pipe.lora.targets, mesh, earlier)
+    step = Step(config, pipe.denoiser, pipe.lora.targets, mesh, *loras.stands_on(config, pipe))
     made = make_features(config, pipe, data, entries, cache)
     features = BatchFeatures(config, data, entries, made)
 
@@ -215,20 +212,15 @@ def first_state(
     the other two, so they are of no use after the first update.
     """
     params, pipe.params = pipe.params, None
-    trained, start = step.state_shapes.student, None
-    if config.init_lora:
-        start = loras.take_loras(loras.parse_list(config.init_lora), pipe)
-    if config.init_full:
-        start = workdir_lib.read_full(config.init_full)[0]
-        workdir_lib.check_same_model(start, trained, config.init_full)
+    trained = step.state_shapes.student
     if step.method.trainable == "lora":
         log.info("LoRA: %d linears, %s parameters, scale %g", lora.num_linears(trained),
                  f"{trees.count(trained):,}", step.method.lora_scale)
     else:
         log.info("full fine-tuning: %s parameters", f"{trees.count(trained):,}")
-    base, state = step.init(params, start)
+    base, state = step.init(params)
     if step.method.trainable == "full":
-        return base, state, {"params": params if start is not None else state.student}
+        return base, state, {"params": params if config.init_full else state.student}
     # Of the structure that the student's have, so that one program draws both.
     variables = step.method.assemble(base, state.student)
     return base, state, variables | {"lora": lora.scaled(variables["lora"], 0.0)}

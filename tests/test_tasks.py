@@ -58,7 +58,7 @@ def make(tiny, data, tmp_path_factory):
 
     def make(**changes):
         return ConfigDict({
-            "run_config": str(file), "carry": "stack", "changes": {},
+            "run_config": str(file), "carry": "stack", "keep_earlier": False, "changes": {},
             "tasks": [{"name": "first", "data": str(data / "one")},
                       {"name": "second", "data": str(data / "two"), "lora.rank": 2}],
         } | changes)
@@ -192,6 +192,7 @@ def test_an_earlier_task_that_went_on_elsewhere_is_noticed(make, stacked, copied
     ({"tasks": [{"name": "a"}, {"name": "b", "init_lora": "x"}]},
      r"task 2 \(b\): init_lora: expected none, it follows from carry"),
     ({"tasks": [{"name": "a", "rate": 1}]}, r"task 1 \(a\): rate: no key of a run"),
+    ({"keep_earlier": True}, r"task 2 \(second\): keep_share: expected a share above 0"),
     ({"run_config": "none.py"}, "--config.run_config none.py: no such file"),
 ])
 def test_a_bad_sequence_is_refused_before_anything_is_made(make, tmp_path, changes, message):
@@ -269,6 +270,27 @@ def kill_and_compare(config, tmp_path, kills, seed, longest):
         assert moved(one, two) == 0
     assert same_files(whole, killed, names)
     return count
+
+
+@pytest.mark.parametrize("carry", ["adapter", "stack", "full"])
+def test_prompts_of_earlier_tasks_are_kept_as_they_were_taught(make, data, tmp_path, carry):
+    """Where all rows of the second task keep, the model stays the one that the first made."""
+    own = tmp_path / "own.txt"
+    own.write_text("a lighthouse\n")
+    changes = {"keep_prompts": str(own), "sample_every": 3}
+    config = make(carry=carry, keep_earlier=True, changes=changes, tasks=[
+        {"name": "first", "data": str(data / "one"), "keep_share": 0.5},
+        {"name": "second", "data": str(data / "two"), "keep_share": 1.0},
+    ])
+    first, second = tasks.run(config, tmp_path / "run")
+    assert first.config.keep_prompts == str(own) and first.config.retain == "untuned"
+    kept = (tmp_path / "run" / "keep_2.txt").read_text().splitlines()
+    assert kept == ["a lighthouse", "one astronaut", "one chelsea"]
+    rows = read_metrics(second.workdir)
+    assert all(r["loss"] < 1e-9 and r["loss_teacher"] == 0 for r in rows)
+    assert read_metrics(first.workdir)[-1]["loss_kept"] > 1e-9
+    drifts = [r["drift"] for r in read_metrics(second.workdir, GAUGES)]
+    assert drifts[0] > 0 and drifts == pytest.approx([drifts[0]] * 2, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -183,7 +183,8 @@ def _draw_curve(ax, name: str, steps: list[int], values: np.ndarray) -> None:
     else:
         for i, part in enumerate(values.T):
             ax.plot(steps, part, label=f"{i}")
-        ax.set_yscale("log")
+        if (values > 0).any():
+            ax.set_yscale("log")
     ax.legend()
     ax.set_title(name.replace("_", " "))
     ax.set_xlabel("step")

@@ -34,34 +34,34 @@ def step_loss(v_student: jax.Array, v_teacher: jax.Array, sigma: jax.Array, loss
 
 @flax.struct.dataclass
 class Retention:
-    """What pulls the student towards the untuned model, which sees the prompt alone as it does.
+    """What pulls the student towards a frozen model, which sees the prompt alone as it does.
 
-    One more forward pass at each state gives the untuned model's prediction for all rows; it serves
-    both. The loss of a row is D(student, teacher) + anchor D(student, untuned), and that of a kept
-    row is D(student, untuned) alone; D is `step_loss`.
+    One more forward pass at each state gives that model's prediction for all rows; it serves both.
+    The loss of a row is D(student, teacher) + anchor D(student, frozen), and that of a kept row is
+    D(student, frozen) alone; D is `step_loss`.
 
     Attributes:
-        untuned: Variables of the untuned network.
+        frozen: Variables of the network as it is to be retained, such as the untuned one.
         anchor: Weight of the distance to it, 0 for none.
         kept: bool [B], the rows whose only teacher it is; None for none.
     """
 
-    untuned: Tree
+    frozen: Tree
     anchor: float = flax.struct.field(pytree_node=False, default=0.0)
     kept: jax.Array | None = None
 
     def losses(
-        self, v_student: jax.Array, v_teacher: jax.Array, v_untuned: jax.Array, sigma: jax.Array,
+        self, v_student: jax.Array, v_teacher: jax.Array, v_frozen: jax.Array, sigma: jax.Array,
         loss: str,
     ) -> dict[str, jax.Array]:
         """The terms of the mean over rows, which add up to it: teacher, anchor, kept."""
         kept = jnp.zeros(len(v_student), bool) if self.kept is None else self.kept
         per_row = jax.vmap(step_loss, (0, 0, None, None))
-        to_untuned = per_row(v_student, v_untuned, sigma, loss)
+        to_frozen = per_row(v_student, v_frozen, sigma, loss)
         return {
             "teacher": jnp.mean(jnp.where(kept, 0, per_row(v_student, v_teacher, sigma, loss))),
-            "anchor": self.anchor * jnp.mean(jnp.where(kept, 0, to_untuned)),
-            "kept": jnp.mean(jnp.where(kept, to_untuned, 0)),
+            "anchor": self.anchor * jnp.mean(jnp.where(kept, 0, to_frozen)),
+            "kept": jnp.mean(jnp.where(kept, to_frozen, 0)),
         }
 
 
@@ -98,7 +98,7 @@ def dopsd_loss_and_grad(
             others are off-policy, for comparison: "teacher", on the teacher's trajectory; "noised",
             at the noised target, with this noise at every step.
         latents: float32 [B, h, w, C], the targets, for "noised".
-        retention: What keeps the student near the untuned model; None for nothing.
+        retention: What keeps the student near a frozen model; None for nothing.
 
     Returns:
         loss: float32 scalar, the mean over the S steps.
@@ -131,8 +131,8 @@ def dopsd_loss_and_grad(
         v_sampler = v_teacher if states == "teacher" else v_student
         if retention is None:
             return step_loss(v_student, v_teacher, sigma, loss) / num_steps, (v_sampler, {})
-        v_untuned = jax.lax.stop_gradient(velocity(retention.untuned, x, sigma, student_ctx))
-        terms = retention.losses(v_student, v_teacher, v_untuned, sigma, loss)
+        v_frozen = jax.lax.stop_gradient(velocity(retention.frozen, x, sigma, student_ctx))
+        terms = retention.losses(v_student, v_teacher, v_frozen, sigma, loss)
         terms = jax.tree.map(lambda term: term / num_steps, terms)
         return sum(terms.values()), (v_sampler, terms)
 

@@ -53,7 +53,7 @@ class Batch:
         sigmas: float32 [S + 1], the rollout's schedule.
         latents: float32 [B, h, w, C], the targets; None where nothing asks for them.
         sigma: float32 [B], a noise level per row, of flow matching only.
-        kept: bool [B], the rows that only keep the student near the untuned model; None for none.
+        kept: bool [B], the rows that only keep the student as it was; None for none.
     """
 
     noise: jax.Array
@@ -79,7 +79,7 @@ class Method:
         loss: "x0" or "velocity".
         states: "student" (on-policy), "teacher" or "noised", see rollout.
         accumulation: Micro-batches per update; divides the batch.
-        anchor: Weight of the distance to the untuned model, see `rollout.Retention`.
+        anchor: Weight of the distance to the model to be retained, see `rollout.Retention`.
         keeps: Whether some rows of a batch only keep the student near it.
     """
 
@@ -109,14 +109,14 @@ class Method:
             raise ValueError(f"anchor: expected 0 or a number above it, got {self.anchor}")
 
     @property
-    def needs_untuned(self) -> bool:
-        """Whether the loss asks the untuned model."""
+    def retains(self) -> bool:
+        """Whether the loss asks a model to be retained."""
         return self.anchor > 0 or self.keeps
 
     @property
     def needs_base(self) -> bool:
         """Whether weights stay beside those that train."""
-        return self.trainable == "lora" or self.needs_untuned
+        return self.trainable == "lora" or self.retains
 
     def assemble(self, base: Tree | None, trained: Tree) -> Tree:
         """Variables of the network: the roles are arguments, not modes.
@@ -124,12 +124,15 @@ class Method:
         Args:
             base: What does not train: {"params"}, and "lora", with alpha / rank in its `b`, where
                 earlier LoRAs stay beside the one that trains. Not read where everything trains.
+                "start", if there, is for `retained` alone.
             trained: A LoRA, or all parameters.
         """
         if self.trainable == "full":
             return {"params": trained}
         tree = lora.scaled(trained, self.lora_scale)
-        return base | {"lora": lora.combined([base["lora"], tree]) if "lora" in base else tree}
+        if "lora" in base:
+            tree = lora.combined([base["lora"], tree])
+        return {"params": base["params"], "lora": tree}
 
 
 def make_optimizer(
@@ -250,9 +253,9 @@ def draw_noise(rng: jax.Array, step: jax.Array, shape: tuple[int, ...]) -> jax.A
     return jax.random.normal(jax.random.fold_in(rng, step), shape, jnp.float32)
 
 
-def untuned(base: Tree) -> Tree:
-    """Variables of the untuned network, of what does not train: without any LoRA."""
-    return {"params": base["params"]}
+def retained(base: Tree) -> Tree:
+    """Variables of the network as it is to be retained: as in base["start"], or untuned."""
+    return {"params": base["params"]} | base.get("start", {})
 
 
 Objective = Callable[[Tree, Tree, Tree, Any], tuple[Tree, dict[str, jax.Array]]]
@@ -261,13 +264,13 @@ Objective = Callable[[Tree, Tree, Tree, Any], tuple[Tree, dict[str, jax.Array]]]
 def dopsd(method: Method, velocity: rollout.Velocity) -> Objective:
     """The method itself: (student, teacher, base, Batch) -> gradient, {loss, step_loss [S]}.
 
-    Where it asks the untuned model, the parts of the loss are there too, as `loss_teacher`,
+    Where it asks a model to be retained, the parts of the loss are there too, as `loss_teacher`,
     `loss_anchor` and `loss_kept`.
     """
     def objective(student, teacher, base, batch: Batch):
         retention = None
-        if method.needs_untuned:
-            retention = rollout.Retention(untuned(base), method.anchor, batch.kept)
+        if method.retains:
+            retention = rollout.Retention(retained(base), method.anchor, batch.kept)
         loss, grads, metrics = rollout.dopsd_loss_and_grad(
             student, teacher, base, batch.noise, batch.student_ctx, batch.teacher_ctx,
             batch.sigmas, velocity=velocity, assemble=method.assemble, loss=method.loss,

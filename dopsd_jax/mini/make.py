@@ -4,10 +4,11 @@
     python -m dopsd_jax.mini.make --out runs/mini --budget gpu --minutes 9     # one GPU
 
 Draws the world, then trains base, the distilled model and the judge, each in a folder of its own,
-on the latents of the VAE in the package, or of a new one with --vae train. Every part continues where it was stopped, and what is finished is not done again. With
---minutes the stages share what time is left after the world was drawn, and each ends well in its
-share of it: its rate falls to 0 first. While the world is drawn, the programs of all stages are
-compiled, on a world of the same size with nothing in it.
+on the latents of the VAE in the package, or of a new one with --vae train. Every part continues
+where it was stopped, and what is finished is not done again. With --minutes the stages share what
+time is left after the world was drawn, and each ends well in its share of it: its rate falls to 0
+first. While the world is drawn, the programs of all stages are compiled, on a world of the same
+size with nothing in it.
 """
 
 from __future__ import annotations

@@ -54,17 +54,10 @@ def denoiser_of(config: ConfigDict) -> Denoiser:
 def step_of(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Step:
     """The run's own step; config.batch_size rows in all."""
     denoiser = denoiser_of(config)
-    return Step(
-        config, denoiser, find(denoiser.network.config).targets, mesh, earlier_loras(config)
-    )
-
-
-def earlier_loras(config: ConfigDict) -> Tree | None:
-    """The LoRAs that stay beside the one that trains, as one; None without any."""
-    if not config.base_lora:
-        return None
-    pipe = load_pipeline(config.model, dtype=config.dtype, remat=config.remat, parts=())
-    return loras.take_loras(loras.parse_list(config.base_lora), pipe)
+    before: tuple[Tree | None, Tree | None] = None, None
+    if config.base_lora or config.init_lora or config.init_full:
+        before = loras.stands_on(config, load_pipeline(config.model, parts=()))
+    return Step(config, denoiser, find(denoiser.network.config).targets, mesh, *before)
 
 
 def bytes_per_device(tree: Tree) -> int:

@@ -196,13 +196,16 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         resume="as base_lora"),
     "keep_prompts": key("", ANY_PATH, PLACE,
         meaning="Text file with a prompt in each line on which the student is to stay as it was: "
-        "rows without a picture whose teacher is the untuned model with the same prompt.",
+        "rows without a picture whose teacher is the model of retain with the same prompt.",
         resume="the prompts are part of a run's identity"),
     "keep_share": key(0.0, SHARE, STEP,
         meaning="Share of the rows of every batch that keep_prompts take; a whole number of rows."),
     "anchor": key(0.0, NOT_NEGATIVE, STEP,
         meaning="Weight of the distance to the untuned model's prediction with the prompt alone, "
         "at the states of the loss; 0: none."),
+    "retain": key("untuned", one_of("untuned", "start"), STEP,
+        meaning="What keep_prompts and anchor hold on to: the untuned model, or the one that this "
+        "run began with, base_lora, init_lora or init_full included."),
     "recipe": key("vlm", one_of(*contexts.RECIPES), STUDENT, TEACHER, STEP,
         meaning="What the teacher sees: vlm (prompt and target image), edit (target as "
         "reference), edit_ref (references, target as the last), text (a longer text), "

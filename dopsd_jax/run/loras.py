@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from dopsd_jax.core import mirror, trees
 from dopsd_jax.core.checks import is_number, noted
@@ -139,6 +140,28 @@ def take_loras(lora: Any, pipe: Pipeline, *, any_rank: bool = False) -> Tree:
     if not any_rank:
         _check_ranks(tree, taken)
     return tree
+
+
+def stands_on(config: ConfigDict, pipe: Pipeline) -> tuple[Tree | None, Tree | None]:
+    """What a run stands on, and what it goes on from, as `Step` takes them.
+
+    Args:
+        config: Its base_lora, init_lora and init_full, none of which need be there.
+        pipe: Of the model, with or without weights.
+
+    Raises:
+        ValueError: As `take_loras`; a run that trained no full weights, or another model's.
+    """
+    earlier, start = (
+        take_loras(parse_list(config[key]), pipe) if config[key] else None
+        for key in ("base_lora", "init_lora")
+    )
+    if config.init_full:
+        start = workdir_lib.read_full(config.init_full)[0]
+        workdir_lib.check_same_model(
+            start, transformer_shapes(pipe.denoiser.network), config.init_full
+        )
+    return earlier, start
 
 
 def _take(member: Any, pipe: Pipeline) -> Tree:

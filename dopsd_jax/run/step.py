@@ -67,7 +67,7 @@ class Step:
 
     def __init__(
         self, config: ConfigDict, denoiser: Denoiser, presets: Mapping[str, tuple[str, ...]],
-        mesh: Mesh | AbstractMesh, earlier: Tree | None = None,
+        mesh: Mesh | AbstractMesh, earlier: Tree | None = None, start: Tree | None = None,
     ):
         """Builds the step from a config whose values are possible, see run/config.py.
 
@@ -77,6 +77,8 @@ class Step:
             presets: LoRA targets of its family by name, see `lora.PRESETS`.
             mesh: An abstract one will do for shapes, not for compiling.
             earlier: The LoRAs of config.base_lora as one, alpha / rank in its `b`, or None.
+            start: What to go on from: a LoRA, alpha / rank in its `b`, or all parameters. None for
+                a LoRA that changes nothing, or the network's own parameters.
 
         Raises:
             ValueError: LoRA targets that the network does not have.
@@ -92,14 +94,26 @@ class Step:
             self.targets = lora.parse_targets(config.lora.targets, presets)
         if self.method.needs_base:
             dtype = jnp.dtype(config.dtype)
-            base = {"params": jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), params)}
+            base = {"params": _shapes(params, dtype)}
             if earlier is not None:
-                base["lora"] = jax.tree.map(
-                    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), earlier
-                )
+                base["lora"] = _shapes(earlier, jnp.float32)
+            if retained := self._retained(earlier, start):
+                base["start"] = {
+                    name: _shapes(tree, jnp.float32 if name == "lora" else dtype)
+                    for name, tree in retained.items()
+                }
             self.base_shapes = self._placed(base)
-        self._earlier = earlier
+        self._earlier, self._start = earlier, start
         self.state_shapes = self._placed(jax.eval_shape(self._first_state, params))
+
+    def _retained(self, earlier: Tree | None, start: Tree | None) -> Tree:
+        """What the model that the run begins with has in place of the untuned one's."""
+        if not self.method.retains or self._config.retain == "untuned":
+            return {}
+        if self.targets is None:
+            return {} if start is None else {"params": start}
+        loras = [tree for tree in (earlier, start) if tree is not None]
+        return {"lora": lora.combined(loras)} if loras else {}
 
     def _placed(self, shapes: Tree) -> Tree:
         return jax.tree.map(
@@ -123,25 +137,27 @@ class Step:
             jnp.dtype(self._config.ema_dtype),
         )
 
-    def init(
-        self, params: Tree, start: Tree | None = None
-    ) -> tuple[Tree | None, TrainState]:
+    def init(self, params: Tree) -> tuple[Tree | None, TrainState]:
         """What does not train, None without any, and the state at step 0.
 
         Args:
             params: The network's parameters. They are given up: the base or the state may hold
                 the same arrays, and calling the step frees those of the state.
-            start: What to go on from: a LoRA, alpha / rank in its `b`, or all parameters. None for
-                a LoRA that changes nothing, or `params`.
 
         Raises:
             ValueError: A LoRA with other targets than the run's or a larger rank.
         """
-        base = None
+        base, start = None, self._start
         if self.base_shapes is not None:
             base = {"params": params}
             if self._earlier is not None:
-                base["lora"] = trees.cast_floats(self._earlier, jnp.float32)
+                base["lora"] = self._earlier
+            if retained := self._retained(self._earlier, start):
+                base["start"] = retained
+            for name in base.keys() - {"params"}:
+                base[name] = jax.tree.map(
+                    lambda x, s: x.astype(s.dtype), base[name], self.base_shapes[name]
+                )
             base = sharding.place(base, _where(self.base_shapes))
         if self.targets is None:
             # In one program, so that the copies and moments of all weights come into being where
@@ -272,6 +288,10 @@ class Step:
             noise, student_ctx, teacher_ctx, self._sigmas[shift], latents,
             sigma if self._draws_sigma else None, kept,
         )
+
+
+def _shapes(tree: Tree, dtype: Any) -> Tree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
 
 
 def _where(shapes: Tree) -> Any:

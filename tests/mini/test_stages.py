@@ -88,7 +88,9 @@ def test_every_budget_names_keys_that_the_stages_have():
 
 def test_a_trained_vae_takes_the_place_of_its_stage(recipe, world, tmp_path, monkeypatch):
     configs = {}
-    monkeypatch.setattr(make.stages, "train", lambda config, out: configs.update({out.name: config}))
+    monkeypatch.setattr(
+        make.stages, "train", lambda config, out: configs.update({out.name: config})
+    )
     shutil.copytree(recipe / "blank", tmp_path / "blank")
     vae = recipe / "vae" / model.PIPELINE / "vae"
     make.train(tmp_path, world, "tiny", 10, vae=vae)

@@ -35,6 +35,7 @@ from dopsd_jax.models.layers import Dense
 from dopsd_jax.planning import compiler, lowering
 from dopsd_jax.run.step import Step
 from dopsd_jax.run.workdir import flat_config
+from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 from tests.commands import ROOT, environment
@@ -175,12 +176,24 @@ def commands(config, cache, prompts, tmp_path):
     }
 
 
+def write_lora(config, folder):
+    """A LoRA file of the config's model, of rank 2."""
+    pipe = load_pipeline(config.model, parts=())
+    targets = lora.parse_targets(config.lora.targets, pipe.lora.targets)
+    tree = lora.init(jax.random.key(3), transformer_shapes(pipe.denoiser.network), targets, 2)
+    file = folder / "lora.safetensors"
+    if not file.exists():
+        lora_files.save_diffusers(file, tree, lora_files.LoraSpec(2, 2.0), pipe.lora.modules)
+    return str(file)
+
+
 @pytest.mark.parametrize("changes", [
     {}, {"accumulation": 2, "teacher": "live"},
     {"trainable": "full", "moments_dtype": "bfloat16", "ema_dtype": "bfloat16"},
     {"objective": "sft"}, {"states": "noised", "dtype": "bfloat16", "remat": "matmuls"},
     {"num_steps": 8, "schedule": "reference8", "shift": 2.0}, {"anchor": 2.0},
     {"anchor": 2.0, "trainable": "full"}, {"keep_share": 0.5},
+    {"anchor": 2.0, "retain": "start", "base_lora": "LORA:0.5", "init_lora": "LORA"},
 ], ids=str)
 def test_a_plan_lowers_the_very_step_that_a_run_calls(
     config, cache, prompts, tmp_path, changes
@@ -190,7 +203,9 @@ def test_a_plan_lowers_the_very_step_that_a_run_calls(
     config.update(changes)
     if config.keep_share:
         config.keep_prompts = str(prompts)
-    of_run = of_train(config, tmp_path)
+    for key in ("base_lora", "init_lora"):
+        config[key] = config[key].replace("LORA", write_lora(config, tmp_path))
+    of_run = of_train(config, tmp_path / "run")
     assert_same_step(of_run, of_plan(config))
     assert_same_step(of_run, catch(lambda: plan_lib.plan_here(config)))
 
