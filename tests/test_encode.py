@@ -37,7 +37,7 @@ OTHER_KEYS = {
     "lora.alpha", "lora.targets", "num_train_steps", "batch_size", "accumulation",
     "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm", "seed",
     "objective", "states", "teacher_words", "base_lora", "init_lora", "init_full",
-    "keep_prompts", "keep_share", "anchor", "retain", "earlier_data", "remat",
+    "keep_prompts", "keep_share", "anchor", "retain", "earlier_data", "caption_key", "remat",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "published",
     "log_every", "sample_every", "sample_steps", "preflight", "moments_dtype", "ema_dtype",
     "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every", "keep_checkpoints",

@@ -120,8 +120,10 @@ class BatchPlan:
                 [rows[(rows >= a) & (rows < b)] for a, b in itertools.pairwise(first)]
                 for rows in members
             ]
+            # As often as rows count, which may be more than once.
+            counted = [sum(map(len, of_set)) for of_set in zip(*self._rows, strict=True)]
             parts = [
-                [w * len(part) / n for part, w, n in zip(parts, weights, sizes, strict=True)]
+                [w * len(part) / n for part, w, n in zip(parts, weights, counted, strict=True)]
                 for parts in self._rows
             ]
             counts = whole_shares([sum(of_bucket) for of_bucket in parts])

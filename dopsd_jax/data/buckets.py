@@ -126,6 +126,26 @@ def assign_buckets(
     ))
 
 
+def repeated(
+    assignment: Mapping[Bucket, Sequence[int]], repeats: Mapping[int, int]
+) -> dict[Bucket, Sequence[int]]:
+    """The same with rows as often as they count; all rows once come first.
+
+    Args:
+        assignment: Rows by bucket.
+        repeats: Of the rows that count more than once how often.
+    """
+    if not repeats:
+        return dict(assignment)
+    found = {}
+    for bucket, rows in assignment.items():
+        most = max(repeats.get(row, 1) for row in rows)
+        found[bucket] = array("q", (
+            row for turn in range(most) for row in rows if repeats.get(row, 1) > turn
+        ))
+    return found
+
+
 def check_fillable(
     assignment: Mapping[Bucket, Sequence[int]], batch_size: int, policy: str
 ) -> None:

@@ -23,6 +23,7 @@ from dopsd_jax.data.buckets import (
     check_fillable,
     make_buckets,
     parse_buckets,
+    repeated,
 )
 from dopsd_jax.data.drafts import Needs
 from dopsd_jax.data.files import DataError, ImageSource
@@ -206,12 +207,19 @@ def read_data(config: ConfigDict, needs: Needs) -> Data:
         ]
         index = json.dumps([part.identity() for part in indexed])
         parts, shapes = indexed, itertools.chain.from_iterable(p.shapes() for p in indexed)
+        firsts = itertools.accumulate(map(len, parts), initial=0)
+        repeats = {first + row: count for first, part in zip(firsts, indexed, strict=False)
+                   for row, count in part.repeats().items()}
         rows: Sequence[Row] = Joined(parts)
     else:
         parts = [read_rows(part, root=root, needs=needs) for part in sets]
         rows = list(itertools.chain.from_iterable(parts))
         shapes = ((row.size, len(row.references)) for row in rows)
-    assignment = assign_buckets(shapes, buckets)
+        repeats = {i: row.repeats for i, row in enumerate(rows) if row.repeats > 1}
+    assignment = repeated(assign_buckets(shapes, buckets), repeats)
+    if repeats:
+        log.info("%d rows count several times, by the numbers before _ in their folders' names; "
+                 "an epoch has %d", len(repeats), sum(map(len, assignment.values())))
     kept = kept_rows(config.batch_size, config.keep_share)
     batch_size = max(config.batch_size - kept, 1)  # of rows of data
     check_fillable(assignment, batch_size, config.small_buckets)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 from PIL import Image
 
 from dopsd_jax.data.files import (
+    CAPTION_EXTENSIONS,
     FOREIGN_EXTENSIONS,
     IMAGE_EXTENSIONS,
     MAX_ASPECT,
     MAX_SIDE,
     ImageSource,
     StoredImage,
+    advice,
 )
 
 # In order of precedence: published files may carry a local list and the remote one it came from.
@@ -30,6 +34,7 @@ IMAGE_KEYS = (
     "oss_path_list",
     "images",
     "image",
+    "file_name",
 )
 CAPTION_KEYS = tuple(
     f"{kind}_{language}"
@@ -43,6 +48,8 @@ SIZE_KEYS = ("h*w", "w*h")
 SQUARE = (1, 1)  # size of a row that says nothing
 SIZE_PATTERN = re.compile(r"\s*[1-9]\d*\s*\*\s*[1-9]\d*\s*")
 
+REPEATS = re.compile(r"(\d{1,9})_")
+MAX_REPEATS = 10_000
 # Text files that live beside images without being captions.
 NOT_CAPTIONS = ("readme", "license", "licence", "copying", "notice")
 
@@ -56,11 +63,13 @@ class Needs:
             Where the fewest is 0, a row may say how large its picture is instead.
         subject: Whether `subject_images` names other pictures of what the target shows.
         enhanced: Whether `enhanced_prompt` holds the teacher's text.
+        caption_key: Under which the caption stands; "" for the known names.
     """
 
     images: tuple[int, int | None] = (1, 1)
     subject: bool = False
     enhanced: bool = False
+    caption_key: str = ""
 
     @property
     def one_pair(self) -> bool:
@@ -80,6 +89,7 @@ class Draft:
     size: tuple[int, int] | None = None
     class_name: str | None = None
     enhanced: str | None = None
+    repeats: int = 1
     problems: list[str] = field(default_factory=list)
 
 
@@ -96,7 +106,7 @@ def read_record(where: str, record: Any, needs: Needs) -> Draft:
         draft.problems.append(f"expected a JSON object {{...}}, got {shorten(record)}")
         return draft
     _take_paths(draft, record, needs)
-    _take_captions(draft, record)
+    _take_captions(draft, record, needs.caption_key)
     if needs.subject:
         draft.subject = _read_paths(draft, SUBJECT_KEY, record.get(SUBJECT_KEY))
     if needs.enhanced:
@@ -147,13 +157,18 @@ def _read_paths(draft: Draft, key: str, value: object) -> list[str | StoredImage
     return usable
 
 
-def _take_captions(draft: Draft, record: dict) -> None:
+def _take_captions(draft: Draft, record: dict, chosen: str) -> None:
     # null says "no caption of this kind"; an empty string is taken for a captioning failure.
-    present = {key: record[key] for key in CAPTION_KEYS if record.get(key) is not None}
-    if not present:
+    names = (chosen,) if chosen else CAPTION_KEYS
+    present = {key: record[key] for key in names if record.get(key) is not None}
+    if not present and chosen:
+        draft.problems.append(
+            f"expected a caption under caption_key = {chosen}, got the keys {_keys_of(record)}"
+        )
+    elif not present:
         draft.problems.append(
             f"expected a caption under at least one of the keys {', '.join(CAPTION_KEYS)}, got the "
-            f"keys {_keys_of(record)}"
+            f"keys {_keys_of(record)}; if one of these holds it, name it by caption_key"
         )
     texts = {key: _read_text(draft, key, text) for key, text in present.items()}
     draft.captions = {key: text for key, text in texts.items() if text is not None}
@@ -205,30 +220,54 @@ def _set_size(draft: Draft, key: str, sides: list[int]) -> None:
 
 
 def scan_folder(folder: Path) -> list[Draft]:
-    """One draft per image, and one per file that looks like data but cannot be a row."""
-    files = sorted(path for path in folder.absolute().iterdir() if path.is_file())
-    files = [path for path in files if not path.name.startswith(".")]  # .DS_Store, ._cat.jpg
-    captions = {path.stem: path for path in files if path.suffix.lower() == ".txt"}
+    """One draft per image, and one per file that looks like data but cannot be a row.
+
+    Subfolders are read too. Where their name begins with a number, `10_cats`, as kohya's scripts
+    have it, each of their rows counts so many times.
+    """
+    folder = folder.absolute()
+    drafts: list[Draft] = []
+    for place, inner, names in os.walk(folder):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        files = [Path(place) / n for n in sorted(names) if not n.startswith(".")]  # ._cat.jpg
+        files = [path for path in files if path.is_file()]
+        drafts += _scan(folder, Path(place), files)
+    return drafts
+
+
+def _scan(folder: Path, place: Path, files: list[Path]) -> list[Draft]:
+    """The drafts of the files of one folder."""
+    captions = defaultdict(list)
+    for path in files:
+        if path.suffix.lower() in CAPTION_EXTENSIONS:
+            captions[path.stem].append(path)
     image_stems = {path.stem for path in files if path.suffix.lower() in IMAGE_EXTENSIONS}
     other_images = {*Image.registered_extensions(), *FOREIGN_EXTENSIONS} - {*IMAGE_EXTENSIONS}
+    number = REPEATS.match(place.name) if place != folder else None
+    repeats = int(number[1]) if number else 1
     drafts = []
     for path in files:
-        draft = Draft(path.name)
+        draft = Draft(path.relative_to(folder).as_posix(), repeats=repeats)
         extension = path.suffix.lower()
         if extension in IMAGE_EXTENSIONS:
             draft.paths.append(str(path))
-            _read_caption(draft, path, captions.get(path.stem))
+            _read_caption(draft, path, captions[path.stem])
+            if not 1 <= repeats <= MAX_REPEATS:
+                draft.problems.append(
+                    f"expected 1 to {MAX_REPEATS} repeats before _ in the folder's name, got "
+                    f"{place.name!s:.60}"
+                )
         elif extension in other_images:
             draft.problems.append(
                 f"expected an image ending in {', '.join(IMAGE_EXTENSIONS)}, got {extension}; "
-                "convert it, or move it out of the folder"
+                + advice(extension)
             )
-        elif extension == ".txt" and path.stem not in image_stems:
+        elif extension in CAPTION_EXTENSIONS and path.stem not in image_stems:
             if path.stem.lower() in NOT_CAPTIONS:
                 continue
             draft.problems.append(
                 f"expected an image named {path.stem} beside this caption, found none; add it, or "
-                "move the .txt out of the folder"
+                f"move the {extension} out of the folder"
             )
         else:
             continue
@@ -236,12 +275,15 @@ def scan_folder(folder: Path) -> list[Draft]:
     return drafts
 
 
-def _read_caption(draft: Draft, image: Path, file: Path | None) -> None:
-    if file is None:
+def _read_caption(draft: Draft, image: Path, files: list[Path]) -> None:
+    if len(files) != 1:
+        found = " and ".join(f.name for f in files)
         draft.problems.append(
+            f"expected one caption beside it, found {found}; move one away" if files else
             f"expected a caption in {image.stem}.txt beside it, found no such file; write one"
         )
         return
+    file = files[0]
     try:
         text = file.read_bytes().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import os
@@ -14,9 +15,35 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # A closed list: PIL's other decoders are rarely exercised, and EPS would run Ghostscript.
-IMAGE_FORMATS = ("AVIF", "BMP", "JPEG", "PNG", "TIFF", "WEBP")
-IMAGE_EXTENSIONS = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Images PIL cannot open at all, but which a user takes for part of the data.
+_FORMATS = {
+    ".avif": "AVIF", ".bmp": "BMP", ".gif": "GIF", ".jpeg": "JPEG", ".jpg": "JPEG", ".png": "PNG",
+    ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP",
+}
+# Module of an optional plugin for Pillow -> its name on PyPI, its format and extensions.
+PLUGINS = {
+    "pillow_heif": ("pillow-heif", "HEIF", (".heic", ".heif")),
+    "pillow_jxl": ("pillow-jxl-plugin", "JXL", (".jxl",)),
+}
+
+
+def _with_plugins() -> dict[str, str]:
+    """Extension -> format of all that can be opened here."""
+    found = dict(_FORMATS)
+    for module, (_, name, extensions) in PLUGINS.items():
+        if importlib.util.find_spec(module) is None:
+            continue
+        plugin = importlib.import_module(module)  # pillow_jxl registers itself
+        if module == "pillow_heif":
+            plugin.register_heif_opener()
+        found |= dict.fromkeys(extensions, name)
+    return dict(sorted(found.items()))
+
+
+_OPENED = _with_plugins()
+IMAGE_FORMATS = tuple(sorted(set(_OPENED.values())))
+IMAGE_EXTENSIONS = tuple(_OPENED)
+CAPTION_EXTENSIONS = (".txt", ".caption")
+# Images that may not be opened here, but which a user takes for part of the data.
 FOREIGN_EXTENSIONS = (".heic", ".heif", ".jxl", ".dng")
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 IMAGE_MODES_16 = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -53,6 +80,15 @@ class StoredImage:
 
 
 ImageSource = Path | StoredImage  # both have name and read_bytes()
+
+
+def advice(extension: str) -> str:
+    """What to do about an image of a kind that is not opened here."""
+    for package, name, extensions in PLUGINS.values():
+        if extension in extensions:
+            return (f"install {package}, with which {name} is read (pip install -e '.[images]'), "
+                    "or convert it")
+    return "convert it, or move it out of the folder"
 
 
 def _readable(image: str | ImageSource) -> str | Path | io.BytesIO:

@@ -136,6 +136,13 @@ class IndexedRows(Sequence):
             zip(self._widths, self._heights, self._references, strict=True)
         )
 
+    def repeats(self) -> dict[int, int]:
+        """Of the rows that count more than once how often."""
+        if not isinstance(self._records, _Folder):
+            return {}
+        counts = ((row, self._records[row].repeats) for row in range(len(self)))
+        return {row: count for row, count in counts if count > 1}
+
     def identity(self) -> str:
         """Changes with what the rows say; images are not read for it."""
         return self._records.identity()
@@ -158,7 +165,7 @@ class _Folder:
     def __getitem__(self, row: int) -> Draft:
         draft = self._drafts[row]
         return Draft(draft.where, list(draft.paths), captions=draft.captions,
-                     problems=list(draft.problems))
+                     problems=list(draft.problems), repeats=draft.repeats)
 
     def identity(self) -> str:
         return repr([(d.where, d.captions) for d in self._drafts])

@@ -1,7 +1,8 @@
 """Data sets of many records, read by number: JSONL, Parquet and ArrayRecord files.
 
-What a record says is the same in all three: `drafts.read_record` checks it. Where a file holds the
-images themselves they come as `StoredImage`s, read when they are asked for.
+What a record says is the same in all of them, and in those of tables.py and webdataset.py:
+`drafts.read_record` checks it. Where a file holds the images themselves they come as
+`StoredImage`s, read when they are asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dopsd_jax.core.log import log
+from dopsd_jax.data import tables, webdataset
 from dopsd_jax.data.drafts import IMAGE_KEYS, SUBJECT_KEY
 from dopsd_jax.data.files import DataError, StoredImage
 
@@ -70,15 +72,37 @@ def open_records(data: Path) -> Records | None:
     if (files := parquet_files(data)) and all(file.is_file() for file in files):
         return Parquet(files)
     if data.is_dir():
-        return Tfds(data) if is_tfds(data) else None
+        return _open_folder(data)
     if data.is_file():
-        return JsonLines(data)
+        return _open_file(data)
     raise DataError(
-        f"data: expected a JSONL or Parquet file, or a folder of images, Parquet files or a TFDS "
-        f"data set, got {str(data)!r}, which "
+        f"data: expected a JSONL, JSON, CSV, Parquet or .tar file, or a folder of images, Parquet "
+        f"or .tar files or a TFDS data set, got {str(data)!r}, which "
         f"{'is neither, but a device or a pipe' if data.exists() else 'does not exist'}; check "
         "the path"
     )
+
+
+def _open_folder(data: Path) -> Records | None:
+    if is_tfds(data):
+        return Tfds(data)
+    if tars := sorted(p for p in data.iterdir() if p.suffix == webdataset.SUFFIX):
+        return webdataset.WebDataset(tars)
+    found = [data / name for name in tables.METADATA if (data / name).is_file()]
+    if len(found) > 1:
+        raise DataError(
+            f"{data}: expected one of {' and '.join(tables.METADATA)}, got both; name the one that "
+            "counts, or move the other away"
+        )
+    return _open_file(found[0]) if found else None
+
+
+def _open_file(file: Path) -> Records:
+    if file.suffix.lower() == ".csv":
+        return tables.Csv(file)
+    if file.suffix == webdataset.SUFFIX:
+        return webdataset.WebDataset([file])
+    return tables.JsonArray(file) if tables.is_json_array(file) else JsonLines(file)
 
 
 class JsonLines:

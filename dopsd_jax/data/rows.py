@@ -44,6 +44,7 @@ class Row:
             SQUARE.
         class_name: What `[V]` stands for, or None.
         enhanced: The teacher's text, of recipes that read one.
+        repeats: How often it counts.
     """
 
     where: str
@@ -52,6 +53,7 @@ class Row:
     size: tuple[int, int]
     class_name: str | None
     enhanced: str | None = None
+    repeats: int = 1
 
     @property
     def target(self) -> ImageSource | None:
@@ -68,9 +70,10 @@ def read_rows(
     """Reads and checks every row of a data set.
 
     Args:
-        data: A JSONL file of the published format; a folder of images with a .txt caption beside
-            each (subfolders are not read); a Parquet file or a folder of such, as Hugging Face
-            datasets writes them; a TFDS data set in ArrayRecord files.
+        data: A JSONL file of the published format, or the same as a JSON array or CSV; a folder of
+            images with a .txt or .caption beside each, or a metadata.jsonl or metadata.csv for all;
+            Parquet files, as Hugging Face datasets writes them; WebDataset .tar files; a TFDS data
+            set in ArrayRecord files.
         root: Folder that relative paths start from and that no image may lie outside of. By
             default the folder itself, or the folder of the file.
         needs: What the recipe reads of every row; what else a row holds is ignored.
@@ -90,7 +93,7 @@ def read_rows(
     records = open_set(data, needs)
     if records is None:
         drafts = scan_folder(data)
-        expected = f"an image ({', '.join(IMAGE_EXTENSIONS)}; subfolders are not read)"
+        expected = f"an image ({', '.join(IMAGE_EXTENSIONS)})"
     else:
         drafts = [draft_of(where, record, needs) for where, record in iterate(records)]
         is_json = data.is_file() and data.suffix != PARQUET
@@ -142,7 +145,7 @@ def draft_of(where: str, record: object, needs: Needs) -> Draft:
 def row_of(draft: Draft, size: tuple[int, int] | None) -> Row:
     """A draft without problems as a row."""
     return Row(draft.where, tuple(draft.images), draft.captions, size or SQUARE,
-               draft.class_name, draft.enhanced)
+               draft.class_name, draft.enhanced, draft.repeats)
 
 
 def _words(needs: Needs) -> str:
@@ -174,6 +177,8 @@ def resolve_images(draft: Draft, root: Path, needs: Needs) -> None:
         try:
             # resolve() follows symlinks and "..", so what is compared is where the bytes lie.
             path = (root / written).resolve()
+            if "\\" in written and not path.exists():  # as Windows writes it
+                path = (root / written.replace("\\", "/")).resolve()
             exists = path.is_file()
         except (OSError, ValueError, RuntimeError) as error:
             draft.problems.append(f"{shorten(written)}: expected an image path, got {error}")

@@ -51,7 +51,10 @@ def needs_of_rows(config: ConfigDict) -> Needs:
     """What a run reads of every row: its recipe's needs, and the target of an objective."""
     needs = contexts.RECIPES[config.recipe].needs
     fewest, most = needs.images
-    return dataclasses.replace(needs, images=(max(fewest, int(needs_targets(config))), most))
+    return dataclasses.replace(
+        needs, images=(max(fewest, int(needs_targets(config))), most),
+        caption_key=config.caption_key,
+    )
 
 
 def roles(config: ConfigDict) -> tuple[str, ...]:

@@ -143,12 +143,14 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         meaning="Directory in the format of Qwen3-VL-4B-Instruct, through which the teacher of "
         "recipe vlm looks at the target."),
     "data": key("", PATHS, PLACE,
-        meaning="JSONL of the published format, a folder of images and .txt, Parquet or "
-        "ArrayRecord files, or several, `a.jsonl,b.parquet`; what a row holds depends on "
+        meaning="A folder of images and captions, a JSONL, JSON, CSV, Parquet or .tar file, a TFDS "
+        "data set, or several, `a.jsonl,b.parquet`; see data.md. What a row holds depends on "
         "recipe."),
     "data_weights": key("", TEXT, STEP,
         meaning="Shares of the pictures from each of several data sets, `3,1`; by default each "
         "row is seen equally often."),
+    "caption_key": key("", TEXT, STEP,
+        meaning="Name of the column or key that holds the caption; by default the known ones."),
     "data_root": key("", ANY_PATH, PLACE,
         meaning="Folder outside which images may not lie; by default where the JSONL is.",
         resume="which images are found is part of the data's fingerprint; with encode=online those "
