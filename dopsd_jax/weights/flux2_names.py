@@ -71,7 +71,8 @@ def flux2_modules(config: Flux2Config) -> Modules:
     modules that holds `to_out.0` has no weights.
     """
     return linear_modules(
-        flux2_table(config), "transformer.", idle=[f"{DOUBLE}.{{layer}}.attn.to_out"]
+        flux2_table(config), "transformer.", idle=[f"{DOUBLE}.{{layer}}.attn.to_out"],
+        makers=flux2_bfl_table(config),
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from dopsd_jax.core import trees
 from dopsd_jax.core.checks import COUNT, SCALE, TEXT, Kind, is_whole, value_problems
 from dopsd_jax.weights.load import PICKLES, open_safetensors
+from dopsd_jax.weights.lora_layouts import KOHYA, DiffusersView
 from dopsd_jax.weights.names import Modules, Rule, Slot, WeightsError, resolve, rule
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -27,7 +28,14 @@ OUR_METADATA = "dopsd_jax_lora"
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # of pipe.save_lora_weights
 
 # Of every network; `Modules.comfyui` may be another one.
-PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.", "lora_unet_")
+PREFIXES = (
+    PEFT_PREFIX, "transformer.", "model.diffusion_model.", "diffusion_model.", "pipe.dit.", KOHYA
+)
+# What other kinds of adapters have in their tensors' names.
+KINDS = {
+    "lokr_w": "LoKr (LyCORIS)", "hada_w": "LoHa (LyCORIS)", "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA (PEFT)", "oft_": "OFT", "diff": "weight differences",
+}
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 # What lora_files.py writes as OUR_METADATA.
@@ -100,8 +108,10 @@ def read_lora(
     """Reads a LoRA of any of the three formats, recognised by its content.
 
     Also read: `lora_down`/`lora_up` for `lora_A`/`lora_B`, kohya's `lora_unet_` names, names
-    without a prefix, files of diffusers' `save_lora_weights`, and the directory of the published
-    torch code, whose `student` folder is taken. Without any alpha the scale is 1, as elsewhere.
+    without a prefix, DiffSynth-Studio's (`pipe.dit.X.lora_A.default.weight`), the layout of the
+    network's makers, in which q, k and v are one module, files of diffusers' `save_lora_weights`,
+    and the directory of the published torch code, whose `student` folder is taken. Without any
+    alpha the scale is 1, as elsewhere.
 
     Args:
         path: A .safetensors file or a directory with one.
@@ -123,7 +133,9 @@ def read_lora(
     except WeightsError as e:
         raise LoraFileError(str(e)) from e
     with handle:
+        handle = DiffusersView(handle, _key_pattern(modules.comfyui), modules)
         keys, problems = _match_keys(file, handle.keys(), modules)
+        problems += handle.problems
         found = {k: handle.get_slice(k) for parts in keys.values() for k in parts.values()}
         problems += [
             f"{key}: expected floats ({', '.join(FLOATS)}), got {entry.get_dtype()}"
@@ -202,9 +214,17 @@ def _key_pattern(comfyui: str) -> re.Pattern:
     prefixes = "|".join(map(re.escape, (*PREFIXES, comfyui)))
     return re.compile(
         rf"(?P<prefix>{prefixes}|)(?P<module>.+)\."
-        r"(?:(?P<a>(?:lora_A|lora_down)\.weight)|(?P<b>(?:lora_B|lora_up)\.weight)"
+        r"(?:(?P<a>(?:lora_A|lora_down)(?:\.default)?\.weight)"
+        r"|(?P<b>(?:lora_B|lora_up)(?:\.default)?\.weight)"
         r"|(?P<alpha>alpha))"
     )
+
+
+def _kind(names: Iterable[str]) -> str:
+    """The kind of adapter that some tensors' names tell, or ""."""
+    return next((kind for name in names for mark, kind in KINDS.items()
+                 if name.rpartition("/")[2].split(".")[-1].startswith(mark)
+                 or f".{mark}" in name), "")
 
 
 def _match_keys(file: Path, names: Iterable[str], modules: Modules) -> tuple[Keys, list]:
@@ -220,13 +240,14 @@ def _match_keys(file: Path, names: Iterable[str], modules: Modules) -> tuple[Key
     if not any(m["a"] or m["b"] for m in matches.values()):
         raise LoraFileError(
             f"{file}: expected LoRA tensors (X.lora_A.weight and X.lora_B.weight, or lora_down and "
-            f"lora_up), found {len(names)} others such as {', '.join(names[:3]) or 'none'}; this "
-            "is no LoRA, or one of another kind (LoKr, LoHa)"
+            f"lora_up), found {len(names)} others such as {', '.join(names[:3]) or 'none'}; "
+            + (f"this is {kind}, which is not read here" if (kind := _kind(names))
+               else "this is no LoRA")
         )
     slots: dict[tuple[bool, str], Slot] = {}
     for is_kohya, table in ((False, modules), (True, kohya)):
         wanted = {
-            m["module"] for m in matches.values() if (m["prefix"] == "lora_unet_") == is_kohya
+            m["module"] for m in matches.values() if (m["prefix"] == KOHYA) == is_kohya
         }
         slots |= {(is_kohya, k): s for k, s in resolve(table, sorted(wanted))[0].items()}
     if not slots:
@@ -243,9 +264,13 @@ def _match_keys(file: Path, names: Iterable[str], modules: Modules) -> tuple[Key
         problems.append(f"expected one prefix on all keys, got {listed}; split the file")
     for name in names:
         match = matches.get(name)
-        slot = match and slots.get((match["prefix"] == "lora_unet_", match["module"]))
+        slot = match and slots.get((match["prefix"] == KOHYA, match["module"]))
         if slot is None:
-            problems.append(f"{name}: unknown key, belongs to no module of this network")
+            kind = _kind([name])
+            problems.append(f"{name}: unknown key, " + (
+                f"of {kind}, which is not read here" if kind else
+                "belongs to no module of this network"
+            ))
             continue
         parts = keys[slot.name, slot.layer]
         if match.lastgroup in parts:

@@ -99,10 +99,13 @@ class Modules:
         rules: Module path <-> tree path. {layer} is the only group they use, so that they can be
             read in both directions.
         comfyui: What ComfyUI expects before a module path of diffusers' layout.
+        makers: Module paths of its makers' own layout, where they are other ones, each with those
+            that its rows stand for, in order.
     """
 
     rules: tuple[Rule, ...]
     comfyui: str
+    makers: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -117,7 +120,10 @@ def _expanded(r: Rule) -> Iterator[tuple[str, str]]:
         yield r.template.format(**filled), r.target.format(**filled)
 
 
-def linear_modules(table: Iterable[Rule], comfyui: str, *, idle: Iterable[str] = ()) -> Modules:
+def linear_modules(
+    table: Iterable[Rule], comfyui: str, *, idle: Iterable[str] = (),
+    makers: Iterable[Rule] = (),
+) -> Modules:
     """Every Linear of a network, from its name table: the rules that fill a kernel.
 
     Args:
@@ -126,14 +132,28 @@ def linear_modules(table: Iterable[Rule], comfyui: str, *, idle: Iterable[str] =
         idle: Templates of modules that hold no weights (activations, lists of modules) and whose
             path may end like that of a Linear. PEFT refuses a target that also matches such a
             module, so the writer of PEFT files has to know them.
+        makers: Rules of the makers' own layout, where "#part" ends the name of a part of a tensor;
+            those that reorder rows are left out.
     """
-    found = [
+    found = _linears(table)
+    of_target = {target: module for module, target in found}
+    parts: dict[str, list[str]] = {}
+    for module, target in _linears(r for r in makers if r.transform == LINEAR):
+        parts.setdefault(module.partition(".weight#")[0], []).append(of_target[target])
+    others = tuple((m, tuple(p)) for m, p in parts.items() if (m, *p) != (m, m))
+    found.sort(key=lambda pair: "{layer}" not in pair[0])  # those of blocks come first
+    return Modules(
+        (*(rule(*pair) for pair in found), *(rule(m, None) for m in idle)), comfyui, others
+    )
+
+
+def _linears(table: Iterable[Rule]) -> list[tuple[str, str]]:
+    """(module path, tree path) of every rule that fills a kernel."""
+    return [
         (module.removesuffix(".weight"), target.removesuffix("/kernel"))
         for r in table if r.target is not None and r.target.endswith("/kernel")
         for module, target in _expanded(r)
     ]
-    found.sort(key=lambda pair: "{layer}" not in pair[0])  # those of blocks come first
-    return Modules((*(rule(*pair) for pair in found), *(rule(m, None) for m in idle)), comfyui)
 
 
 def stacks_of(table: Iterable[Rule]) -> tuple[str, ...]:

@@ -58,4 +58,23 @@ def z_image_modules(config: ZImageConfig) -> Modules:
     return linear_modules(
         z_image_table(config), "diffusion_model.",
         idle=[f"all_final_layer.{config.patch_size}-1.adaLN_modulation.0"],
+        makers=z_image_makers_linears(),
     )
+
+
+def z_image_makers_linears() -> list[Rule]:
+    """The linears that the makers' own layout calls otherwise, as ComfyUI's files have them.
+
+    Projections to q, k and v are one tensor there.
+    """
+    def linear(tensor: str, target: str, **groups: str) -> Rule:
+        return rule(f"{tensor}.weight", f"{target}/kernel", LINEAR, **groups)
+
+    block = "{stack}.{layer}"
+    return [
+        linear("x_embedder", "x_embedder"), linear("final_layer.linear", "final_linear"),
+        linear("final_layer.adaLN_modulation.1", "final_modulation"),
+        rule(f"{block}.attention.qkv.weight#{{part}}", "{stack}/attention/{part}/kernel", LINEAR,
+             stack=STACKS, part="to_q|to_k|to_v"),
+        linear(f"{block}.attention.out", "{stack}/attention/to_out", stack=STACKS),
+    ]

@@ -54,8 +54,8 @@ def test_all_that_is_wrong_with_the_names_is_said_at_once(tensors):
     text = fails(r"bad\.safetensors: 7 problems", t, f=read)
     for line in (
         "expected one prefix on all keys, got none, transformer.; split the file",
-        "transformer.layers.1.attention.qkv.lora_A.weight: unknown key, belongs to no module",
-        "transformer.layers.1.attention.to_q.dora_scale: unknown key",
+        f"transformer.layers.1.attention.qkv.lora_A.weight: stands for the same weight as {A}",
+        "transformer.layers.1.attention.to_q.dora_scale: unknown key, of DoRA",
         "text_encoder.layers.1.lora_A.weight: unknown key",
         f"{A}: lora_B of the same module is missing",
         "transformer.noise_refiner.0.feed_forward.w2.lora_B.weight: lora_A of the same module is",

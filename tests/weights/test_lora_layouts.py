@@ -1,0 +1,154 @@
+"""LoRA files of other tools: the makers' own layout with fused projections, and other names."""
+
+import numpy as np
+import pytest
+from lora_examples import LAYERS, Z_IMAGE_MODULES
+from safetensors.numpy import save_file
+
+from dopsd_jax.core import trees
+from dopsd_jax.models.flux2 import Flux2Config
+from dopsd_jax.weights.flux2 import FLUX2
+from dopsd_jax.weights.lora_files import LoraFileError, read_lora
+
+RANK, DIM = 3, 64
+# Modules of a block as its makers call them -> tree paths of their rows, in order; in, out.
+MAKERS = {
+    "attention.qkv": (("to_q", "to_k", "to_v"), DIM, 3 * DIM),
+    "attention.out": (("to_out",), DIM, DIM),
+}
+
+
+def fused_file(file, *, name="{module}", down="lora_A.weight", up="lora_B.weight", alpha=None):
+    """A LoRA on the fused layout in every block, and what it adds to each kernel [in, out]."""
+    rng, tensors, deltas = np.random.default_rng(0), {}, {}
+    for stack, layers in LAYERS.items():
+        for layer in range(layers):
+            for module, (parts, size_in, size_out) in MAKERS.items():
+                path = name.format(module=f"{stack}.{layer}.{module}")
+                if name.startswith("lora_unet_"):
+                    path = path.replace(".", "_")
+                a = rng.standard_normal((RANK, size_in)).astype(np.float32)
+                b = rng.standard_normal((size_out, RANK)).astype(np.float32)
+                tensors[f"{path}.{down}"], tensors[f"{path}.{up}"] = a, b
+                if alpha is not None:
+                    tensors[f"{path}.alpha"] = np.array(alpha, np.float32)
+                scale = 1 if alpha is None else alpha / RANK
+                for part, rows in zip(parts, np.split(scale * (b @ a), len(parts)), strict=True):
+                    deltas[f"{stack}/attention/{part}", layer] = rows.T
+    save_file(tensors, file)
+    return deltas
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"name": "diffusion_model.{module}"}, {"name": "model.diffusion_model.{module}"},
+    {"name": "lora_unet_{module}", "down": "lora_down.weight", "up": "lora_up.weight",
+     "alpha": 6.0},
+    {"name": "pipe.dit.{module}", "down": "lora_A.default.weight", "up": "lora_B.default.weight"},
+    {"name": "transformer.{module}", "alpha": 1.0},
+], ids=lambda how: how.get("name", "no prefix"))
+def test_a_lora_on_fused_projections_adds_exactly_the_same(tmp_path, how):
+    deltas = fused_file(tmp_path / "lora.safetensors", **how)
+    tree, spec = read_lora(tmp_path / "lora.safetensors", Z_IMAGE_MODULES)
+    flat = trees.flatten(tree)
+    assert {n.rpartition("/")[0] for n in flat} == {path for path, _ in deltas}
+    for (path, layer), delta in deltas.items():
+        got = spec.scale * flat[f"{path}/a"][layer] @ flat[f"{path}/b"][layer]
+        np.testing.assert_allclose(got, delta, atol=1e-5, err_msg=path)
+
+
+def test_names_of_diffsynth_studio_are_read(tmp_path):
+    rng, tensors = np.random.default_rng(0), {}
+    for layer in range(2):
+        for part in ("to_q", "to_out.0"):
+            for kind, shape in (("A", (RANK, DIM)), ("B", (DIM, RANK))):
+                tensors[f"layers.{layer}.attention.{part}.lora_{kind}.default.weight"] = (
+                    rng.standard_normal(shape).astype(np.float32)
+                )
+    found = []
+    for prefix in ("", "pipe.dit."):
+        file = tmp_path / f"{len(prefix)}.safetensors"
+        save_file({prefix + name: x for name, x in tensors.items()}, file)
+        tree, spec = read_lora(file, Z_IMAGE_MODULES)
+        assert spec.scale == 1
+        found.append(trees.flatten(tree))
+    for name, x in found[0].items():
+        np.testing.assert_array_equal(found[1][name], x)
+    np.testing.assert_array_equal(
+        found[0]["layers/attention/to_out/b"][1],
+        tensors["layers.1.attention.to_out.0.lora_B.default.weight"].T,
+    )
+
+
+def test_the_makers_names_of_flux2_are_those_of_its_single_file():
+    """Each projection's rows in order; what swaps its rows is left out."""
+    makers = dict(FLUX2.modules(Flux2Config.klein_4b()).makers)
+    block = "transformer_blocks.{layer}"
+    assert makers["double_blocks.{layer}.img_attn.qkv"] == tuple(
+        f"{block}.attn.to_{p}" for p in "qkv"
+    )
+    assert makers["double_blocks.{layer}.txt_attn.qkv"] == tuple(
+        f"{block}.attn.add_{p}_proj" for p in "qkv"
+    )
+    assert makers["double_blocks.{layer}.txt_mlp.2"] == (f"{block}.ff_context.linear_out",)
+    assert makers["single_blocks.{layer}.linear1"] == (
+        "single_transformer_blocks.{layer}.attn.to_qkv_mlp_proj",
+    )
+    assert makers["img_in"] == ("x_embedder",)
+    assert "final_layer.adaLN_modulation.1" not in makers
+
+
+def test_kohya_files_of_flux2_are_read(tmp_path):
+    config = Flux2Config.klein_4b()
+    rng, tensors = np.random.default_rng(0), {}
+    for layer in range(config.num_layers):
+        name = f"lora_unet_double_blocks_{layer}_img_attn_qkv"
+        tensors[f"{name}.lora_down.weight"] = rng.standard_normal((2, 8)).astype(np.float32)
+        tensors[f"{name}.lora_up.weight"] = rng.standard_normal((24, 2)).astype(np.float32)
+        tensors[f"{name}.alpha"] = np.array(1, np.float32)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    tree, spec = read_lora(tmp_path / "lora.safetensors", FLUX2.modules(config))
+    flat = trees.flatten(tree)
+    up = tensors["lora_unet_double_blocks_1_img_attn_qkv.lora_up.weight"]
+    for i, part in enumerate(("to_q", "to_k", "to_v")):
+        b = flat[f"transformer_blocks/attn/{part}/b"][1]
+        np.testing.assert_array_equal(b, up[8 * i : 8 * i + 8].T)
+    assert spec.scale == 0.5
+
+
+def test_rows_that_cannot_be_three_parts_are_refused(tmp_path):
+    name = "layers.0.attention.qkv"
+    save_file({f"{name}.lora_A.weight": np.zeros((2, DIM), np.float32),
+               f"{name}.lora_B.weight": np.zeros((100, 2), np.float32)},
+              tmp_path / "bad.safetensors")
+    shapes = {"layers": {"attention": {
+        p: {"kernel": np.zeros((1, DIM, DIM))} for p in ("to_q", "to_k", "to_v")
+    }}}
+    with pytest.raises(LoraFileError, match=r"and \(out, r\) = \(64, r\), got"):
+        read_lora(tmp_path / "bad.safetensors", Z_IMAGE_MODULES, shapes)
+
+
+@pytest.mark.parametrize("tensor, kind", [
+    ("layers.0.attention.to_q.lokr_w1", "LoKr (LyCORIS)"),
+    ("lora_unet_layers_0_attention_to_q.hada_w1_a", "LoHa (LyCORIS)"),
+    ("layers.0.attention.to_q.oft_R.weight", "OFT"),
+])
+def test_other_kinds_of_adapters_are_named(tmp_path, tensor, kind):
+    save_file({tensor: np.zeros((2, 2), np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(LoraFileError) as caught:
+        read_lora(tmp_path / "x.safetensors", Z_IMAGE_MODULES)
+    assert f"this is {kind}, which is not read here" in str(caught.value)
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("dora_scale", "DoRA"), ("lora_magnitude_vector.weight", "DoRA (PEFT)"),
+])
+def test_dora_is_named_and_not_taken_for_a_lora(tmp_path, name, kind):
+    module = "layers.0.attention.to_q"
+    save_file({
+        f"{module}.lora_A.weight": np.zeros((2, DIM), np.float32),
+        f"{module}.lora_B.weight": np.zeros((DIM, 2), np.float32),
+        f"{module}.{name}": np.ones(DIM, np.float32),
+    }, tmp_path / "dora.safetensors")
+    with pytest.raises(LoraFileError) as caught:
+        read_lora(tmp_path / "dora.safetensors", Z_IMAGE_MODULES)
+    assert f"{module}.{name}: unknown key, of {kind}, which is not read here" in str(caught.value)
