@@ -131,7 +131,7 @@ def _modules(model: str, tree: Tree) -> Modules:
     A run can be exported without its model; the names are then those of the published one.
     """
     family = family_of_tree(tree)
-    file = pipeline_directory(model) / "transformer" / "config.json"
+    file = pipeline_directory(model, weights=False) / "transformer" / "config.json"
     config = read_config(file, family.config.from_json) if file.is_file() else example(family)
     return family.modules(config)
 

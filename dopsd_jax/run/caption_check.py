@@ -77,7 +77,7 @@ def _text_rule(config: ConfigDict, pipe: Pipeline) -> Check:
 def _vlm_rule(config: ConfigDict, pipe: Pipeline) -> Check:
     """The rule for prompts that stand beside an image of a bucket in one text."""
     recipe = RECIPES[config.recipe]
-    vl_tokenizer = load_tokenizer(vlm_directory(config.vlm))
+    vl_tokenizer = load_tokenizer(vlm_directory(config.vlm, weights=False))
     vision = read_vl_config(config.vlm).vision
     factor = vision.patch_size * vision.spatial_merge_size
 

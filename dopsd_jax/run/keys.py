@@ -134,14 +134,15 @@ def key(default: Any, rule: Rule, *affects: str, meaning: str, resume: str = "")
 
 SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "model": key("", PATH, PLACE,
-        meaning="Pipeline directory (model_index.json, transformer/, vae/, ..), or mini."),
+        meaning="Pipeline directory (model_index.json, transformer/, vae/, ..), name on the hub "
+        "(Tongyi-MAI/Z-Image-Turbo, name@revision), or mini."),
     "published": key(next(iter(PUBLISHED)), one_of(*PUBLISHED),
         meaning=f"The published model ({', '.join(PUBLISHED)}) whose sizes are planned for where "
         "no model is given.",
         resume="no run reads it"),
     "vlm": key("", PATH, PLACE,
-        meaning="Directory in the format of Qwen3-VL-4B-Instruct, through which the teacher of "
-        "recipe vlm looks at the target."),
+        meaning="Directory in the format of Qwen3-VL-4B-Instruct, or its name on the hub, through "
+        "which the teacher of recipe vlm looks at the target."),
     "data": key("", PATHS, PLACE,
         meaning="A folder of images and captions, a JSONL, JSON, CSV, Parquet or .tar file, a TFDS "
         "data set, or several, `a.jsonl,b.parquet`; see data.md. What a row holds depends on "

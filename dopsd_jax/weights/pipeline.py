@@ -147,7 +147,7 @@ def read_vl_config(directory: str | Path) -> Qwen3VLConfig:
     Raises:
         ValueError: No such directory, or a config of something else.
     """
-    directory = vlm_directory(directory)
+    directory = vlm_directory(directory, weights=False)
     _check_is_directory(directory, "config.json and the weights of Qwen3-VL")
     return read_config(directory / "config.json", Qwen3VLConfig.from_json)
 
@@ -218,7 +218,7 @@ def load_pipeline(
     """
     if problem := path_problem(str(directory)):
         raise WeightsError(f"model: {directory!s:.60}.. {problem}")
-    directory = pipeline_directory(directory)
+    directory = pipeline_directory(directory, weights=bool(parts))
     check_dtype("dtype", dtype)
     check_dtype("vae_dtype", vae_dtype)
     _check_is_directory(directory, "model_index.json, transformer/, vae/, ..")

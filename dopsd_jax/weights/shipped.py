@@ -1,8 +1,10 @@
-"""Models that come with the package, by name."""
+"""Models by name: those that come with the package, and those of the hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from dopsd_jax.weights import hub
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 PIPELINES = {"mini": ASSETS / "mini"}
@@ -14,15 +16,29 @@ MINI_VAE = ASSETS / "mini_vae"
 JUDGE = ASSETS / "mini_judge.safetensors"  # see mini/judge.py
 
 
-def pipeline_directory(name: str | Path) -> Path:
-    """The directory of a shipped pipeline's name; any other path, or a folder so called, as is."""
-    return _find(PIPELINES, name)
+def pipeline_directory(name: str | Path, *, weights: bool = True) -> Path:
+    """The directory of a pipeline, by its path, or by a name that is no path here.
+
+    Args:
+        name: A path; a shipped pipeline's name; or one of the hub, see `hub.fetch`.
+        weights: Whether its weights are needed.
+
+    Raises:
+        ValueError: A name of the hub that cannot be had.
+    """
+    return _find(PIPELINES, name, pipeline=True, weights=weights)
 
 
-def vlm_directory(name: str | Path) -> Path:
+def vlm_directory(name: str | Path, *, weights: bool = True) -> Path:
     """As `pipeline_directory`, for the Qwen3-VL beside it."""
-    return _find(VISION_LANGUAGE, name)
+    return _find(VISION_LANGUAGE, name, pipeline=False, weights=weights)
 
 
-def _find(shipped: dict[str, Path], name: str | Path) -> Path:
-    return Path(name) if Path(name).exists() else shipped.get(str(name), Path(name))
+def _find(shipped: dict[str, Path], name: str | Path, *, pipeline: bool, weights: bool) -> Path:
+    if Path(name).exists():
+        return Path(name)
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if hub.is_name(str(name)):
+        return hub.fetch(str(name), pipeline=pipeline, weights=weights)
+    return Path(name)

@@ -1,0 +1,79 @@
+"""Models by their names on the Hugging Face hub, `Tongyi-MAI/Z-Image-Turbo`: found in its cache or
+downloaded, through `huggingface_hub`.
+
+Only the files that are read here come, and a model's weights only when they are asked for. The
+hub's own settings hold: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+from dopsd_jax.core.log import log
+
+# A name, and a branch, tag or commit behind @.
+NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+CONFIGS = ("*.json", "*.txt", "*.jinja")
+WEIGHTS = ("*.safetensors",)
+# What a pipeline's directory is read for; files beside these folders are not.
+PARTS = ("scheduler", "transformer", "text_encoder", "tokenizer", "vae")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text that is no path here may be a model's name."""
+    return NAME.fullmatch(text) is not None
+
+
+@functools.cache
+def fetch(name: str, *, pipeline: bool, weights: bool) -> Path:
+    """The directory of a model's files in the hub's cache; what is missing is downloaded.
+
+    Args:
+        name: See `is_name`.
+        pipeline: Whether it has a folder for each part, as diffusers' pipelines; otherwise its
+            files lie side by side.
+        weights: Whether its weights are needed; else its configs and tokenizer alone.
+
+    Raises:
+        ValueError: No such model or revision, no access to it, or none of its files here while
+            offline; each with what to do.
+    """
+    # Here, because it takes half a second, which nobody with a directory should pay.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    match = NAME.fullmatch(name)
+    kinds = CONFIGS + (WEIGHTS if weights else ())
+    patterns = [*kinds]
+    if pipeline:
+        patterns = ["model_index.json", *(f"{part}/{kind}" for part in PARTS for kind in kinds)]
+    page = f"{huggingface_hub.constants.ENDPOINT}/{match['repo']}"
+    try:
+        found = huggingface_hub.snapshot_download(
+            match["repo"], revision=match["revision"], allow_patterns=patterns,
+            ignore_patterns=None if pipeline else ["*/*"],
+        )
+    except errors.GatedRepoError as e:
+        raise ValueError(
+            f"{name}: its makers ask for your consent; accept the terms at {page}, then log in "
+            "with: hf auth login"
+        ) from e
+    except errors.RepositoryNotFoundError as e:
+        raise ValueError(
+            f"{name}: expected a directory here, or a model on the hub, found neither; check the "
+            f"name, or, if {page} is private, log in with: hf auth login"
+        ) from e
+    except errors.RevisionNotFoundError as e:
+        raise ValueError(f"{name}: the hub has this model, but no such revision") from e
+    except errors.LocalEntryNotFoundError as e:
+        raise ValueError(
+            f"{name}: expected a directory here, or a model in the hub's cache, found neither, and "
+            "the hub cannot be reached (or HF_HUB_OFFLINE is set); go online once, or give the "
+            "directory"
+        ) from e
+    except (errors.HfHubHTTPError, errors.HFValidationError) as e:
+        raise ValueError(f"{name}: the hub answered: {e!s:.300}") from e
+    log.info("%s: %s", name, found)
+    return Path(found)
