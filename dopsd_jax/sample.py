@@ -252,7 +252,8 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """The command's flags; a function, so that importing this module defines none."""
-    flags.DEFINE_string("model", None, "Pipeline directory, name on the hub, or mini.", required=True)
+    flags.DEFINE_string("model", None, "Pipeline directory, name on the hub, or mini.",
+                        required=True)
     flags.DEFINE_multi_string("lora", None, "Workdir of a run, LoRA file, or PEFT directory, with "
                               ":STRENGTH behind it if not 1; several add up.")
     flags.DEFINE_multi_string("prompt", None, "Prompt; may be given several times.", required=True)

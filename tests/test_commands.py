@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dopsd_jax import __main__ as dopsd
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -150,3 +152,34 @@ def test_evaluate_says_what_is_wrong_with_the_config_of_its_runs(file, message, 
     config.run_config = str(tmp_path / file)
     with pytest.raises(ValueError, match="--config.run_config .*" + re.escape(message.strip())):
         evaluate.evaluate(config, tmp_path / "w")
+
+
+def test_one_word_lists_all_commands_with_an_example_each():
+    package = ROOT / "dopsd_jax"
+    assert {*dopsd.COMMANDS} == {p.stem for p in package.glob("*.py")} - {"__init__", "__main__"}
+    done = subprocess.run([sys.executable, "-m", "dopsd_jax"], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
+    for name in dopsd.COMMANDS:
+        assert re.search(rf"^{name} +[A-Z].*\n    dopsd {name} --", done.stdout, re.M), name
+    assert "\\" not in done.stdout
+
+
+def test_one_word_runs_a_command_as_its_module_does(tmp_path):
+    """Config files find `configs` in the folder that it runs in."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    found = []
+    for start in (["dopsd_jax", "train"], ["dopsd_jax.train"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *start, "--config", "configs/tiny.py", "--workdir", "run",
+             "--config.model=none"],
+            cwd=tmp_path, text=True, capture_output=True, check=False,
+            env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        )
+        assert done.returncode == 1
+        found.append(done.stderr)
+    assert found[0] == found[1] and "none: expected a directory" in found[0]
+
+
+def test_an_unknown_word_gets_the_nearest_one():
+    with pytest.raises(SystemExit, match="trian: no such command; did you mean train?"):
+        dopsd.main(["trian"])
