@@ -135,7 +135,7 @@ def key(default: Any, rule: Rule, *affects: str, meaning: str, resume: str = "")
 SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "model": key("", PATH, PLACE,
         meaning="Pipeline directory (model_index.json, transformer/, vae/, ..), name on the hub "
-        "(Tongyi-MAI/Z-Image-Turbo, name@revision), or mini."),
+        "(OWNER/NAME or OWNER/NAME@REVISION), or mini."),
     "published": key(next(iter(PUBLISHED)), one_of(*PUBLISHED),
         meaning=f"The published model ({', '.join(PUBLISHED)}) whose sizes are planned for where "
         "no model is given.",
