@@ -165,9 +165,13 @@ def step_flops(config: ConfigDict, step: Step) -> flops.Step:
             (contexts.STUDENT, config.text_tokens), (contexts.TEACHER, config.teacher_tokens)
         )
     )
+    retained = None
+    if step.method.retains:
+        retained = flops.forward(denoiser, params, None, image=image, text=config.text_tokens)
     return flops.train_step(
         student, teacher if config.objective == "dopsd" else None,
         config.num_steps if config.objective == "dopsd" else 1, config.trainable, config.remat,
+        retained,
     )
 
 

@@ -90,9 +90,9 @@ def _modules(config):
     return weights.load_pipeline(config.model, parts=()).lora.modules
 
 
-@pytest.mark.parametrize("rank", [4, 6])
-def test_a_run_goes_on_from_a_lora(config, first, tmp_path, rank):
-    """Of the same rank or a larger one; alpha may be another."""
+def test_a_run_goes_on_from_a_lora(config, first, tmp_path):
+    """Of a smaller rank; alpha may be another."""
+    rank = 6
     changes = {"init_lora": str(first), "lora.rank": rank, "lora.alpha": 3.0,
                "learning_rate": 1e-30}
     train_lib.train(changed(config, **changes), tmp_path / "run")
@@ -109,9 +109,10 @@ def test_a_run_goes_on_from_a_lora(config, first, tmp_path, rank):
 
 def test_all_weights_go_on_from_a_run(config, tiny, tmp_path):
     """And what counts as untuned is the model, not where the run began."""
-    full = changed(config, trainable="full", learning_rate=1e-2)
+    full = changed(config, trainable="full", learning_rate=1e-2, anchor=1.0)
     train_lib.train(full, tmp_path / "first")
-    second = changed(full, init_full=str(tmp_path / "first"), learning_rate=1e-30, anchor=1.0,
+    assert read_metrics(tmp_path / "first")[0]["loss_anchor"] < 1e-9  # it begins at the model
+    second = changed(full, init_full=str(tmp_path / "first"), learning_rate=1e-30,
                      sample_every=2, gauge_prompts=("a cat",))
     train_lib.train(second, tmp_path / "second")
     (one, _), (two, _) = (workdir_lib.read_full(tmp_path / n) for n in ("first", "second"))
@@ -121,10 +122,6 @@ def test_all_weights_go_on_from_a_run(config, tiny, tmp_path):
     assert metrics[0]["loss_anchor"] > 0
     gauges = read_metrics(tmp_path / "second", GAUGES)
     assert gauges[0]["step"] == 0 and gauges[0]["drift"] > 0
-    # The first run begins at the model itself.
-    again = changed(full, anchor=1.0, num_train_steps=1)
-    train_lib.train(again, tmp_path / "third")
-    assert read_metrics(tmp_path / "third")[0]["loss_anchor"] < 1e-9
 
 
 def test_rows_that_keep_are_trained_on_and_cannot_be_exchanged(config, tmp_path):

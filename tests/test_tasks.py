@@ -134,24 +134,6 @@ def test_a_finished_sequence_does_nothing_and_takes_further_tasks(make, copied, 
     assert [t["name"] for t in history["tasks"]] == ["first", "second", "third"]
 
 
-@pytest.mark.parametrize("carry", ["adapter", "full"])
-def test_what_is_carried_along_goes_on_where_it_was(make, data, tmp_path, carry):
-    # In the second task nothing moves, so that its end is where it began.
-    config = make(carry=carry, tasks=[
-        {"name": "first", "data": str(data / "one")},
-        {"name": "second", "data": str(data / "two"), "learning_rate": 1e-30},
-    ])
-    first, second = tasks.run(config, tmp_path / "run")
-    if carry == "adapter":
-        assert moved(*students((first, second))) < 1e-6
-        assert second.config.init_lora == str(first.workdir) and not second.config.base_lora
-    else:
-        one, two = (workdir_lib.read_full(t.workdir)[0] for t in (first, second))
-        assert moved(one, two) == 0
-    rows = read_metrics(second.workdir, GAUGES)
-    assert rows[0]["drift"] > 0 and rows[0]["drift"] == pytest.approx(rows[1]["drift"], rel=1e-3)
-
-
 def changed_tasks(make, *changes):
     config = make()
     config.tasks = tuple(dict(t) | c for t, c in zip(config.tasks, changes, strict=False))
@@ -274,13 +256,13 @@ def kill_and_compare(config, tmp_path, kills, seed, longest):
 
 @pytest.mark.parametrize("carry", ["adapter", "stack", "full"])
 def test_prompts_of_earlier_tasks_are_kept_as_they_were_taught(make, data, tmp_path, carry):
-    """Where all rows of the second task keep, the model stays the one that the first made."""
+    """The second task goes on where the first ended, and rows that keep hold on to that."""
     own = tmp_path / "own.txt"
     own.write_text("a lighthouse\n")
-    changes = {"keep_prompts": str(own), "sample_every": 3}
-    config = make(carry=carry, keep_earlier=True, changes=changes, tasks=[
+    config = make(carry=carry, keep_earlier=True, changes={"keep_prompts": str(own)}, tasks=[
         {"name": "first", "data": str(data / "one"), "keep_share": 0.5},
-        {"name": "second", "data": str(data / "two"), "keep_share": 1.0},
+        # Nothing moves, so that its end is where it began.
+        {"name": "second", "data": str(data / "two"), "keep_share": 1.0, "learning_rate": 1e-30},
     ])
     first, second = tasks.run(config, tmp_path / "run")
     assert first.config.keep_prompts == str(own) and first.config.retain == "untuned"
@@ -291,6 +273,12 @@ def test_prompts_of_earlier_tasks_are_kept_as_they_were_taught(make, data, tmp_p
     assert read_metrics(first.workdir)[-1]["loss_kept"] > 1e-9
     drifts = [r["drift"] for r in read_metrics(second.workdir, GAUGES)]
     assert drifts[0] > 0 and drifts == pytest.approx([drifts[0]] * 2, rel=1e-3)
+    if carry == "adapter":
+        assert second.config.init_lora == str(first.workdir) and not second.config.base_lora
+        assert moved(*students((first, second))) < 1e-6
+    if carry == "full":
+        one, two = (workdir_lib.read_full(t.workdir)[0] for t in (first, second))
+        assert moved(one, two) == 0
 
 
 @pytest.mark.slow

@@ -30,7 +30,9 @@ def useful_flops(case: Case) -> float:
     denoiser, step = denoiser_of(case), step_of(case)
     image = (case.side // denoiser.pixel_multiple) ** 2
     student, teacher = (
-        flops.forward(denoiser, step.base_shapes, step.state_shapes.student, image=image, text=text)
+        flops.forward(
+            denoiser, step.base_shapes["params"], step.state_shapes.student, image=image, text=text
+        )
         for text in (case.student_tokens, case.teacher_tokens)
     )
     return case.batch * flops.train_step(student, teacher, STEPS, "lora", "none").useful

@@ -107,7 +107,8 @@ KERNELS_BACKWARD = 2.5  # attention kernels compute the weights again: five prod
 
 
 def train_step(
-    student: Count, teacher: Count | None, num_steps: int, trainable: str, remat: str
+    student: Count, teacher: Count | None, num_steps: int, trainable: str, remat: str,
+    retained: Count | None = None,
 ) -> Step:
     """One update: every rollout step evaluates the teacher once and the student with gradient.
 
@@ -116,6 +117,7 @@ def train_step(
         num_steps: S.
         trainable: "lora": the gradient passes through the base, whose weights get none; "full".
         remat: Policy of the layers.
+        retained: Of one evaluation of the model to be retained, if the loss asks one.
     """
     weights = student.base if trainable == "full" else student.lora
     watching = teacher.total if teacher else 0.0
@@ -130,5 +132,7 @@ def train_step(
         "recomputed": again,
     }
     kernels = (1 + KERNELS_BACKWARD) * student.attention + attention_again
-    kernels += teacher.attention if teacher else 0.0
+    if retained:
+        parts["retained forward"] = retained.total
+    kernels += sum(count.attention for count in (teacher, retained) if count)
     return Step({k: num_steps * v for k, v in parts.items()}, num_steps * kernels)

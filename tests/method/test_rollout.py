@@ -275,7 +275,7 @@ def lora_train_step(family, method):
 def test_memory_does_not_grow_with_the_number_of_steps(family, anchor):
     step, state, base, batch = lora_train_step(family, train_step.Method(anchor=anchor))
     temporaries = {}
-    for num_steps in (1, 2, 4, 8):
+    for num_steps in (1, 8) if anchor else (1, 2, 4, 8):
         # Level 0 spares half the compile time; buffers are planned before it matters.
         compiled = step.lower(state, base, batch(num_steps)).compile(
             compiler_options={"xla_backend_optimization_level": 0}

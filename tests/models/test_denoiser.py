@@ -101,7 +101,7 @@ def run(params, student_ctx, teacher_ctx, seed=2):
     sigmas = jnp.asarray(flow.sigmas_shifted(4, empirical_shift(4, 12)))
     method = train_step.Method()
     return jax.jit(lambda student: dopsd_loss_and_grad(
-        student, student, params, NOISE, student_ctx, teacher_ctx, sigmas,
+        student, student, {"params": params}, NOISE, student_ctx, teacher_ctx, sigmas,
         velocity=DENOISER.velocity, assemble=method.assemble,
     ))(tree)
 

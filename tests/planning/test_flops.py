@@ -62,9 +62,9 @@ def test_the_forward_pass_is_counted_as_xla_counts_it(name):
     assert ours.total < counted  # what is no product is left out
 
 
-@pytest.mark.parametrize("trainable", ["lora", "full"])
-def test_a_step_is_counted_as_xla_counts_it(trainable):
-    method = Method(trainable=trainable)
+@pytest.mark.parametrize("trainable, anchor", [("lora", 0.0), ("full", 0.0), ("lora", 1.0)])
+def test_a_step_is_counted_as_xla_counts_it(trainable, anchor):
+    method = Method(trainable=trainable, anchor=anchor)
     params = transformer_shapes(Z_IMAGE.network)
     low_rank = None
     if trainable == "lora":
@@ -80,8 +80,11 @@ def test_a_step_is_counted_as_xla_counts_it(trainable):
     student, teacher = (
         flops.forward(Z_IMAGE, params, low_rank, image=64, text=n) for n in (64, 96)
     )
-    step = flops.train_step(student, teacher, 1, trainable, "none")
-    counted -= 2 * swaps(Z_IMAGE, 64) + swaps(Z_IMAGE, 96)  # student and its gradient; teacher
+    retained = flops.forward(Z_IMAGE, params, None, image=64, text=64) if anchor else None
+    step = flops.train_step(student, teacher, 1, trainable, "none", retained)
+    assert ("retained forward" in step.parts) == bool(anchor)
+    # Student and its gradient, and the model to be retained; teacher.
+    counted -= (2 + bool(anchor)) * swaps(Z_IMAGE, 64) + swaps(Z_IMAGE, 96)
     # Nothing needs the gradient of the first layers' inputs, which a formula per layer counts.
     assert step.useful == step.computed == pytest.approx(counted, rel=0.08)
 

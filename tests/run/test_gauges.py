@@ -79,7 +79,10 @@ def test_a_run_leaves_gauges_pictures_of_them_and_the_best_checkpoint(short_run,
     assert [r["step"] for r in rows] == [0, 1, 2]
     assert rows[0]["drift"] == 0 and rows[0]["sharpness_ratio"] == 1
     assert rows[2]["drift"] > 0 and rows[2]["style"] != rows[0]["style"]
-    assert set(rows[2]) == {"step", "style", "teacher_style", "drift", "sharpness_ratio"}
+    assert set(rows[2]) == {
+        "step", "style", "teacher_style", "untuned_style", "drift", "sharpness_ratio"
+    }
+    assert rows[0]["untuned_style"] == rows[0]["style"]
     assert (run / "samples" / "gauge_000002.png").is_file()
     best = json.loads((run / gauges.BEST).read_text())
     assert best["best"]["step"] in (1, 2) and "sharpness" in best["rule"]

@@ -16,6 +16,8 @@ class TwoImages:
         captions={"caption": "a red fox"}, enhanced=None, images=("before", "after"), where="row 0"
     )]
 
+    keep_prompts, earlier = (), ()
+
     def bucket(self, row):
         return Bucket(128, 96, 1)
 
