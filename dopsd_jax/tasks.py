@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,15 @@ from dopsd_jax import report
 from dopsd_jax import train as train_lib
 from dopsd_jax.compare import matrix as matrix_lib
 from dopsd_jax.core import cli, distributed, mirror
-from dopsd_jax.core.checks import is_whole
+from dopsd_jax.core.checks import is_whole, noted
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
-from dopsd_jax.data.datasets import read_data
+from dopsd_jax.data.datasets import parse_data, read_data
 from dopsd_jax.data.keeping import read_prompts
 from dopsd_jax.method import contexts
 from dopsd_jax.run import loop
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.run.config import needs_of_rows
+from dopsd_jax.run.config import check_config, needs_of_rows
 
 FLAGS = flags.FLAGS
 HISTORY = "tasks.json"
@@ -94,7 +94,7 @@ def planned(config: ConfigDict, workdir: Path) -> list[Task]:
         raise ValueError(f"run_config: expected the config of a run, got {config.run_config}")
     found: list[Task] = []
     for i, task in enumerate(tasks, 1):
-        changes = dict(config.changes) | {k: v for k, v in task.items() if k != "name"}
+        changes = _flat(config.changes) | _flat({k: v for k, v in task.items() if k != "name"})
         known = cli.config_keys(common)
         for key in changes:
             if key not in known:
@@ -105,7 +105,11 @@ def planned(config: ConfigDict, workdir: Path) -> list[Task]:
         if problems:
             continue
         run = common.copy_and_resolve_references()
-        run.update_from_flattened_dict(changes)
+        try:
+            run.update_from_flattened_dict(changes)
+        except (TypeError, ValueError) as e:  # a number where a text stands, and the like
+            problems.append(f"task {i} ({task['name']}): {e}")
+            continue
         run.trainable = CARRIES[config.carry]
         _stand_on(run, config.carry, found)
         own_prompts = run.keep_prompts
@@ -120,6 +124,17 @@ def planned(config: ConfigDict, workdir: Path) -> list[Task]:
         )
     if problems:
         raise ValueError("config:\n  " + "\n  ".join(problems))
+    return found
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"lora": {"rank": 8}} and {"lora.rank": 8} alike as the latter."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict | ConfigDict):
+            found |= {f"{key}.{inner}": x for inner, x in _flat(value).items()}
+        else:
+            found[key] = value
     return found
 
 
@@ -140,6 +155,30 @@ def _stand_on(run: ConfigDict, carry: str, earlier: Sequence[Task]) -> None:
         run.base_lora, run.init_lora = earlier[-1].config.base_lora, last
     else:
         run.init_full = last
+
+
+def check(tasks: Sequence[Task]) -> None:
+    """Refuses what can be known to fail later, before the first task takes its hours.
+
+    Raises:
+        ValueError: Every impossible value of every task's config, and data that is not there.
+    """
+    problems = []
+    for i, task in enumerate(tasks, 1):
+        config = task.config.copy_and_resolve_references()
+        # What tasks hand on is not there yet.
+        config.base_lora = tasks[0].config.base_lora
+        config.init_lora = config.init_full = config.earlier_data = ""
+        config.keep_prompts = task.keep_prompts or config.keep_prompts
+        if config.keep_prompts != task.keep_prompts:
+            config.keep_prompts, config.keep_share = "", 0.0
+        with noted(problems, f"task {i} ({task.name})"):
+            check_config(config)
+            for data in parse_data(config.data, config.data_weights)[0]:
+                if not Path(data).expanduser().exists():
+                    raise ValueError(f"data: found none at {data}")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def write_prompts(task: Task, earlier: Sequence[Task]) -> None:
@@ -233,6 +272,7 @@ def run(config: ConfigDict, workdir: str | Path) -> list[Task]:
         raise ValueError(f"--workdir: expected a path without a comma, got {workdir}")
     workdir = Path(workdir)
     tasks = planned(config, workdir)
+    check(tasks)
     distributed.on_main(lambda: claim(config, tasks, workdir))
     for i, task in enumerate(tasks, 1):
         distributed.on_main(lambda i=i: _begin(config, tasks[:i], workdir / HISTORY))

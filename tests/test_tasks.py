@@ -174,12 +174,27 @@ def test_an_earlier_task_that_went_on_elsewhere_is_noticed(make, stacked, copied
     ({"tasks": [{"name": "a"}, {"name": "b", "init_lora": "x"}]},
      r"task 2 \(b\): init_lora: expected none, it follows from carry"),
     ({"tasks": [{"name": "a", "rate": 1}]}, r"task 1 \(a\): rate: no key of a run"),
+    ({"changes": {"lora": {"rang": 1}}}, r"task 1 \(first\): lora.rang: no key of a run"),
+    ({"changes": {"num_train_steps": "many"}}, r"task 1 \(first\): .*num_train_steps"),
     ({"keep_earlier": True}, r"task 2 \(second\): keep_share: expected a share above 0"),
     ({"run_config": "none.py"}, "--config.run_config none.py: no such file"),
 ])
 def test_a_bad_sequence_is_refused_before_anything_is_made(make, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         tasks.run(make(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_later_task_cannot_do_is_said_before_the_first_begins(make, data, tmp_path):
+    config = make(tasks=[
+        {"name": "first", "data": str(data / "one")},
+        {"name": "second", "data": str(tmp_path / "none"), "text_tokens": 128},
+        {"name": "third", "data": str(data / "two"), "learning_rate": -1.0},
+    ])
+    with pytest.raises(ValueError) as caught:
+        tasks.run(config, tmp_path / "run")
+    assert f"task 2 (second): data: found none at {tmp_path}/none" in str(caught.value)
+    assert "task 3 (third): config:\n  learning_rate: expected a number above" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
