@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dopsd_jax.compare.table import markdown_table
 from dopsd_jax.core.metrics import GAUGES, read_metrics
 
 
@@ -89,11 +90,10 @@ def as_markdown(matrix: Matrix) -> str:
         return "" if np.isnan(value) else f"{value:.3g}"
 
     columns = [*matrix.names, *(name.replace("_", " ") for name in matrix.besides)]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     rows = {"untuned": [*matrix.untuned, *(np.nan for _ in matrix.besides)]}
     for i, name in enumerate(matrix.names):
         rows[f"after {name}"] = [*matrix.values[i], *(v[i] for v in matrix.besides.values())]
-    lines += [f"| {name} | " + " | ".join(map(cell, row)) + " |" for name, row in rows.items()]
+    table = markdown_table(columns, {name: list(map(cell, row)) for name, row in rows.items()})
     told = [f"Each column: {matrix.words}."]
     if not np.isnan(matrix.average):
         told.append(f"Average after the last task: {matrix.average:.3g}.")
@@ -103,4 +103,4 @@ def as_markdown(matrix: Matrix) -> str:
     if "drift" in matrix.besides:
         told.append("Drift and sharpness ratio are of prompts that have nothing to do with any "
                     "task, beside the untuned model's pictures on the same noise.")
-    return "\n".join(lines) + "\n\n" + " ".join(told) + "\n"
+    return table + "\n" + " ".join(told) + "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -151,9 +151,15 @@ def paired(points: Sequence[Point], others: Sequence[Point], sets: dict[str, Cas
 def as_markdown(rows: dict[str, dict[str, Interval | str]]) -> str:
     """Rows by name -> a Markdown table."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    return markdown_table(columns, {
+        name: [str(row.get(c, "")) for c in columns] for name, row in rows.items()
+    })
+
+
+def markdown_table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A Markdown table of named rows, a cell for each column."""
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(str(row.get(c, "")) for c in columns) + " |")
+    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
     return "\n".join(lines) + "\n"
 
 

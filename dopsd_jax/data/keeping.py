@@ -6,6 +6,7 @@ model with the same prompt (`method.rollout.Retention`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -82,6 +83,8 @@ class PlanWithKept:
     ):
         self._plan, self._prompts, self._seed = plan, tuple(prompts), seed
         self._batch_size, self._count = batch_size, count
+        # A run walks through epochs in order: the last two are all that is asked for.
+        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def at(self, step: int) -> BatchRows:
         """The global batch of a step.
@@ -104,5 +107,7 @@ class PlanWithKept:
 
     def _prompt(self, position: int) -> str:
         epoch, offset = divmod(position, len(self._prompts))
-        order = permutation(len(self._prompts), self._seed, _KEPT, epoch)
-        return self._prompts[int(np.asarray(order)[offset])]
+        return self._prompts[int(self._order(epoch)[offset])]
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return permutation(len(self._prompts), self._seed, _KEPT, epoch)
