@@ -2,9 +2,10 @@
 
     python -m dopsd_jax.plan --config configs/z_image_turbo_lora.py --topology v5e:4x4
     python -m dopsd_jax.plan --config .. --topology v5e:4x4,v6e:4x4 --sweep
+    python -m dopsd_jax.plan --config .. --device h100,4090
 
-The train step is compiled by the real TPU compiler, from shapes alone, as far as memory and
-schedule. Exit status: 0 fits, 2 does not, 1 wrong input. Times are estimates, never measurements.
+The train step is compiled by the real TPU or GPU compiler, from shapes alone. Exit status: 0 fits,
+2 does not, 1 wrong input. Times are estimates, never measurements.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from dopsd_jax.core import cli, sharding
 from dopsd_jax.core.log import log
 from dopsd_jax.method import contexts
 from dopsd_jax.planning import compiler, flops, hlo, lowering
-from dopsd_jax.planning.chips import ATTENTION, GIB, chip_of, count_chips
+from dopsd_jax.planning.chips import GIB, Chip, chip_of, count_chips
+from dopsd_jax.planning.gpus import GPUS
+from dopsd_jax.run import remat
 from dopsd_jax.run.config import check_values
+from dopsd_jax.run.keys import AUTO
 from dopsd_jax.run.step import Step
 from dopsd_jax.weights.pipeline import transformer_shapes
 
@@ -35,6 +39,10 @@ DOES_NOT_FIT = 2  # exit status
 HEADROOM = 0.10  # of the memory, below which a plan warns
 SWEEP_BATCHES = (1, 2, 4)
 SWEEP_REMAT = ("full", "attention", "matmuls", "linears")
+NEEDS_CUDA = (
+    "planning for a GPU needs JAX's CUDA plugin, which compiles on any Linux machine: pip install "
+    "-e '.[cuda]'"
+)
 NEEDS_LIBTPU = (
     "planning for TPU needs its compiler, the package libtpu: pip install -e '.[tpu]' (it plans on "
     "any Linux machine); without --topology this machine's devices are planned for"
@@ -46,8 +54,9 @@ class Plan:
     """What was found out about a config on a topology.
 
     Attributes:
-        topology, chips, batch, remat: What was asked; batch is pictures of an update per chip, less
+        topology, chips, batch: What was asked; batch is pictures of an update per chip, less
             than one where chips share a picture (mesh.tensor).
+        remat: Policy that was asked for or found.
         limit: Bytes that a chip has.
         weights, state: Bytes per chip of the frozen base, and of all that trains.
         total: Bytes per chip of the whole program; None where the compiler did not say.
@@ -95,7 +104,7 @@ class Plan:
             linear = self.cycles / chip.clock
         else:
             linear = (self.flops.computed * self.batch - attention) / (chip.peak * chip.linear)
-        return linear + attention / (chip.peak * ATTENTION)
+        return linear + attention / (chip.peak * chip.attention)
 
     @property
     def link_seconds(self) -> float:
@@ -175,27 +184,53 @@ def step_flops(config: ConfigDict, step: Step) -> flops.Step:
     )
 
 
+def policies(config: ConfigDict) -> tuple[str, ...]:
+    """What a run of this config tries, in this order; see run/remat.py."""
+    return remat.ORDER if config.remat == AUTO else (config.remat,)
+
+
+def with_remat(config: ConfigDict, policy: str) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.remat = policy
+    return config
+
+
 def plan(
     config: ConfigDict, topology: str, *, batch: int = 0, full: bool = False
 ) -> Plan:
-    """Compiles a config's step for a TPU topology and reads what it needs.
+    """Compiles a config's step for a TPU topology or a GPU and reads what it needs.
+
+    With remat=auto policies are compiled as a run would, until one fits.
 
     Args:
         config: Of a run; config.model may be empty, which means Z-Image-Turbo.
-        topology: Such as "v5e:4x4".
+        topology: Such as "v5e:4x4", or a GPU such as "h100".
         batch: Pictures per chip, see `with_batch`; 0: as configured.
         full: Build the executable, which takes many minutes; the estimate of time then rests on
             the compiler's own cycles.
 
     Raises:
-        ValueError: An unknown topology or a mesh that does not fit it, an impossible value, no TPU
-            compiler, or one that refuses.
+        ValueError: An unknown topology or a mesh that does not fit it, an impossible value, no
+            compiler for it, or one that refuses.
     """
     chip, chips = chip_of(topology), count_chips(topology)
-    if not compiler.has_tpu_compiler():
+    if chip.target and not compiler.has_gpu_compiler():
+        raise ValueError(NEEDS_CUDA)
+    if not chip.target and not compiler.has_tpu_compiler():
         raise ValueError(NEEDS_LIBTPU)
     check_values(config, besides=("model", "vlm", "data"))
     config, batch = with_batch(config, chips, batch)
+    for policy in policies(config):
+        found = _plan(with_remat(config, policy), topology, chip, chips, batch, full)
+        if found.fits:
+            break
+        log.info("%s: remat %s does not fit", topology, policy)
+    return found
+
+
+def _plan(
+    config: ConfigDict, topology: str, chip: Chip, chips: int, batch: float, full: bool
+) -> Plan:
     step = lowering.step_of(config, mesh_of(config, chips))
     shapes = step.shapes(lowering.planned_bucket(config))
     found = Plan(
@@ -204,20 +239,22 @@ def plan(
         step_flops(config, step),
     )
     asked = {"config": config.to_dict(), "topology": topology, "full": full}
+    kind = "GPU" if chip.target else "TPU"
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(asked, file)
         file.flush()
         try:
-            dump = compiler.compile_in_child(
-                [sys.executable, "-m", "dopsd_jax.planning.lowering", file.name], "train_step",
-                full=full,
-            )
+            command = [sys.executable, "-m", lowering.__name__, file.name]
+            if chip.target:
+                dump = compiler.compile_for_gpu(command)
+            else:
+                dump = compiler.compile_in_child(command, "train_step", full=full)
         except compiler.DoesNotFit as e:
             found.total = e.needed
             return found
         except RuntimeError as e:
             raise ValueError(
-                f"{topology}: the TPU compiler gave up; are there such chips, and does the step "
+                f"{topology}: the {kind} compiler gave up; are there such chips, and does the step "
                 f"run elsewhere?\n  {e}"
             ) from e
     found.total, found.largest = dump.memory.total, dump.memory.largest
@@ -277,8 +314,8 @@ def rests_on(p: Plan) -> list[str]:
               f"{chip.linear:.0%} of peak in linear layers")
     bound = "links" if p.link_seconds > p.compute_seconds else "compute"
     return [
-        f"  rests on: {linear}; an assumed {ATTENTION:.0%} in attention kernels; links at their "
-        "data sheet's rate",
+        f"  rests on: {linear}; {chip.attention:.0%} in attention kernels ({chip.rests}); links at "
+        "their data sheet's rate",
         f"  bound by {bound}: {p.compute_seconds:.2f} s compute, {p.link_seconds:.2f} s overlapped "
         f"and {p.exposed_seconds:.2f} s exposed collectives",
     ]
@@ -288,13 +325,11 @@ def sweep(config: ConfigDict, topologies: list[str]) -> list[Plan]:
     """Every topology with SWEEP_BATCHES and SWEEP_REMAT, best first, what does not fit last."""
     found, began = [], time.monotonic()
     cases = list(itertools.product(topologies, SWEEP_BATCHES, SWEEP_REMAT))
-    for done, (topology, batch, remat) in enumerate(cases, 1):
-        c = config.copy_and_resolve_references()
-        c.remat = remat
-        found.append(plan(c, topology, batch=batch))
+    for done, (topology, batch, policy) in enumerate(cases, 1):
+        found.append(plan(with_remat(config, policy), topology, batch=batch))
         left = (time.monotonic() - began) / done * (len(cases) - done)
         log.info("%d of %d, %.0f s left: %s batch %d %s, %s", done, len(cases), left, topology,
-                 batch, remat, "fits" if found[-1].fits else "does not fit")
+                 batch, policy, "fits" if found[-1].fits else "does not fit")
     return sorted(found, key=lambda p: (not p.fits, -p.mfu if p.fits else p.total or 0))
 
 
@@ -316,10 +351,14 @@ def plan_here(config: ConfigDict, batch: int = 0) -> str:
     check_values(config, besides=("model", "vlm", "data"))
     config, batch = with_batch(config, len(devices), batch)
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    lowered, shapes = lowering.lower(config, mesh)
-    memory = lowered.compile().memory_analysis()
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    for policy in policies(config):
+        config = with_remat(config, policy)
+        lowered, shapes = lowering.lower(config, mesh)
+        memory = lowered.compile().memory_analysis()
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        if limit is None or total <= limit:
+            break
     fits = "" if limit is None else ("FITS: " if total <= limit else "DOES NOT FIT: ")
     of = "" if limit is None else f" of {limit / GIB:.2f}"
     step = step_flops(config, lowering.step_of(config, mesh))
@@ -340,6 +379,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
     flags.DEFINE_list("topology", [], "TPU chips, such as v5e:4x4; several for --sweep. Default: "
                       "this machine's devices.")
+    flags.DEFINE_list("device", [], f"One GPU each: {', '.join(GPUS)}.")
     flags.DEFINE_integer("batch", 0, "Pictures per chip (or group of chips of "
                          "mesh.tensor); default: as configured, or 1.",
                          lower_bound=0)
@@ -351,21 +391,24 @@ def main() -> None:
     config = FLAGS.config
     if config is None:
         raise ValueError("--config is needed, such as --config configs/z_image_turbo_lora.py")
-    if FLAGS.sweep and (not FLAGS.topology or FLAGS.batch or FLAGS.full):
-        raise ValueError("--sweep: expected --topology and neither --batch nor --full: it goes "
-                         f"through batches {SWEEP_BATCHES} by short plans")
-    if FLAGS.full and not FLAGS.topology:
-        raise ValueError("--full: expected --topology with it: it is about the TPU compiler")
-    if not FLAGS.topology:
+    targets = [*FLAGS.topology, *FLAGS.device]
+    if wrong := [name for name in FLAGS.device if name not in GPUS]:
+        raise ValueError(f"--device: expected some of {', '.join(GPUS)}, got {', '.join(wrong)}")
+    if FLAGS.sweep and (not targets or FLAGS.batch or FLAGS.full):
+        raise ValueError("--sweep: expected --topology or --device, and neither --batch nor --full:"
+                         f" it goes through batches {SWEEP_BATCHES} by short plans")
+    if FLAGS.full and (not FLAGS.topology or FLAGS.device):
+        raise ValueError("--full: expected --topology alone with it: it is about the TPU compiler")
+    if not targets:
         text = plan_here(config, FLAGS.batch)
         print(text)
         fits = "DOES NOT FIT" not in text
     elif FLAGS.sweep:
-        plans = sweep(config, FLAGS.topology)
+        plans = sweep(config, targets)
         print(table(plans))
         fits = any(p.fits for p in plans)
     else:
-        plans = [plan(config, t, batch=FLAGS.batch, full=FLAGS.full) for t in FLAGS.topology]
+        plans = [plan(config, t, batch=FLAGS.batch, full=FLAGS.full) for t in targets]
         if len(plans) > 1:
             print(table(plans) + "\n")
         print("\n\n".join(report(config, p) for p in plans))

@@ -26,7 +26,7 @@ from dopsd_jax.data.datasets import Data, read_data
 from dopsd_jax.method import lora
 from dopsd_jax.method.train_step import Batch, TrainState
 from dopsd_jax.mini import stages
-from dopsd_jax.run import gauges, loop, loras, preflight
+from dopsd_jax.run import gauges, loop, loras, preflight, remat
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.caption_check import check_captions
 from dopsd_jax.run.config import (
@@ -46,6 +46,7 @@ from dopsd_jax.run.features import (
     load_encoders,
     open_cache,
 )
+from dopsd_jax.run.keys import AUTO
 from dopsd_jax.run.pictures import Previews, run_preflight
 from dopsd_jax.run.step import Step
 from dopsd_jax.weights.pipeline import DECODER, Pipeline, fingerprint, load_pipeline
@@ -74,6 +75,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
 
     # Act 2, the workdir. It becomes this run's, or was so before and the run continues. Weights
     # are identified without loading them, so that a wrong workdir fails now.
+    config = remat.as_begun(config, workdir)
     workdir = claim(config, identify(config, data), workdir, given)
     if loop.finished(config, workdir):
         return None
@@ -93,7 +95,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     made = make_features(config, pipe, data, entries, cache)
     features = BatchFeatures(config, data, entries, made)
 
-    # Act 4, the state at step 0, and pictures of what it can do untrained.
+    # Act 4, the state at step 0, and pictures of what it can do untrained. What fits beside the
+    # network is known now that the encoders are gone.
+    if config.remat == AUTO:
+        step = remat.fitted(step, data.largest_bucket(), workdir, pipe.params)
     base, state, untuned = first_state(config, pipe, step)
     if looks_ahead:
         variables = step.method.assemble(base, state.student)
@@ -182,8 +187,9 @@ def load_parts(config: ConfigDict, mesh: Mesh, *, draws_pictures: bool) -> Pipel
         parts.append("vae")
     elif draws_pictures:
         parts.append(DECODER)
+    policy = "full" if config.remat == AUTO else config.remat  # only the train step asks it
     return load_pipeline(
-        config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=config.remat,
+        config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=policy,
         parts=tuple(parts), mesh=mesh, encoder_mesh=sharding.own_mesh(),
     )
 

@@ -1,5 +1,6 @@
 """What a plan makes of the compiler's answers, and how the command tells it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from configs import z_image_turbo_full, z_image_turbo_lora
 from dopsd_jax import plan
 from dopsd_jax.core import trees
 from dopsd_jax.planning import compiler, hlo, lowering
-from dopsd_jax.planning.chips import ATTENTION, CHIPS, GIB
+from dopsd_jax.planning.chips import CHIPS, GIB
 from dopsd_jax.weights.pipeline import transformer_shapes
 from tests.planning.test_hlo import REPORT, TEXT
 
@@ -36,7 +37,8 @@ def test_a_plan_adds_up(fake_compiler):
     config = z_image_turbo_lora.get_config()
     p = plan.plan(config, "v5e:4x4")
     assert p.fits and p.chips == 16 and p.batch == 1 and p.total == 3625592320
-    base = trees.count(transformer_shapes(lowering.denoiser_of(config).network))
+    denoiser = lowering.denoiser_of(plan.with_remat(config, p.remat))
+    base = trees.count(transformer_shapes(denoiser.network))
     assert 2 * base / 16 < p.weights < 2.05 * base / 16
     lora = 158_760_960  # student, teacher and two moments, float32
     assert 16 * lora / 16 <= p.state < 16.5 * lora / 16
@@ -44,7 +46,7 @@ def test_a_plan_adds_up(fake_compiler):
     assert p.moved("all-gather", exposed=True) == 120 * 2 * 256 * 15360
     chip = CHIPS["v5e"]
     linear = (p.flops.computed - p.flops.attention) / (chip.peak * chip.linear)
-    assert p.compute_seconds == linear + p.flops.attention / (chip.peak * ATTENTION)
+    assert p.compute_seconds == linear + p.flops.attention / (chip.peak * chip.attention)
     assert p.seconds == pytest.approx(p.compute_seconds + p.exposed_seconds)
     assert p.mfu == pytest.approx(p.flops.useful / p.seconds / chip.peak)
     assert fake_compiler[0][1:] == ("train_step", False)
@@ -52,7 +54,7 @@ def test_a_plan_adds_up(fake_compiler):
 
 def test_the_compilers_cycles_take_the_place_of_the_share_of_peak(fake_compiler):
     p = plan.plan(z_image_turbo_lora.get_config(), "v5e:4x4", full=True)
-    attention = p.flops.attention / (CHIPS["v5e"].peak * ATTENTION)
+    attention = p.flops.attention / (CHIPS["v5e"].peak * CHIPS["v5e"].attention)
     assert p.compute_seconds == pytest.approx(2.0 + attention)
     assert "rests on: the compiler's own cycles" in "\n".join(plan.rests_on(p))
 
@@ -69,11 +71,34 @@ def test_full_fine_tuning_counts_bytes_by_dtype(fake_compiler):
 def test_the_report_says_what_was_asked_for(fake_compiler):
     config = z_image_turbo_lora.get_config()
     text = plan.report(config, plan.plan(config, "v5e:4x4", batch=2))
-    for part in ("v5e:4x4: 16 chips, 2 pictures per update and chip, remat full",
+    for part in ("v5e:4x4: 16 chips, 2 pictures per update and chip, remat activations",
                  "FITS: 3.38 of 15.75 GiB", "trained state", "0.99 GiB  2xs32[1], 5xbf16[30,1",
                  "all-gather", "up to 11 (one per bucket", "teacher forward", "images/s",
                  "model FLOP utilisation", "hours for 2000 steps", "bound by compute"):
         assert part in text, part
+
+
+def test_auto_goes_from_policy_to_policy_until_one_fits(monkeypatch):
+    needs = {"activations": 50, "dots": 24, "linears": 16, "matmuls": 14, "attention": 5, "full": 3}
+    asked = []
+
+    def answer(command, module, *, full=False):
+        policy = json.loads(Path(command[3]).read_text())["config"]["remat"]
+        asked.append(policy)
+        if needs[policy] > 15.75:
+            raise compiler.DoesNotFit("no", needs[policy] * GIB, 15.75 * GIB)
+        return compiler.Dump(TEXT, hlo.parse_memory(REPORT), 1.0)
+
+    monkeypatch.setattr(compiler, "compile_in_child", answer)
+    monkeypatch.setattr(compiler, "has_tpu_compiler", lambda: True)
+    config = z_image_turbo_lora.get_config()
+    p = plan.plan(config, "v5e:4x4")
+    assert p.fits and p.remat == "matmuls"
+    assert asked == ["activations", "dots", "linears", "matmuls"]
+    assert config.remat == "auto"
+    needs |= dict.fromkeys(needs, 20)
+    p = plan.plan(config, "v5e:4x4")
+    assert not p.fits and p.remat == "full"
 
 
 def test_chips_that_share_a_picture_share_its_work(fake_compiler):

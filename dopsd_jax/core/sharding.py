@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dopsd_jax.core.trees import Tree
 
@@ -33,6 +34,9 @@ COMPILER_OPTIONS = {  # by how a chip names itself
     "TPU v5": dict.fromkeys(ASYNC_COLLECTIVES, "true"),
     "TPU v6 lite": dict.fromkeys(ASYNC_COLLECTIVES, "true"),
 }
+# XLA would compute x W and the LoRA's x a as one product, for which it copies W beside a, in every
+# layer and pass: 87 GB read and written per update of Z-Image at 1024 x 1024.
+GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 # Name -> how the last axes of an array lie on the mesh; axes before them, such as a stack's, stay
 # whole. The last part of a name counts: names of trained trees, moments and averages end as their
@@ -136,26 +140,43 @@ def own_mesh() -> Mesh | None:
     return make_mesh(1, -1, 1, devices=own) if len(own) > 1 else None
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+def compiler_options(mesh: Mesh) -> dict[str, str | int] | None:
     """What to tell the compiler about a step on this mesh; for jax.jit."""
-    return COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind)
+    device = mesh.devices.flat[0]
+    return GPU_OPTIONS if device.platform == "gpu" else COMPILER_OPTIONS.get(device.device_kind)
 
 
 def use_mesh(mesh: Mesh | None):
     """A context for tracing: what is traced in it may say where its arrays lie on `mesh`.
 
-    A mesh of one device has nothing to say and is like None.
+    A mesh of one device says nothing but what is traced for, see `platform`.
     """
-    if mesh is None or mesh.size == 1:
+    if mesh is None:
         return contextlib.nullcontext()
+    if mesh.size == 1:
+        return _use_platform(mesh)
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def _use_platform(mesh: Mesh | AbstractMesh):
+    device = mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
+    token = _PLATFORM.set(None if device is None else device.platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
 
 
 def platform() -> str:
     """What is traced for: the platform of the mesh of `use_mesh`, else JAX's default."""
     mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.platform
+    return _PLATFORM.get() or jax.default_backend()
 
 
 def rows_axes(size: int) -> tuple[str, ...] | None:

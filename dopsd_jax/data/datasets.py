@@ -92,6 +92,13 @@ class Data:
             first, tuple(rows), tuple(next(iter(self.rows[i].captions)) for i in rows)
         )
 
+    def largest_bucket(self) -> Bucket:
+        """The bucket with rows whose pictures are largest, references counted."""
+        return max(
+            (bucket for bucket, rows in self.assignment.items() if len(rows)),
+            key=lambda b: b.width * b.height * (1 + b.references),
+        )
+
     def captions(self, rows: BatchRows) -> list[str]:
         """The captions that rows use."""
         return [

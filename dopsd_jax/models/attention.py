@@ -25,7 +25,8 @@ NAME = "attention"  # of what a rematerialised layer may keep, see layers.REMAT_
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None = None
+    q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None = None,
+    lengths: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with float32 softmax; G = K / J query heads share a key head.
 
@@ -35,14 +36,24 @@ def attention(
         v: [B, M, J, d].
         mask: bool, True = may attend; [B, M] over keys or [B, N, M]; None attends everywhere.
             A query that may attend nowhere returns the mean of v, never NaN.
+        lengths: int32 [B] from 1 to M, in place of a mask: the first `lengths` keys may be
+            attended. On GPU this saves reading a matrix of masks.
 
     Returns:
         [B, N, K, d] in v's dtype.
     """
-    dims = check_shapes("attention", q=(q, "B N K d"), k=(k, "B M J d"), v=(v, "B M J d"))
+    dims = check_shapes(
+        "attention", q=(q, "B N K d"), k=(k, "B M J d"), v=(v, "B M J d"), lengths=(lengths, "B")
+    )
     if dims["K"] % dims["J"]:
         raise ValueError(f"attention: {dims['J']} key heads do not divide {dims['K']} query heads")
+    if lengths is not None:
+        if mask is not None:
+            raise ValueError("attention: expected a mask or lengths, got both")
+        mask = jnp.arange(dims["M"]) < lengths[:, None]
     way = choose(dims["N"], dims["M"], dims["d"], v.dtype, mask, sharding.platform())
+    if way == "cudnn" and lengths is not None:
+        return checkpoint_name(cudnn_prefix(q, k, v, lengths), NAME)
     return checkpoint_name(KERNELS[way](q, k, v, mask), NAME)
 
 
@@ -198,6 +209,21 @@ def cudnn(
     q = q.astype(v.dtype)
     return jax.nn.dot_product_attention(
         q, k.astype(v.dtype), v, mask=mask, implementation=implementation
+    )
+
+
+def cudnn_prefix(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, implementation: str = "cudnn"
+) -> jax.Array:
+    """`cudnn` over the first `lengths` keys of each row, which it skips to instead of masking.
+
+    Args:
+        q, k, v, lengths: As in `attention`.
+        implementation: Of jax.nn.dot_product_attention.
+    """
+    return jax.nn.dot_product_attention(
+        q.astype(v.dtype), k.astype(v.dtype), v, key_value_seq_lengths=lengths.astype(jnp.int32),
+        implementation=implementation,
     )
 
 

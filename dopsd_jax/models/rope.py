@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dopsd_jax.core import sharding
+
 
 def axis_tables(
     axes_dims: Sequence[int], axes_lens: Sequence[int], theta: float
@@ -53,16 +55,30 @@ def _both(table: np.ndarray, first: int) -> jax.Array:
 def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates pairs (2j, 2j+1) of x [B, N, K, d]; cos, sin [B, N, d] of `gather_cos_sin`.
 
-    float32 inside. Neighbours change places in a product with a permutation matrix, which is exact:
-    cutting the last axis into pairs costs a TPU more than all products of an attention layer.
+    float32 inside.
+    """
+    swapped = _swap_by_product(x) if sharding.platform() == "tpu" else _swap(x)
+    rotated = x.astype(jnp.float32) * cos[:, :, None] + swapped * sin[:, :, None]
+    return rotated.astype(x.dtype)
+
+
+def _swap(x: jax.Array) -> jax.Array:
+    """Neighbours (2j, 2j+1) of the last axis change places; float32."""
+    return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape).astype(jnp.float32)
+
+
+def _swap_by_product(x: jax.Array) -> jax.Array:
+    """`_swap` as a product with a permutation matrix, which is exact.
+
+    Cutting the last axis into pairs costs a TPU more than all products of an attention layer.
     """
     d = x.shape[-1]
     swap = np.zeros((d, d), np.float32)
     swap[np.arange(d) ^ 1, np.arange(d)] = 1
-    swapped = jnp.matmul(x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST,
-                         preferred_element_type=jnp.float32)
-    rotated = x.astype(jnp.float32) * cos[:, :, None] + swapped * sin[:, :, None]
-    return rotated.astype(x.dtype)
+    return jnp.matmul(
+        x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -125,7 +125,7 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def round_up(n: int, multiple: int = SEQUENCE_MULTIPLE) -> int:
+def round_up(n: int | jax.Array, multiple: int = SEQUENCE_MULTIPLE) -> int | jax.Array:
     return -(-n // multiple) * multiple
 
 
@@ -148,7 +148,7 @@ class Attention(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos, sin, mask) -> jax.Array:
+    def __call__(self, x: jax.Array, cos, sin, lengths) -> jax.Array:
         c = self.config
 
         def project(name):
@@ -159,7 +159,7 @@ class Attention(nn.Module):
         q = RMSNorm(c.norm_eps, self.dtype, name="norm_q")(q)
         k = RMSNorm(c.norm_eps, self.dtype, name="norm_k")(k)
         q, k = rotate_interleaved(q, cos, sin), rotate_interleaved(k, cos, sin)
-        out = attention(q, k, v, mask=mask).reshape(x.shape)
+        out = attention(q, k, v, lengths=lengths).reshape(x.shape)
         return Dense(c.dim, use_bias=False, dtype=self.dtype, name="to_out")(out)
 
 
@@ -187,7 +187,7 @@ class Block(nn.Module):
     modulated: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, time, cos, sin, mask) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, time, cos, sin, lengths) -> tuple[jax.Array, None]:
         c = self.config
         scale_attn = gate_attn = scale_ffn = gate_ffn = None
         if self.modulated:
@@ -202,7 +202,7 @@ class Block(nn.Module):
             return y if gate is None else jnp.tanh(gate) * y
 
         h = norm(x, "attention_norm1", scale_attn)
-        h = Attention(c, self.dtype, name="attention")(h, cos, sin, mask)
+        h = Attention(c, self.dtype, name="attention")(h, cos, sin, lengths)
         x = x + gated(norm(h, "attention_norm2"), gate_attn)
         h = norm(x, "ffn_norm1", scale_ffn)
         h = FeedForward(c, self.dtype, name="feed_forward")(h)
@@ -239,7 +239,7 @@ def position_ids(rows: int, cols: int, num_text: int, text_lengths: jax.Array):
         image int32 [B, round_up(rows cols), 3], text int32 [B, L, 3].
     """
     B = text_lengths.shape[0]
-    padded = -(-text_lengths // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+    padded = round_up(text_lengths)
     h, w = np.divmod(np.arange(rows * cols), cols)
     t = jnp.broadcast_to((padded + 1)[:, None], (B, rows * cols))
     image = jnp.stack([t, *(jnp.broadcast_to(jnp.asarray(i), t.shape) for i in (h, w))], axis=-1)
@@ -291,11 +291,7 @@ class ZImageTransformer(nn.Module):
         image_ids, text_ids = position_ids(rows, cols, L, lengths)
         tables = axis_tables(c.axes_dims, c.axes_lens, c.rope_theta)
         image_rope, text_rope = gather_cos_sin(tables, image_ids), gather_cos_sin(tables, text_ids)
-        # Captions are attended up to the next multiple of 32, beyond that masked.
-        visible = jnp.arange(L) < text_ids.dtype.type(SEQUENCE_MULTIPLE) * (
-            -(-lengths // SEQUENCE_MULTIPLE)
-        )[:, None]
-        mask = jnp.concatenate([jnp.ones((x.shape[0], num_padded), bool), visible], axis=1)
+        visible = round_up(lengths)  # captions are attended up to there, beyond that masked
 
         time = TimeEmbedding(c.time_dim, c.t_scale, self.dtype, name="t_embedder")(t)
         image = Dense(c.dim, dtype=self.dtype, name="x_embedder")(patchify(x, c.patch_size))
@@ -311,7 +307,7 @@ class ZImageTransformer(nn.Module):
         cos, sin = (
             jnp.concatenate(pair, axis=1) for pair in zip(image_rope, text_rope, strict=True)
         )
-        both = self._blocks("layers", both, time, cos, sin, mask)
+        both = self._blocks("layers", both, time, cos, sin, num_padded + visible)
 
         scale = Dense(c.dim, dtype=self.dtype, name="final_modulation")(nn.silu(time))
         out = LayerNorm(1e-6, affine=False, dtype=self.dtype, name="final_norm")(
@@ -354,8 +350,8 @@ class ZImageTransformer(nn.Module):
         pad = self.param(name, nn.initializers.normal(0.02), (1, self.config.dim))
         return jnp.where(real[..., None], tokens, pad.astype(tokens.dtype))
 
-    def _blocks(self, name: str, x: jax.Array, time, cos, sin, mask) -> jax.Array:
+    def _blocks(self, name: str, x: jax.Array, time, cos, sin, lengths) -> jax.Array:
         length = self.config.n_layers if name == "layers" else self.config.n_refiner_layers
         scanned = scan_layers(Block, length, self.remat, NAMES, num_broadcast=4)
         block = scanned(self.config, self.dtype, modulated=name != "context_refiner", name=name)
-        return block(x, time, cos, sin, mask)[0]
+        return block(x, time, cos, sin, lengths)[0]

@@ -1,13 +1,17 @@
 """Compiles for machines that are not there, in a child process, as far as a question needs.
 
 Of a TPU compile, code generation is nine tenths; memory and schedule are known before it. XLA
-writes both to files, so the child is stopped as soon as they are there.
+writes both to files, so the child is stopped as soon as they are there. A GPU compile is finished,
+without trying kernels against each other, which takes a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -23,6 +27,7 @@ HLO = "*after_optimizations_after_buffer_assignment.txt"
 MEMORY = "*after_optimizations-memory-usage-report.txt"
 SETTLE = 1.5  # seconds that the files of one compile need after the first of them appears
 FINAL = "final_hlo.txt"  # what the child writes of a finished executable
+COUNTED = "memory.json"  # what it writes of its memory: bytes of arguments, temporaries, ..
 
 
 class DoesNotFit(ValueError):
@@ -56,6 +61,13 @@ class Dump:
 
 def has_tpu_compiler() -> bool:
     return importlib.util.find_spec("libtpu") is not None
+
+
+def has_gpu_compiler() -> bool:
+    """Whether JAX's CUDA plugin is installed, by any name that it has."""
+    return bool(importlib.metadata.entry_points(group="jax_plugins")) and any(
+        importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
+    )
 
 
 def child_environment() -> dict[str, str]:
@@ -93,33 +105,59 @@ def compile_in_child(
         DoesNotFit: The program needs more memory than the chip has.
         RuntimeError: The child failed in another way; with the end of what it said.
     """
-    with tempfile.TemporaryDirectory(prefix="dopsd_plan_") as name:
-        directory = Path(name)
-        env = child_environment() | {
-            "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_text=true "
-                         f"--xla_dump_hlo_module_re={module}",
-        }
-        start = time.monotonic()
-        with (directory / "said").open("wb") as said:
-            child = subprocess.Popen(
-                [*command, str(directory)], env=env, stdout=said, stderr=subprocess.STDOUT
-            )
-            try:
-                stopped = _wait(child, directory, full, start + timeout)
-            finally:
-                if child.poll() is None:
-                    child.terminate()
-                child.wait()
-        seconds = time.monotonic() - start
-        text = (directory / "said").read_text(errors="replace")
-        if not stopped and child.returncode:
-            raise _failure(text)
+    flags = ("--xla_dump_to={} --xla_dump_hlo_as_text=true "
+             f"--xla_dump_hlo_module_re={module}")
+    with _directory() as directory:
+        seconds = _run(command, directory, flags.format(directory), full, timeout)
         hlo_file, memory_file = (_only(directory, p) for p in (HLO, MEMORY))
         final = directory / FINAL
         cycles = hlo.estimated_cycles(hlo.parse(final.read_text())) if final.is_file() else 0
         return Dump(
             hlo_file.read_text(), hlo.parse_memory(memory_file.read_text()), seconds, cycles
         )
+
+
+def compile_for_gpu(command: Sequence[str], *, timeout: float = 3600) -> Dump:
+    """Runs a command that compiles a program for a GPU, and reads what it leaves.
+
+    Args:
+        command: Its last argument will be a directory, where it leaves FINAL and COUNTED.
+        timeout: Seconds after which the child is stopped.
+
+    Raises:
+        RuntimeError: The child failed; with the end of what it said.
+    """
+    with _directory() as directory:
+        seconds = _run(command, directory, "--xla_gpu_autotune_level=0", True, timeout)
+        total = sum(json.loads((directory / COUNTED).read_text()).values())
+        return Dump((directory / FINAL).read_text(), hlo.Memory(total, []), seconds)
+
+
+@contextlib.contextmanager
+def _directory():
+    with tempfile.TemporaryDirectory(prefix="dopsd_plan_") as name:
+        yield Path(name)
+
+
+def _run(
+    command: Sequence[str], directory: Path, flags: str, full: bool, timeout: float
+) -> float:
+    """Runs the child with XLA's flags until it ends or, unless `full`, is stopped; its seconds."""
+    start = time.monotonic()
+    with (directory / "said").open("wb") as said:
+        child = subprocess.Popen(
+            [*command, str(directory)], env=child_environment() | {"XLA_FLAGS": flags},
+            stdout=said, stderr=subprocess.STDOUT,
+        )
+        try:
+            stopped = _wait(child, directory, full, start + timeout)
+        finally:
+            if child.poll() is None:
+                child.terminate()
+            child.wait()
+    if not stopped and child.returncode:
+        raise _failure((directory / "said").read_text(errors="replace"))
+    return time.monotonic() - start
 
 
 def _wait(child: subprocess.Popen, directory: Path, full: bool, end: float) -> bool:

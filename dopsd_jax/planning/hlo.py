@@ -128,7 +128,8 @@ def _end_of_type(text: str) -> int:
 def executions(program: Program) -> dict[str, int]:
     """Computation -> how often it runs in one run of the program.
 
-    A loop runs as often as the largest number in its condition says: JAX's scans count to it.
+    A loop runs as often as the GPU compiler says beside it; the TPU compiler does not, so there it
+    is the largest number in its condition: JAX's scans count to it.
     """
     times: dict[str, int] = collections.defaultdict(int)
 
@@ -136,7 +137,9 @@ def executions(program: Program) -> dict[str, int]:
         times[name] += count
         for i in program.computations.get(name, ()):
             if i.op == "while":
-                turns = _turns(program, re.search(r"condition=%([\w.\-]+)", i.rest)[1])
+                said = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
+                condition = re.search(r"condition=%([\w.\-]+)", i.rest)[1]
+                turns = int(said[1]) if said else _turns(program, condition)
                 visit(re.search(r"body=%([\w.\-]+)", i.rest)[1], count * turns)
                 continue
             if i.op in ("reduce", "reduce-window", "scatter", "sort", "map", "all-reduce",

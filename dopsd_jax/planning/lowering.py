@@ -20,6 +20,7 @@ from dopsd_jax.core.trees import Tree
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.planning import compiler
+from dopsd_jax.planning.chips import chip_of
 from dopsd_jax.run import loras
 from dopsd_jax.run.step import Shapes, Step
 from dopsd_jax.weights.families import find, published_denoiser
@@ -75,22 +76,37 @@ def lower(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, Shapes]:
 
 
 def topology_mesh(config: ConfigDict, topology: str) -> Mesh:
-    """The config's mesh over the chips of a TPU topology that need not be there."""
+    """The config's mesh over the chips of a topology that need not be there."""
     from jax.experimental import topologies
 
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    if target := chip_of(topology).target:
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name=topology, target_config=target, topology="1x1x1"
+        )
+    else:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     return sharding.make_mesh(**config.mesh.to_dict(), devices=found.devices)
+
+
+def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """What a program needs on one device, bytes; new arrays that take the place of old ones, and
+    so need nothing, are subtracted."""
+    m = compiled.memory_analysis()
+    return {"arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes,
+            "results": m.output_size_in_bytes, "in place": -m.alias_size_in_bytes}
 
 
 def main() -> None:
     """JSON file of {config, topology, full}, directory -> compiles, so that XLA writes its dump."""
     compiler.end_with_parent()
     asked, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    config = ConfigDict(asked["config"])
-    lowered, _ = lower(config, topology_mesh(config, asked["topology"]))
+    config, topology = ConfigDict(asked["config"]), asked["topology"]
+    lowered, _ = lower(config, topology_mesh(config, topology))
     compiled = lowered.compile()
-    if asked["full"]:
+    if asked["full"] or chip_of(topology).target:
         (directory / compiler.FINAL).write_text(compiled.as_text())
+    if chip_of(topology).target:
+        (directory / compiler.COUNTED).write_text(json.dumps(memory_of(compiled)))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ DISPLAY = "display"  # pictures, logs, and which checkpoints are kept
 PLACE = "place"      # where files lie; what they hold is compared by fingerprint or by name
 
 OBJECTIVES = ("dopsd", "sft")
+AUTO = "auto"  # of remat: the policy that computes least again and fits, see run/remat.py
 MAX_INT32 = 2**31 - 1  # steps are counted in int32
 MAX_TOKENS = 32_768    # more than any of these text encoders was trained with
 MAX_PIXELS = 4096**2   # up to which Qwen3-VL's own image processor goes
@@ -286,10 +287,12 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "vae_dtype": key("float32", DTYPE, LATENTS, DISPLAY,
         meaning="In which the VAE's weights are kept and used.",
         resume="a cache changes nothing in this, since it names latents by vae_dtype"),
-    "remat": key("full", one_of(*REMAT_POLICIES), STEP,
+    "remat": key(AUTO, one_of(AUTO, *REMAT_POLICIES), STEP,
         meaning="What layers keep for the backward pass, from least memory to least compute: "
-        f"{', '.join(REMAT_POLICIES)}.",
-        resume="gradients are rounded otherwise, even on the same devices"),
+        f"{', '.join(REMAT_POLICIES)}; {AUTO}: what computes least again and fits the devices, "
+        "found by compiling when a run begins.",
+        resume="gradients are rounded otherwise, even on the same devices; auto goes on with what "
+        "the run began with"),
     "mesh.data": key(-1, PARTS,
         meaning="Devices that split the batch; -1: all that are left.",
         resume="a run may move to other devices; sums differ by rounding alone"),

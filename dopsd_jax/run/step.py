@@ -8,6 +8,7 @@ trains.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -88,6 +89,7 @@ class Step:
         self._denoiser = dataclasses.replace(denoiser, mesh=mesh)
         self._rows, self._everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._sigmas: dict[float, jax.Array] = {}
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
         params = transformer_shapes(denoiser.network)
         self.targets = self.base_shapes = None
         if self.method.trainable == "lora":
@@ -187,7 +189,22 @@ class Step:
         self, state: TrainState, base: Tree | None, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update. The arrays of `state` are freed."""
-        return self.jitted(state, base, batch)
+        return self._compiled.get(_signature(batch), self.jitted)(state, base, batch)
+
+    def with_remat(self, policy: str) -> Step:
+        """The same step, whose layers keep what another policy says."""
+        other = copy.copy(self)
+        network = self._denoiser.network.clone(remat=policy)
+        other._denoiser = dataclasses.replace(self._denoiser, network=network)
+        other._compiled = {}
+        other.__dict__.pop("jitted", None)
+        return other
+
+    def compile(self, bucket: Bucket) -> jax.stages.Compiled:
+        """The program for the batches of a bucket, which calls with such batches then run."""
+        compiled = self.lower(bucket).compile()
+        self._compiled[_signature(self.shapes(bucket).batch)] = compiled
+        return compiled
 
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """The step for the batches of a bucket, ready to be compiled; nothing is computed."""
@@ -292,6 +309,12 @@ class Step:
 
 def _shapes(tree: Tree, dtype: Any) -> Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+
+
+def _signature(batch: Batch) -> Any:
+    """What tells programs of a step apart: shapes and dtypes of a batch."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple((x.shape, x.dtype) for x in leaves)
 
 
 def _where(shapes: Tree) -> Any:

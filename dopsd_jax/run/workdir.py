@@ -99,7 +99,7 @@ def _has_checkpoint(workdir: Path) -> bool:
     return bool(saved_steps(workdir))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """A JSON object of a run's directory.
 
     Raises:
@@ -150,14 +150,14 @@ def claim(
         new = flat_config(config)
         # A run that began before a key was added did what the key's default says.
         defaults = flat_config({k: e.default for k, e in keys.KEYS.items() if k in new})
-        old = defaults | flat_config(_read_json(file))
+        old = defaults | flat_config(read_json(file))
         different = [
             f"{k}: the run has {old.get(k)!r}, now {new.get(k)!r}"
             for k in sorted(set(old) | set(new))
             if old.get(k) != new.get(k)
             and (k in fixed or not keys.may_change(k, encodes_images=encodes_images))
         ]
-        old = _read_json(workdir / "identity.json")
+        old = read_json(workdir / "identity.json")
         different += [
             f"contents of {k}: the run has {old.get(k)}, now {identity.get(k)}"
             for k in sorted(set(old) | set(identity)) if not _same(k, old.get(k), identity.get(k))
@@ -211,7 +211,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{workdir}: expected a run's directory with config.json and checkpoints/, found none"
         )
-    config = _read_json(Path(workdir) / "config.json")
+    config = read_json(Path(workdir) / "config.json")
     if missing := sorted({"model", "trainable", "teacher", "lora"} - set(config)):
         raise ValueError(f"{workdir}/config.json: expected the config of a run, found no {missing}")
     kinds = {"model": TEXT, "trainable": TEXT, "teacher": TEXT, "lora": OBJECT}
@@ -222,7 +222,7 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
 
 def read_identity(workdir: str | Path) -> dict[str, str]:
     """Fingerprints of a run's weights and data, by name: identity.json."""
-    return _read_json(Path(workdir) / "identity.json")
+    return read_json(Path(workdir) / "identity.json")
 
 
 def fingerprint(workdir: str | Path) -> str:

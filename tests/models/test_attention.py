@@ -91,6 +91,45 @@ def test_what_is_handed_to_cudnn_means_the_same(kind):
     assert_same(lambda *a: lib.cudnn(*a, implementation="xla"), q, k, v, mask)
 
 
+def first_keys(lengths, M):
+    return jnp.arange(M) < lengths[:, None]
+
+
+def test_lengths_mean_a_mask_of_the_first_keys():
+    q, k, v = inputs(3, 35, 29, 4, 2, 8)
+    lengths = jnp.asarray([1, 17, 29], jnp.int32)
+    assert_same(
+        lambda q, k, v, mask: lib.attention(q, k, v, lengths=lengths), q, k, v,
+        first_keys(lengths, 29),
+    )
+
+
+def test_lengths_as_cudnn_gets_them_mean_the_same():
+    """Through XLA's implementation of the same call: cuDNN itself needs a GPU."""
+    q, k, v = inputs(3, 35, 29, 4, 2, 8)
+    lengths = jnp.asarray([1, 17, 29], jnp.int32)
+    assert_same(
+        lambda q, k, v, mask: lib.cudnn_prefix(q, k, v, lengths, implementation="xla"), q, k, v,
+        first_keys(lengths, 29),
+    )
+
+
+def test_lengths_go_to_cudnn_as_lengths(monkeypatch):
+    taken = []
+    monkeypatch.setattr(lib.sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(lib, "cudnn_prefix", lambda q, k, v, n: taken.append(n) or v)
+    q = jax.ShapeDtypeStruct((1, 1152, 1, 64), BF16)
+    jax.eval_shape(lambda q, n: lib.attention(q, q, q, lengths=n), q,
+                   jax.ShapeDtypeStruct((1,), jnp.int32))
+    assert [n.shape for n in taken] == [(1,)]
+
+
+def test_a_mask_and_lengths_are_one_too_many():
+    q, k, v = inputs(1, 3, 3, 1, 1, 8)
+    with pytest.raises(ValueError, match="a mask or lengths, got both"):
+        lib.attention(q, k, v, mask=jnp.ones((1, 3), bool), lengths=jnp.ones(1, jnp.int32))
+
+
 @pytest.mark.parametrize(
     "platform,N,d,dtype,mask_ndim,way",
     [("cpu", 96, 16, F32, 2, "plain"), ("cpu", 4608, 128, BF16, 2, "chunked"),

@@ -131,8 +131,8 @@ def assert_same_step(one, two):
 
 @pytest.fixture
 def config(short_run):
-    """A run that draws nothing."""
-    short_run.sample_every = 0
+    """A run that draws nothing, and calls its step without a look at what others would need."""
+    short_run.sample_every, short_run.remat = 0, "full"
     return short_run
 
 
@@ -194,6 +194,7 @@ def write_lora(config, folder):
     {"num_steps": 8, "schedule": "reference8", "shift": 2.0}, {"anchor": 2.0},
     {"anchor": 2.0, "trainable": "full"}, {"keep_share": 0.5},
     {"anchor": 2.0, "retain": "start", "base_lora": "LORA:0.5", "init_lora": "LORA"},
+    {"remat": "auto"},
 ], ids=str)
 def test_a_plan_lowers_the_very_step_that_a_run_calls(
     config, cache, prompts, tmp_path, changes
@@ -220,6 +221,7 @@ def test_a_plan_counts_the_references_of_a_run(tiny_flux2, two_photos, tmp_path,
     config.update({
         "data_root": str(two_photos), "buckets": "64x64", "batch_size": 2, "dtype": "float32",
         "num_steps": 2, "sample_every": 0, "preflight": "off", "gauge_prompts": (),
+        "remat": "full",
     })
     config.lora.rank = 4
     caught = of_train(config, tmp_path / "run")
@@ -250,7 +252,7 @@ def test_bench_differs_from_the_default_recipe_in_these_keys_alone():
     base, case = (flat_config(c.to_dict()) for c in (common.base(), ours.config_of(CASE)))
     assert base.keys() == case.keys()
     assert {key for key in base if base[key] != case[key]} == {
-        "shift", "weight_decay", "text_tokens", "teacher_tokens", "batch_size", "dtype",
+        "shift", "weight_decay", "text_tokens", "teacher_tokens", "batch_size", "dtype", "remat",
     }
 
 

@@ -31,7 +31,7 @@ WIDTHS = {3840, 10240, 15360}  # what a whole weight of one layer measures
 @functools.cache
 def planned(kind, topology, batch=1, **changes):
     config = {"lora": z_image_turbo_lora, "full": z_image_turbo_full}[kind].get_config()
-    config.update(changes)
+    config.update({"remat": "full"} | changes)
     return plan.plan(config, topology, batch=batch)
 
 
@@ -60,7 +60,8 @@ def assert_no_whole_stack_and_no_matrix_of_tokens(p):
 
 
 def parameter_bytes():
-    denoiser = lowering.denoiser_of(z_image_turbo_lora.get_config())
+    config = plan.with_remat(z_image_turbo_lora.get_config(), "full")
+    denoiser = lowering.denoiser_of(config)
     return 2 * trees.count(transformer_shapes(denoiser.network))
 
 
