@@ -222,7 +222,7 @@ def plan(
     config, batch = with_batch(config, chips, batch)
     for policy in policies(config):
         found = _plan(with_remat(config, policy), topology, chip, chips, batch, full)
-        if found.fits:
+        if found.fits and (found.total <= remat.SHARE * chip.memory or config.remat != AUTO):
             break
         log.info("%s: remat %s does not fit", topology, policy)
     return found
