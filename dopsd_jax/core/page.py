@@ -1,4 +1,4 @@
-"""A page that holds everything: its pictures are inside it, nothing is loaded and no script runs."""
+"""A page that holds all of itself: pictures are inside, nothing is loaded, no script runs."""
 
 from __future__ import annotations
 
