@@ -38,7 +38,9 @@ def cut_away(sizes: np.ndarray, bucket: Bucket) -> np.ndarray:
 
 def times(factor: float) -> str:
     """An enlargement in words."""
-    return f"{factor:.3g} times" if factor >= 1 else f"to {factor:.0%}"
+    if factor < 1:
+        return f"to {factor:.0%}"
+    return f"{factor:.1f} times" if factor < 10 else f"{factor:.0f} times"
 
 
 def share(part: float) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dopsd_jax.data.buckets import Bucket
-from dopsd_jax.data.crops import cut_away, enlarged
+from dopsd_jax.data.crops import MAX_CUT, cut_away, enlarged
 from dopsd_jax.data.files import ImageSource, open_image
 from dopsd_jax.data.images import fit_image, to_rgb, to_uint8
 
@@ -19,8 +19,8 @@ LOSSLESS = 128    # up to which a thumbnail is a PNG: there JPEG would be seen
 SMALL = 16        # side of the few colours that tell pictures of one shape apart
 BLANK = 2.0       # standard deviation in levels of 255, below which nothing is on a picture
 # Measured on fifteen photographs and eight drawings (scikit-image's and the mini model's), the
-# ratio of `sharpness` is 0.38 to 1.6 where they are sharp, about 0.2 after a Gaussian blur of one
-# pixel and 0.09 to 0.16 after two.
+# ratio of `sharpness` is 0.38 or more where they are sharp, about 0.2 after a Gaussian blur of one
+# pixel and, at 256 pixels a side, 0.09 to 0.15 after two.
 BLURRED = 0.16
 BLURRED_BESIDE = 0.4  # of the set's median
 # Of 64 bits. The same pictures: different ones are at least 16 apart, saved as JPEG of quality 30,
@@ -42,7 +42,7 @@ class Look:
         bits: uint8 [8], a perceptual hash of the crop.
         colours: float32 [SMALL, SMALL, 3], the crop made small.
         thumbnail: The crop as a PNG or JPEG file.
-        whole: The whole picture with the crop's frame, as a JPEG file.
+        whole: The whole picture with the crop's frame as a JPEG file, where much is cut away.
     """
 
     size: tuple[int, int]
@@ -54,7 +54,7 @@ class Look:
     bits: np.ndarray
     colours: np.ndarray
     thumbnail: bytes
-    whole: bytes
+    whole: bytes | None
 
 
 def look_at(source: ImageSource, bucket: Bucket) -> Look:
@@ -71,11 +71,12 @@ def look_at(source: ImageSource, bucket: Bucket) -> Look:
     image = to_rgb(image)
     crop = Image.fromarray(to_uint8(fit_image(image, bucket.width, bucket.height)))
     small = crop.resize((SMALL, SMALL), Image.Resampling.BOX)
+    cut = float(cut_away(image.size, bucket))
     return Look(
-        image.size, float(enlarged(image.size, bucket)), float(cut_away(image.size, bucket)),
-        transparent, bool(np.asarray(crop, np.float32).std(axis=(0, 1)).max() < BLANK),
-        sharpness(crop), np.packbits(imagehash.phash(crop).hash.ravel()),
-        np.asarray(small, np.float32), thumbnail(crop), _framed(image, bucket),
+        image.size, float(enlarged(image.size, bucket)), cut, transparent,
+        bool(np.asarray(crop, np.float32).std(axis=(0, 1)).max() < BLANK), sharpness(crop),
+        np.packbits(imagehash.phash(crop).hash.ravel()), np.asarray(small, np.float32),
+        thumbnail(crop), _framed(image, bucket) if cut > MAX_CUT else None,
     )
 
 

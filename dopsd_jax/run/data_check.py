@@ -61,6 +61,23 @@ class RowLook:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What is said of a row.
+
+    Attributes:
+        weight: How bad it is, beside others of its kind.
+        row: Of which.
+        words: What.
+        look: Its image that it is about; None where none is.
+    """
+
+    weight: float
+    row: RowLook
+    words: str
+    look: Look | None
+
+
+@dataclass(frozen=True)
 class Warned:
     """One kind of warning.
 
@@ -72,7 +89,7 @@ class Warned:
 
     title: str
     advice: str
-    rows: tuple[RowLook, ...] = ()
+    rows: tuple[Note, ...] = ()
 
 
 @dataclass
@@ -144,7 +161,7 @@ def inspect(config: ConfigDict, limit: int = 0) -> Inspection:
     if 0 < limit < len(numbers):
         numbers = np.unique(np.linspace(0, len(numbers) - 1, limit).round().astype(int)).tolist()
     found = Inspection(data, refused, limits=captions.limits)
-    for number in numbers:
+    for number in with_progress(numbers, len(numbers), "read %d of %d rows"):
         try:
             row = data.rows[number]
         except DataError as error:  # an index reads it only now
@@ -183,20 +200,13 @@ def _look(row: RowLook) -> None:
             return
 
 
-def _noted(
-    title: str, advice: str, found: Iterable[tuple[float, RowLook, str]]
-) -> list[Warned]:
-    """A kind of warning with the rows it concerns, none where there are none.
-
-    Args:
-        title, advice: See `Warned`.
-        found: How bad, the row, and what is said of it.
-    """
-    found = sorted(found, key=lambda item: -item[0])
-    for _, row, words in found:
-        row.warnings.append(words)
-    rows = tuple({row.number: row for _, row, _ in found}.values())
-    return [Warned(title, advice, rows)] if rows else []
+def _noted(title: str, advice: str, notes: Iterable[Note]) -> list[Warned]:
+    """A kind of warning with the rows it concerns, none where there are none."""
+    worst: dict[int, Note] = {}
+    for note in sorted(notes, key=lambda note: -note.weight):
+        note.row.warnings.append(note.words)
+        worst.setdefault(note.row.number, note)
+    return [Warned(title, advice, tuple(worst.values()))] if worst else []
 
 
 def _images(rows: list[RowLook]) -> list[tuple[RowLook, str, Look]]:
@@ -213,26 +223,27 @@ def _warn_of_rows(config: ConfigDict, found: Inspection) -> list[Warned]:
     warned = _noted(
         "One colour and nothing else",
         "A run learns to draw an empty picture for such a caption: take the row out.",
-        [(1, row, f"{name}nothing but one colour") for row, name, look in images if look.blank],
+        [Note(1, row, f"{name}nothing but one colour", look)
+         for row, name, look in images if look.blank],
     )
     warned += _noted(
         f"Enlarged more than {crops.MAX_ENLARGED:g} times",
         "Such pictures are soft, and soft pictures are what the model learns from them: find "
         "larger files, or choose a smaller resolution.",
-        [(look.enlarged, row, f"{name}enlarged {crops.times(look.enlarged)}, from "
-          f"{look.size[0]}x{look.size[1]}")
+        [Note(look.enlarged, row, f"{name}enlarged {crops.times(look.enlarged)}, from "
+              f"{look.size[0]}x{look.size[1]}", look)
          for row, name, look in images if look.enlarged > crops.MAX_ENLARGED],
     )
     warned += _noted(
         f"More than {crops.share(crops.MAX_CUT)} cut away",
         "Captions may tell of what is no longer there: crop the pictures yourself, or give them a "
         "bucket of their shape (--config.buckets).",
-        [(look.cut, row, f"{name}{crops.share(look.cut)} of the picture is cut away")
+        [Note(look.cut, row, f"{name}{crops.share(look.cut)} of the picture is cut away", look)
          for row, name, look in images if look.cut > crops.MAX_CUT],
     )
     warned += _noted(
         "Captions without a word", "They say nothing: write what is to be seen.",
-        [(1, row, f"{key}: {text.strip()!r:.40} has neither letter nor digit")
+        [Note(1, row, f"{key}: {text.strip()!r:.40} has neither letter nor digit", row.target)
          for row in found.rows for key, text in row.row.captions.items()
          if not any(c.isalnum() for c in text)],
     )
@@ -240,7 +251,7 @@ def _warn_of_rows(config: ConfigDict, found: Inspection) -> list[Warned]:
         "Captions whose end is not read",
         "They are longer than the limits, and truncate_prompts cuts them, the end of the chat "
         "template included: shorten them, or raise the limits.",
-        [(count - limit, row, f"{key}: {count} tokens, the {role} reads {limit}")
+        [Note(count - limit, row, f"{key}: {count} tokens, the {role} reads {limit}", row.target)
          for row in found.rows for key, counts in row.tokens.items()
          for role, count in counts.items()
          if config.truncate_prompts and count and count > (limit := found.limits[role])],
@@ -248,8 +259,8 @@ def _warn_of_rows(config: ConfigDict, found: Inspection) -> list[Warned]:
     warned += _noted(
         "Transparent parts become white",
         "Training sees no transparency: put such pictures on the ground they should have.",
-        [(look.transparent, row, f"{name}{crops.share(look.transparent)} of the picture is "
-          "transparent and becomes white")
+        [Note(look.transparent, row, f"{name}{crops.share(look.transparent)} of the picture is "
+              "transparent and becomes white", look)
          for row, name, look in images if look.transparent > TRANSPARENT],
     )
     return warned + _warn_of_twins(found.rows) + _warn_of_blur(found.rows)
@@ -262,8 +273,8 @@ def _warn_of_twins(rows: list[RowLook]) -> list[Warned]:
         for i in group:
             others = [f"#{seen[j].number + 1}" for j in group if j != i]
             more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-            found.append((len(group), seen[i],
-                          f"nearly the same picture as {', '.join(others[:5])}{more}"))
+            words = f"nearly the same picture as {', '.join(others[:5])}{more}"
+            found.append(Note(len(group), seen[i], words, seen[i].target))
     return _noted("Nearly the same picture",
                   "Together they count as often as they are many, and are learned by heart first: "
                   "keep one of each, unless that is meant.", found)
@@ -277,7 +288,8 @@ def _warn_of_blur(rows: list[RowLook]) -> list[Warned]:
         "Less sharp than the others",
         "Their sharpest edges are several pixels wide at the size of training: look whether they "
         "are out of focus or shaken.",
-        [(-seen[i].target.sharpness, seen[i], "blurred beside the others") for i in found],
+        [Note(-seen[i].target.sharpness, seen[i], "blurred beside the others", seen[i].target)
+         for i in found],
     )
 
 

@@ -26,16 +26,18 @@ STYLE = """
 .row:target { outline: 3px solid #2060c0; } .row.refused { border-color: #a02000; }
 .row p, .row ul { margin: .3rem 0; } .row ul { padding-left: 1.1rem; font-size: .9rem; }
 .row h3 { margin: .5rem 0 .2rem; overflow-wrap: anywhere; font-weight: 600; font-size: .95rem; }
-.row figure { flex: 0 1 auto; min-width: 0; }
+.several figure { width: calc(50% - .25rem); } .several figcaption { font-size: .8rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: .5rem; align-items: flex-start; }
 .facts, .key { color: #555; font-size: .85rem; }
 .caption { max-height: 11rem; overflow-y: auto; overflow-wrap: anywhere; white-space: pre-wrap;
            background: #f6f6f6; padding: .3rem .5rem; border-radius: .3rem; font-size: .9rem; }
-.strip { display: flex; flex-wrap: wrap; gap: .7rem; align-items: flex-end; }
-.strip a { color: inherit; text-decoration: none; max-width: 9rem; font-size: .8rem; }
+.strip { display: flex; flex-wrap: wrap; gap: .7rem; align-items: flex-start; }
+.strip a { color: inherit; text-decoration: none; width: 9rem; font-size: .8rem; }
 .strip img { max-width: 9rem; max-height: 9rem; width: auto; display: block; }
+.strip img, .row img { outline: 1px solid #ddd; }
 .strip span { display: block; overflow-wrap: anywhere; }
-.refusals td { overflow-wrap: anywhere; } .refusals td:first-child { min-width: 6rem; }
+.refusals td { overflow-wrap: anywhere; } .refusals td:first-child { min-width: 9rem; }
+.warned { margin: 1.5rem 0; } .warned h3, .warned p { margin: .3rem 0; }
 .over { color: #a02000; font-weight: 600; } .good { color: #207030; }
 @media (max-width: 40rem) { body { margin: 1rem auto; } th, td { padding-right: .5rem; } }
 """
@@ -100,16 +102,16 @@ def _warned(warned: Warned) -> str:
     count = f" ({len(warned.rows)} row{'' if len(warned.rows) == 1 else 's'})" if (
         warned.rows) else ""
     links = []
-    for row in warned.rows[:MAX_SHOWN]:
-        where = html.escape(row.row.where)
-        picture = as_image(row.target.thumbnail, row.row.where) if row.target else ""
-        links.append(f'<a href="#row{row.number + 1}">{picture}<span>#{row.number + 1} {where}'
-                     "</span></a>")
+    for note in warned.rows[:MAX_SHOWN]:
+        number, where = note.row.number + 1, note.row.row.where
+        picture = as_image(note.look.thumbnail, where) if note.look else ""
+        links.append(f'<a href="#row{number}">{picture}<span>#{number} {html.escape(where)}</span>'
+                     f"<span class=warn>{html.escape(note.words)}</span></a>")
     rest = len(warned.rows) - len(links)
     more = f"<span>and {rest} more, marked below</span>" if rest > 0 else ""
     strip = f'<div class="strip">{"".join(links)}{more}</div>' if links else ""
-    return (f"<h3 class=warn>{html.escape(warned.title)}{count}</h3>"
-            f"<p>{html.escape(warned.advice)}</p>{strip}")
+    return (f"<div class=warned><h3 class=warn>{html.escape(warned.title)}{count}</h3>"
+            f"<p>{html.escape(warned.advice)}</p>{strip}</div>")
 
 
 def _buckets(data: Data) -> str:
@@ -126,7 +128,7 @@ def _row(found: Inspection, row: RowLook, data: Data) -> str:
         name = row.image_name(image)
         label = f"<figcaption>{name or 'target'}</figcaption>" if len(row.looks) > 1 else ""
         figures.append(f"<figure>{as_image(look.thumbnail, name or row.row.where)}{label}</figure>")
-        if look.cut > crops.MAX_CUT:
+        if look.whole:
             figures.append(f"<figure>{as_image(look.whole, 'what is kept of it')}"
                            "<figcaption>of the whole picture</figcaption></figure>")
     if not row.row.images:
@@ -150,7 +152,7 @@ def _row(found: Inspection, row: RowLook, data: Data) -> str:
         captions.append(_caption("enhanced_prompt", row.row.enhanced, {}, {}))
     return (
         f'<article id="row{row.number + 1}" class="row{" refused" if row.problems else ""}">'
-        f'<div class="pictures">{"".join(figures)}</div>'
+        f'<div class="pictures{" several" if len(row.looks) > 1 else ""}">{"".join(figures)}</div>'
         f"<h3>#{row.number + 1} {html.escape(_where(row, data))}</h3>"
         f'<p class="facts">{html.escape(", ".join(facts))}</p>'
         + (f"<ul>{''.join(said)}</ul>" if said else "") + "".join(captions) + "</article>"
@@ -211,7 +213,7 @@ def sheet(found: Inspection) -> Image.Image:
 def _label(row: RowLook) -> str:
     words = f"#{row.number + 1}  {row.bucket.width}x{row.bucket.height}"
     if row.target and row.target.enlarged > 1:
-        words += f"  x{row.target.enlarged:.2g}"
+        words += f"  x{crops.times(row.target.enlarged).split()[0]}"
     if row.target and row.target.cut >= 0.01:
         words += f"  -{row.target.cut:.0%}"
     return words
@@ -224,8 +226,10 @@ def summary(found: Inspection) -> list[str]:
     if len(refusals) > 10:
         lines.append(f"refused: and {len(refusals) - 10} more")
     for warned in found.warned:
-        worst = warned.rows[0] if warned.rows else None
-        which = f": {len(warned.rows)} of {len(found.rows)} rows, first {worst.row.where}" if (
-            worst) else ""
+        which = ""
+        if warned.rows:
+            worst = warned.rows[0]
+            which = (f": {len(warned.rows)} of {len(found.rows)} rows; {worst.row.row.where}, "
+                     f"{worst.words}")
         lines.append(f"warning: {warned.title}{which}")
     return lines + [f"warning: {line}" for line in found.of_all]
