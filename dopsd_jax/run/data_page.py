@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from dopsd_jax.core.page import as_image, as_table, document
 from dopsd_jax.data import crops
-from dopsd_jax.data.datasets import Data
+from dopsd_jax.data.datasets import Data, parse_data
 from dopsd_jax.run.data_check import Inspection, RowLook, Warned, rows_of_batch
 
 MAX_REFUSED = 200  # refusals that are listed
@@ -20,6 +21,7 @@ CELL, LABEL, GAP = 160, 18, 4  # pixels of the contact sheet
 MAX_CELLS = 2000   # of the contact sheet; about 55 million pixels
 
 STYLE = """
+h1, .summary td { overflow-wrap: anywhere; } .summary td:first-child { min-width: 4rem; }
 .rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr));
         gap: 1rem; }
 .row { border: 1px solid #ddd; border-radius: .4rem; padding: .7rem; min-width: 0; }
@@ -39,7 +41,8 @@ STYLE = """
 .refusals td { overflow-wrap: anywhere; } .refusals td:first-child { min-width: 9rem; }
 .warned { margin: 1.5rem 0; } .warned h3, .warned p { margin: .3rem 0; }
 .over { color: #a02000; font-weight: 600; } .good { color: #207030; }
-@media (max-width: 40rem) { body { margin: 1rem auto; } th, td { padding-right: .5rem; } }
+@media (max-width: 40rem) { body { margin: 1rem auto; } th, td { padding-right: .5rem; }
+                            .refusals td:first-child { min-width: 5.5rem; } }
 """
 
 
@@ -48,7 +51,7 @@ def page(config: ConfigDict, found: Inspection) -> str:
     refusals = found.refusals()
     data = found.data
     total = len(found.data.rows) if data else 0
-    sets = [s.path for s in data.sets] if data else [config.data]
+    sets, _ = parse_data(config.data, config.data_weights)
     parts = [_summary(config, found)]
     if total > len(found.rows):
         parts.append(
@@ -66,11 +69,11 @@ def page(config: ConfigDict, found: Inspection) -> str:
         parts += [f"<h2>{'Every row' if total == len(found.rows) else 'The rows looked at'}, as "
                   "training sees it</h2>", '<div class="rows">',
                   *(_row(found, row, data) for row in found.rows), "</div>"]
-    return document(f"Data: {', '.join(sets)}", parts, STYLE)
+    return document(f"Data: {', '.join(Path(path).name for path in sets)}", parts, STYLE)
 
 
 def _summary(config: ConfigDict, found: Inspection) -> str:
-    data, rows = found.data, []
+    data, rows = found.data, [["data", config.data]]
     if data:
         seen = sum(map(len, data.assignment.values()))
         again = "" if seen == len(data.rows) else f", {seen} in an epoch, as folders' names say"
@@ -85,7 +88,7 @@ def _summary(config: ConfigDict, found: Inspection) -> str:
     if data and data.keep_prompts:
         rows.append(["keep_prompts", f"{len(data.keep_prompts)} prompts without a picture"])
     rows.append(["tokens", ", ".join(f"{role} up to {n}" for role, n in found.limits.items())])
-    return f'<div class="wide">{as_table(["", ""], rows)}</div>'
+    return f'<div class="summary">{as_table(["", ""], rows)}</div>'
 
 
 def _refusals(refusals: Sequence[tuple[str, str]]) -> str:
