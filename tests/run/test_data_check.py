@@ -172,6 +172,7 @@ def test_all_that_a_run_refuses_is_told_and_the_rest_is_shown(config, tmp_path):
     assert told["long.png"].startswith("caption, text_tokens = 128: expected at most 128 tokens")
     assert [r.row.where for r in found.rows] == [
         "camera.png", "long.png", "opaque.png", "wide.png"]
+    assert found.rows[1].warnings == []  # a caption that is refused is not one that is cut
     # And a run does refuse it.
     with pytest.raises(DataError, match="2 of 6 rows cannot be used"):
         read_data(bad, needs_of_rows(bad))
