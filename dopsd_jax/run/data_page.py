@@ -69,7 +69,12 @@ def page(config: ConfigDict, found: Inspection) -> str:
         parts += [f"<h2>{'Every row' if total == len(found.rows) else 'The rows looked at'}, as "
                   "training sees it</h2>", '<div class="rows">',
                   *(_row(found, row, data) for row in found.rows), "</div>"]
-    return document(f"Data: {', '.join(Path(path).name for path in sets)}", parts, STYLE)
+    return _whole(document(f"Data: {', '.join(Path(path).name for path in sets)}", parts, STYLE))
+
+
+def _whole(text: str) -> str:
+    """The text without half surrogates, which stand for bytes of names that are no UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def _summary(config: ConfigDict, found: Inspection) -> str:
@@ -235,4 +240,4 @@ def summary(found: Inspection) -> list[str]:
             which = (f": {len(warned.rows)} of {len(found.rows)} rows; {worst.row.row.where}, "
                      f"{worst.words}")
         lines.append(f"warning: {warned.title}{which}")
-    return lines + [f"warning: {line}" for line in found.of_all]
+    return [_whole(line) for line in (*lines, *(f"warning: {line}" for line in found.of_all))]

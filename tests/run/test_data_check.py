@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -283,12 +284,13 @@ def test_every_text_is_escaped(config, tmp_path):
         PICTURES["camera.png"][0].crop((i * 40, 0, 300, 300)).save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(TEXTS[i], "utf-8")
     (tmp_path / "<i>broken.txt").write_text("x")
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("a name that is no UTF-8")
     odd = copy(config, data=str(tmp_path), truncate_prompts=True)
     html = data_page.page(odd, data_check.inspect(odd))
     read = Reader(html)
     assert {*TEXTS} <= {*read.text}
     assert {f"#{i + 1} {name}" for i, name in enumerate(names)} <= {*read.text}
-    assert "<i>broken.txt" in read.text
+    assert {"<i>broken.txt", "?.txt"} <= {*read.text}
     assert not {t for t, _ in read.tags} & {"script", "b", "i", "iframe"}
     assert not [k for _, a in read.tags for k in a if k.startswith("on")]
     links = [v for _, a in read.tags for k, v in a.items() if k in ("src", "href")]
