@@ -127,6 +127,7 @@ def test_a_picture_of_one_colour_is_blank_and_a_pale_one_is_not(tmp_path):
 def test_the_frame_around_a_sliver_can_be_drawn(tmp_path, size):
     seen = look(photo("moon").resize(size), Bucket(64, 64), tmp_path / "a.png")
     assert seen.whole and seen.cut > 0.98
+    assert look(photo("moon").resize((253, 2)), Bucket(16, 1344), tmp_path / "a.png").whole
     seen = look(photo("moon").resize((64, 60)), Bucket(64, 64), tmp_path / "a.png")
     assert seen.whole is None
 
