@@ -10,15 +10,17 @@ import sys
 from pathlib import Path
 
 COMMANDS = (
-    "train", "tasks", "sample", "encode", "export", "evaluate", "score", "plan", "report",
+    "train", "data", "tasks", "sample", "encode", "export", "evaluate", "score", "plan", "report",
     "quickstart",
 )
 
 
 def described(command: str) -> tuple[str, str]:
     """What a command does and an example, from its docstring, without importing it."""
-    source = Path(__file__).with_name(f"{command}.py").read_text()
-    lines = (ast.get_docstring(ast.parse(source), clean=False) or "").splitlines()
+    source = Path(__file__).with_name(f"{command}.py")
+    if not source.is_file():
+        source = Path(__file__).with_name(command) / "__main__.py"
+    lines = (ast.get_docstring(ast.parse(source.read_text()), clean=False) or "").splitlines()
     words = lines[0].partition(": ")[2].rstrip(".")
     start = next(i for i, line in enumerate(lines) if line.startswith("    python -m "))
     example = lines[start]

@@ -17,6 +17,7 @@ from dopsd_jax.core import cli, distributed, memory, sharding
 from dopsd_jax.core.log import log
 from dopsd_jax.data.cache import Cache, CacheWriter
 from dopsd_jax.data.datasets import read_data
+from dopsd_jax.run import data_check
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.caption_check import check_captions
 from dopsd_jax.run.config import (
@@ -47,6 +48,7 @@ def encode(config: ConfigDict) -> tuple[int, int]:
         raise ValueError("cache: expected a folder or gs://.., got nothing (--config.cache=..)")
     check_config(config)
     data = read_data(config, needs_of_rows(config))
+    data_check.warn(config, data)
     check_captions(config, data)
     wanted = Entries(config, data).all()
     # A process's share does not depend on what others have written meanwhile.

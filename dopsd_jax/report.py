@@ -11,63 +11,25 @@ elsewhere and no script runs. May be called while the run goes on.
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from PIL import Image
 
 from dopsd_jax.core import cli, mirror
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.metrics import GAUGES, draw_curves, read_metrics
+from dopsd_jax.core.page import as_image, as_table, document
 from dopsd_jax.run import gauges, preflight
 from dopsd_jax.run import workdir as workdir_lib
 
 FLAGS = flags.FLAGS
 TABLE = "table.md"  # of a comparison, see evaluate
 TASKS = "tasks.md"  # of a sequence, see tasks
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
-       color: #1a1a1a; background: #fff; }
-h1 { font-size: 1.6rem; }
-h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-img { max-width: 100%; height: auto; image-rendering: auto; }
-.pixels img { image-rendering: pixelated; }
-table { border-collapse: collapse; } th, td { padding: .2rem .8rem .2rem 0; text-align: left;
-       vertical-align: top; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.side { display: flex; flex-wrap: wrap; gap: 1.5rem; } figure { margin: 0; }
-h3 { font-size: 1rem; } .wide { overflow-x: auto; } .wide td { white-space: nowrap; }
-figcaption { color: #555; font-size: .9rem; } .warn { color: #a02000; } .best { font-weight: 600; }
-"""
-
-
-def as_image(png: bytes, alt: str) -> str:
-    """An <img> that holds its picture."""
-    code = base64.b64encode(png).decode()
-    width, height = Image.open(io.BytesIO(png)).size
-    return (f'<img src="data:image/png;base64,{code}" width="{width}" height="{height}" '
-            f'alt="{html.escape(alt)}">')
-
-
-def as_table(head: Sequence[str], rows: Sequence[Sequence[Any]], marked: int | None = None) -> str:
-    """An HTML table; numbers stand to the right; the row `marked` is bold."""
-    lines = ["<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"]
-    for i, row in enumerate(rows):
-        cells = []
-        for value in row:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            cells.append(f"<td{' class=number' if number else ''}>{html.escape(text)}</td>")
-        lines.append(f"<tr{' class=best' if i == marked else ''}>{''.join(cells)}</tr>")
-    return "\n".join(lines) + "</table>"
-
 
 def steps_of(samples: Path, name: str) -> dict[int, Path]:
     """Pictures samples/<name>_N.png by step, in order."""
@@ -161,7 +123,7 @@ def page(workdir: str | Path) -> str:
         f"of colours to the targets'.</p>{_curves(gauge_rows)}"
         if gauge_rows else "<p>None yet.</p>"
     )
-    return _document(title, [
+    return document(title, [
         as_table(["", ""], [
             ["model", config["model"]], ["data", config.get("data", "")],
             ["objective", config.get("objective", "dopsd")], ["teacher", config["teacher"]],
@@ -177,16 +139,6 @@ def page(workdir: str | Path) -> str:
         "<h2>Checkpoints</h2>", _checkpoints(workdir),
         "<h2>Config</h2>", _config(config),
     ])
-
-
-def _document(title: str, parts: Sequence[str]) -> str:
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>\n"
-        + "\n".join(parts) + "\n</body></html>\n"
-    )
 
 
 def _from_markdown(text: str) -> str:
@@ -216,7 +168,7 @@ def evaluation_page(workdir: str | Path) -> str:
         f"{as_image((workdir / name).read_bytes(), words)}"
         for words, name in pictures.items() if (workdir / name).is_file()
     ]
-    return _document(f"{workdir.resolve().name}: methods compared", [
+    return document(f"{workdir.resolve().name}: methods compared", [
         *shown, "<h2>Figures, with 95% intervals</h2>",
         _from_markdown((workdir / TABLE).read_text()),
     ])
@@ -237,7 +189,7 @@ def tasks_page(workdir: str | Path) -> str:
                  for words, kind in last.items()}
         parts += [f"<h2>After task {number}, {html.escape(name)}</h2>",
                   _figures({words: found[0] for words, found in files.items() if found})]
-    return _document(f"{workdir.resolve().name}: {len(runs)} tasks", parts)
+    return document(f"{workdir.resolve().name}: {len(runs)} tasks", parts)
 
 
 def main() -> None:

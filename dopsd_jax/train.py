@@ -26,7 +26,7 @@ from dopsd_jax.data.datasets import Data, read_data
 from dopsd_jax.method import lora
 from dopsd_jax.method.train_step import Batch, TrainState
 from dopsd_jax.mini import stages
-from dopsd_jax.run import gauges, loop, loras, preflight, remat
+from dopsd_jax.run import data_check, gauges, loop, loras, preflight, remat
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.caption_check import check_captions
 from dopsd_jax.run.config import (
@@ -70,6 +70,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     # loaded: what is wrong is reported within seconds.
     check_config(config)
     data = read_data(config, needs_of_rows(config))
+    data_check.warn(config, data)
     if config.encode == "ahead":
         check_captions(config, data)
 

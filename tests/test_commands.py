@@ -156,7 +156,8 @@ def test_evaluate_says_what_is_wrong_with_the_config_of_its_runs(file, message, 
 
 def test_one_word_lists_all_commands_with_an_example_each():
     package = ROOT / "dopsd_jax"
-    assert {*dopsd.COMMANDS} == {p.stem for p in package.glob("*.py")} - {"__init__", "__main__"}
+    commands = {p.stem for p in package.glob("*.py")} - {"__init__", "__main__"}
+    assert {*dopsd.COMMANDS} == commands | {"data"}  # which is a package too
     done = subprocess.run([sys.executable, "-m", "dopsd_jax"], cwd=ROOT, text=True,
                           capture_output=True, check=True)
     for name in dopsd.COMMANDS:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Only sizes change, so that it takes seconds: one small shape, two updates.
 SMALLER = {
+    "dopsd_jax.data": ["--config.buckets=64x64", "--config.lora.rank=4"],
     "dopsd_jax.train": [
         "--config.buckets=64x64", "--config.num_train_steps=2", "--config.sample_every=1",
         "--config.lora.rank=4", "--config.text_tokens=128", "--config.teacher_tokens=672",
@@ -79,6 +80,8 @@ def run(home, *args):
 
 
 def test_the_commands_train_sample_and_export(home):
+    assert "photos/" not in (page := (home / "runs/data/data.html").read_text())
+    assert "a photograph of chelsea" in page and (home / "runs/data/data.png").is_file()
     assert (home / "runs/a/samples/step_000002.png").is_file()
     (picture,) = (home / "runs/a/drawn").glob("*.png")
     assert np.asarray(Image.open(picture)).shape == (64, 64, 3)

@@ -22,7 +22,7 @@ def write_atomic(path: str | Path, text: str) -> None:
     """Writes a local file so that a crash leaves either the old or the new text."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as f:
+    with temporary.open("w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,12 +25,12 @@ from dopsd_jax.data.buckets import (
     parse_buckets,
     repeated,
 )
-from dopsd_jax.data.drafts import Needs
+from dopsd_jax.data.drafts import Draft, Needs
 from dopsd_jax.data.files import DataError, ImageSource
 from dopsd_jax.data.images import fit_image, read_image
 from dopsd_jax.data.indexed import IndexedRows
 from dopsd_jax.data.keeping import PlanWithKept, kept_rows, read_prompts
-from dopsd_jax.data.rows import Row, read_rows
+from dopsd_jax.data.rows import Row, check_rows, read_rows
 
 DIGESTS_KEPT = 4096  # of an index
 SAMPLED = 16  # rows of an index whose images are identified
@@ -50,6 +50,24 @@ class Joined(Sequence):
         part = bisect.bisect_right(self._ends, row)
         return self._parts[part][row - (self._ends[part - 1] if part else 0)]
 
+    def sizes(self) -> np.ndarray:
+        return np.concatenate([part.sizes() for part in self._parts])
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One of a run's data sets.
+
+    Attributes:
+        path: As the config names it.
+        rows: How many usable rows it has.
+        weight: See data_weights; None where each row is seen equally often.
+    """
+
+    path: str
+    rows: int
+    weight: float | None = None
+
 
 @dataclass
 class Data:
@@ -62,6 +80,7 @@ class Data:
         index: What identifies rows that are not read ahead, or "".
         keep_prompts: On which the student is to stay as it was, see data/keeping.py; may be empty.
         earlier: The data of every earlier task, of which previews show some rows.
+        sets: The data sets that the rows come from, one after the other.
     """
 
     rows: Sequence[Row]
@@ -70,6 +89,7 @@ class Data:
     index: str = ""
     keep_prompts: tuple[str, ...] = ()
     earlier: tuple[Data, ...] = ()
+    sets: tuple[DataSet, ...] = ()
     _digests: dict[ImageSource, str] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -109,6 +129,15 @@ class Data:
     def bucket(self, row: int) -> Bucket:
         """The bucket of a row."""
         return self._buckets[self._bucket_of[row]]
+
+    def sizes(self) -> np.ndarray:
+        """int32 [rows, 2]: width and height of every target in pixels, zeros where none is known.
+
+        No row is read for it: those of an index are known as far as the index needs them.
+        """
+        if isinstance(self.rows, Joined):
+            return self.rows.sizes()
+        return np.array([row.size if row.target else (0, 0) for row in self.rows], np.int32)
 
     def image_digest(self, row: int, image: int = -1) -> str:
         """SHA-256 of an image file of a row, by default of the target, by content alone."""
@@ -189,15 +218,18 @@ def parse_data(data: str, weights: str) -> tuple[list[str], list[float] | None]:
     return sets, found
 
 
-def read_data(config: ConfigDict, needs: Needs) -> Data:
+def read_data(config: ConfigDict, needs: Needs, refused: list[Draft] | None = None) -> Data:
     """Reads, checks and plans all data of a run; with encode=online, makes an index alone.
 
     Args:
         config: Of the run.
         needs: What the recipe reads of every row.
+        refused: Takes what a run would be refused for, rows and small buckets; the data is then
+            that of all other rows.
 
     Raises:
-        DataError: Bad rows, or buckets that cannot fill a batch.
+        DataError: Bad rows, or buckets that cannot fill a batch, unless `refused` takes them; no
+            data there, or no usable row in it.
     """
     sets, weights = parse_data(config.data, config.data_weights)
     if remote := [part for part in sets if mirror.is_remote(part)]:
@@ -206,37 +238,31 @@ def read_data(config: ConfigDict, needs: Needs) -> Data:
             "mount the bucket"
         )
     buckets = parse_buckets(config.buckets) if config.buckets else make_buckets(config.resolution)
-    root = config.data_root or None
-    index = ""
-    if config.encode == "online":
-        indexed = [
-            IndexedRows(part, root=root, needs=needs, one_shape=len(buckets) == 1) for part in sets
-        ]
-        index = json.dumps([part.identity() for part in indexed])
-        parts, shapes = indexed, itertools.chain.from_iterable(p.shapes() for p in indexed)
-        firsts = itertools.accumulate(map(len, parts), initial=0)
-        repeats = {first + row: count for first, part in zip(firsts, indexed, strict=False)
-                   for row, count in part.repeats().items()}
-        rows: Sequence[Row] = Joined(parts)
-    else:
-        parts = [read_rows(part, root=root, needs=needs) for part in sets]
-        rows = list(itertools.chain.from_iterable(parts))
-        shapes = ((row.size, len(row.references)) for row in rows)
-        repeats = {i: row.repeats for i, row in enumerate(rows) if row.repeats > 1}
+    rows, found, shapes, repeats, index = _read_sets(
+        config, needs, sets, weights, one_shape=len(buckets) == 1, refused=refused
+    )
+    if not len(rows):
+        raise DataError(f"{config.data}: zero usable rows")
     assignment = repeated(assign_buckets(shapes, buckets), repeats)
     if repeats:
         log.info("%d rows count several times, by the numbers before _ in their folders' names; "
                  "an epoch has %d", len(repeats), sum(map(len, assignment.values())))
     kept = kept_rows(config.batch_size, config.keep_share)
     batch_size = max(config.batch_size - kept, 1)  # of rows of data
-    check_fillable(assignment, batch_size, config.small_buckets)
+    try:
+        check_fillable(assignment, batch_size, config.small_buckets)
+    except DataError as error:
+        if refused is None:
+            raise
+        refused.append(Draft("buckets", problems=[str(error)]))
     log.info(
         "%d rows in %d buckets: %s; that many shapes of the train step will be compiled",
         len(rows), len(assignment), ", ".join(f"{b} x{len(r)}" for b, r in assignment.items()),
     )
     plan = BatchPlan(
         assignment, lambda row: list(rows[row].captions), batch_size=batch_size,
-        seed=config.seed, sizes=[len(part) for part in parts], weights=weights,
+        seed=config.seed, sizes=[s.rows for s in found if s.rows],
+        weights=weights and [s.weight for s in found if s.rows],
     )
     prompts: tuple[str, ...] = ()
     if kept:
@@ -244,7 +270,49 @@ def read_data(config: ConfigDict, needs: Needs) -> Data:
         plan = PlanWithKept(
             plan, prompts, batch_size=config.batch_size, count=kept, seed=config.seed
         )
-    return Data(rows, assignment, plan, index, prompts, read_earlier(config, needs))
+    return Data(rows, assignment, plan, index, prompts, read_earlier(config, needs), found)
+
+
+def _read_sets(
+    config: ConfigDict, needs: Needs, sets: Sequence[str], weights: Sequence[float] | None, *,
+    one_shape: bool, refused: list[Draft] | None,
+) -> tuple[Sequence[Row], tuple[DataSet, ...], Iterable, dict[int, int], str]:
+    """The rows of data sets, read or indexed.
+
+    Returns:
+        Rows; the data sets; what `assign_buckets` takes of each row; of the rows that count more
+        than once how often; what identifies an index, or "".
+    """
+    root, index = config.data_root or None, ""
+    if config.encode == "online":
+        parts = [
+            IndexedRows(path, root=root, needs=needs, one_shape=one_shape, refused=refused)
+            for path in sets
+        ]
+        index = json.dumps([part.identity() for part in parts])
+        shapes = itertools.chain.from_iterable(part.shapes() for part in parts)
+        firsts = itertools.accumulate(map(len, parts), initial=0)
+        repeats = {first + row: count for first, part in zip(firsts, parts, strict=False)
+                   for row, count in part.repeats().items()}
+        rows: Sequence[Row] = Joined(parts)
+    else:
+        parts = [_read_set(path, root, needs, refused) for path in sets]
+        rows = list(itertools.chain.from_iterable(parts))
+        shapes = ((row.size, len(row.references)) for row in rows)
+        repeats = {i: row.repeats for i, row in enumerate(rows) if row.repeats > 1}
+    found = zip(sets, map(len, parts), weights or [None] * len(sets), strict=True)
+    return rows, tuple(itertools.starmap(DataSet, found)), shapes, repeats, index
+
+
+def _read_set(
+    path: str, root: str | None, needs: Needs, refused: list[Draft] | None
+) -> list[Row]:
+    """The rows of a data set; `refused` takes those that cannot be used, which else raise."""
+    if refused is None:
+        return read_rows(path, root=root, needs=needs)
+    rows, bad = check_rows(path, root=root, needs=needs)
+    refused += bad
+    return rows
 
 
 def read_earlier(config: ConfigDict, needs: Needs) -> tuple[Data, ...]:

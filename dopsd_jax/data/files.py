@@ -7,10 +7,11 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -53,6 +54,7 @@ MAX_SIDE = 2**31 - 1  # pixels; what an index can hold
 MAX_ASPECT = 200  # beyond it the vision tower refuses, and resizing would fill the memory
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -155,21 +157,29 @@ def measure_all(
     paths: Iterable[ImageSource],
 ) -> dict[ImageSource, tuple[int, int] | DataError]:
     """Decodes every file; returns its upright (width, height), or what is wrong with it."""
-    paths, sizes = list(paths), {}
-    start = logged = time.monotonic()
+    paths = list(paths)
     # Threads suffice: PIL's decoders release the GIL.
     with ThreadPool(min(16, os.cpu_count() or 1)) as pool:
-        for path, size in zip(paths, pool.imap(_measure, paths, chunksize=8), strict=True):
-            sizes[path] = size
-            now = time.monotonic()
-            if now - logged > LOG_EVERY_S:
-                logged = now
-                rate = len(sizes) / (now - start)
-                logger.info(
-                    "checked %d of %d images, %.0f/s, %.0f s left",
-                    len(sizes), len(paths), rate, (len(paths) - len(sizes)) / rate,
-                )  # fmt: skip
-    return sizes
+        sizes = pool.imap(_measure, paths, chunksize=8)
+        sizes = with_progress(sizes, len(paths), "checked %d of %d images")
+        return dict(zip(paths, sizes, strict=True))
+
+
+def with_progress(items: Iterable[T], total: int, words: str) -> Iterator[T]:
+    """The items, with a line in the log every LOG_EVERY_S.
+
+    Args:
+        items: What is worked on, or comes of it.
+        total: How many there are.
+        words: How many of how many, such as "checked %d of %d images".
+    """
+    start = logged = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - logged > LOG_EVERY_S:
+            logged, rate = now, done / (now - start)
+            logger.info(words + ", %.0f/s, %.0f s left", done, total, rate, (total - done) / rate)
 
 
 def _measure(path: ImageSource) -> tuple[int, int] | DataError:

@@ -11,9 +11,11 @@ from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dopsd_jax.core.log import log
 from dopsd_jax.data.drafts import SQUARE, Draft, Needs, scan_folder
-from dopsd_jax.data.files import LOG_EVERY_S, DataError, read_size
+from dopsd_jax.data.files import DataError, read_size, with_progress
 from dopsd_jax.data.records import Records, iterate
 from dopsd_jax.data.rows import (
     MAX_LISTED,
@@ -37,16 +39,19 @@ class IndexedRows(Sequence):
     """
 
     def __init__(
-        self, data: str | Path, *, root: str | Path | None, needs: Needs, one_shape: bool
+        self, data: str | Path, *, root: str | Path | None, needs: Needs, one_shape: bool,
+        refused: list[Draft] | None = None,
     ):
         """Makes the index.
 
         Args:
             data, root, needs: As of `rows.read_rows`.
             one_shape: Whether all rows go to one bucket, so that their sizes do not matter.
+            refused: Takes the rows that say what cannot be used, which the index then leaves out.
 
         Raises:
-            DataError: No such data, no row in it, or rows that say what cannot be used, together.
+            DataError: No such data, no row in it, or, unless they are to be left out, rows that say
+                what cannot be used, together.
         """
         self._data, self._needs = Path(data).expanduser(), needs
         self._records: Records | _Folder = open_set(self._data, needs) or _Folder(self._data)
@@ -55,16 +60,18 @@ class IndexedRows(Sequence):
             raise DataError(f"{data}: expected rows, found none; zero usable rows")
         self._sized = not (one_shape and needs.images == (1, 1) and not needs.subject)
         self._widths, self._heights, self._references = array("i"), array("i"), array("i")
+        self._usable: Sequence[int] = range(len(self._records))
         began = time.monotonic()
         if self._sized or not self._records.reads_images:
-            self._look_at_all()
+            self._look_at_all(refused)
         log.info("%s: an index of %d rows, made in %.0f s", self._data, len(self),
                  time.monotonic() - began)
 
-    def _look_at_all(self) -> None:
-        bad, listed = 0, []
-        began = logged = time.monotonic()
-        for done, (where, record) in enumerate(iterate(self._records), 1):
+    def _look_at_all(self, refused: list[Draft] | None) -> None:
+        total, bad, usable = len(self._records), 0, array("q")
+        listed = [] if refused is None else refused
+        rows = with_progress(iterate(self._records), total, "index: %d of %d rows")
+        for number, (where, record) in enumerate(rows):
             draft = self._draft(where, record)
             size = draft.size
             if size is None and self._sized and draft.paths and not draft.problems:
@@ -73,19 +80,20 @@ class IndexedRows(Sequence):
                 check_number(draft, self._needs)
             if draft.problems:
                 bad += 1
-                listed += [draft] if bad <= MAX_LISTED else []
+                if refused is not None or bad <= MAX_LISTED:
+                    listed.append(Draft(draft.where, problems=draft.problems))
+                continue
+            usable.append(number)
             if self._sized:
                 width, height = size or SQUARE
                 self._widths.append(width)
                 self._heights.append(height)
                 images = len(draft.subject) + len(draft.paths)
                 self._references.append(max(images - 1, 0))
-            now = time.monotonic()
-            if now - logged > LOG_EVERY_S:
-                logged, rate = now, done / (now - began)
-                log.info("index: %d of %d rows, %.0f/s, %.0f s left", done, len(self), rate,
-                         (len(self) - done) / rate)
-        raise_problems(self._data, listed, bad, len(self))
+        if refused is None:
+            raise_problems(self._data, listed, bad, total)
+        if bad:
+            self._usable = usable
 
     def _measured(self, draft: Draft) -> tuple[int, int] | None:
         """The target's size by its file's head."""
@@ -102,7 +110,7 @@ class IndexedRows(Sequence):
         return record if isinstance(record, Draft) else draft_of(where, record, self._needs)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._usable)
 
     def __getitem__(self, row: int) -> Row:
         """A row as it is now; its images exist, but were not opened.
@@ -112,9 +120,10 @@ class IndexedRows(Sequence):
         """
         if not 0 <= row < len(self):
             raise IndexError(row)
-        where = self._records.where(row)
+        number = self._usable[row]
+        where = self._records.where(number)
         try:
-            record = self._records[row]
+            record = self._records[number]
         except DataError as error:
             record = error
         draft = self._draft(where, record)
@@ -136,11 +145,18 @@ class IndexedRows(Sequence):
             zip(self._widths, self._heights, self._references, strict=True)
         )
 
+    def sizes(self) -> np.ndarray:
+        """int32 [rows, 2]: width and height of every target, zeros where none is known."""
+        # A row that needs no picture may say how large one would be.
+        if not self._sized or self._needs.images[0] == 0:
+            return np.zeros((len(self), 2), np.int32)
+        return np.stack([np.asarray(self._widths), np.asarray(self._heights)], axis=1)
+
     def repeats(self) -> dict[int, int]:
         """Of the rows that count more than once how often."""
         if not isinstance(self._records, _Folder):
             return {}
-        counts = ((row, self._records[row].repeats) for row in range(len(self)))
+        counts = ((row, self._records[n].repeats) for row, n in enumerate(self._usable))
         return {row: count for row, count in counts if count > 1}
 
     def identity(self) -> str:

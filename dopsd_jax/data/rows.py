@@ -67,7 +67,7 @@ class Row:
 def read_rows(
     data: str | Path, *, root: str | Path | None = None, needs: Needs = Needs()
 ) -> list[Row]:
-    """Reads and checks every row of a data set.
+    """Reads and checks every row of a data set, and refuses it where one cannot be used.
 
     Args:
         data: A JSONL file of the published format, or the same as a JSON array or CSV; a folder of
@@ -89,6 +89,20 @@ def read_rows(
         replaced by another row while it runs; a row with more images than the recipe uses is an
         error, not cut to the first.
     """
+    rows, refused = check_rows(data, root=root, needs=needs)
+    raise_problems(Path(data).expanduser(), refused[:MAX_LISTED], len(refused),
+                   len(rows) + len(refused))
+    return rows
+
+
+def check_rows(
+    data: str | Path, *, root: str | Path | None = None, needs: Needs = Needs()
+) -> tuple[list[Row], list[Draft]]:
+    """As `read_rows`: the usable rows, and those that are refused, each with its problems.
+
+    Raises:
+        DataError: No such data, or no rows in it.
+    """
     data = Path(data).expanduser()
     records = open_set(data, needs)
     if records is None:
@@ -109,9 +123,9 @@ def read_rows(
     for draft in drafts:
         broken = (sizes[path] for path in dict.fromkeys(draft.images))
         draft.problems += [str(error) for error in broken if isinstance(error, DataError)]
-    raise_problems(data, [d for d in drafts if d.problems][: MAX_LISTED],
-                   sum(bool(d.problems) for d in drafts), len(drafts))
-    return [row_of(d, sizes[d.images[-1]] if d.images else d.size) for d in drafts]
+    usable = [d for d in drafts if not d.problems]
+    rows = [row_of(d, sizes[d.images[-1]] if d.images else d.size) for d in usable]
+    return rows, [d for d in drafts if d.problems]
 
 
 def open_set(data: Path, needs: Needs) -> Records | None:

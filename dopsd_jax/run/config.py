@@ -68,10 +68,15 @@ def needs_latents(config: ConfigDict) -> bool:
     return needs_targets(config) or any(recipe.shown(role, 1) for role in roles(config))
 
 
-def check_config(config: ConfigDict) -> Method:
+def check_config(config: ConfigDict, *, starts: bool = True) -> Method:
     """Checks every value of a config, and returns its method.
 
     Opens the models' configs and the tokenizer, but reads no weights and writes nothing.
+
+    Args:
+        config: Of the run.
+        starts: Whether the run is to start on this machine, whose devices must then fit the mesh,
+            and where the LoRAs or the run that it stands on must be.
 
     Raises:
         ValueError: Every missing or impossible value, together.
@@ -92,7 +97,7 @@ def check_config(config: ConfigDict) -> Method:
             f"{config.batch_size}"
         )
         problems.append(wrong["accumulation"])
-    problems += _break_start(config, good) + _break_retention(config, good)
+    problems += (_break_start(config, good) if starts else []) + _break_retention(config, good)
     if good("data", "data_weights"):
         with noted(problems):
             parse_data(config.data, config.data_weights)
@@ -106,7 +111,7 @@ def check_config(config: ConfigDict) -> Method:
             f"vlm_min_pixels: expected at most vlm_max_pixels = {config.vlm_max_pixels}, got "
             f"{config.vlm_min_pixels}"
         )
-    if good("batch_size", "mesh.data", "mesh.fsdp", "mesh.tensor"):
+    if starts and good("batch_size", "mesh.data", "mesh.fsdp", "mesh.tensor"):
         with noted(problems):
             _check_mesh(config, config.accumulation if good("accumulation") else 1)
     if shown and good("vlm"):
