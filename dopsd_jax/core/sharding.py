@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dopsd_jax.core.trees import Tree
@@ -122,16 +122,33 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over all devices; one size may be -1 and takes what is left.
 
+    Neighbours on the mesh are neighbours on a TPU's links as far as may be. Of several slices,
+    which only a slower network connects, each has its own part of the axis data.
+
     Args:
         data, fsdp, tensor: Sizes of the axes.
         devices: Others than this machine's, such as those of a topology that is only planned for.
 
     Raises:
-        ValueError: Sizes that do not multiply to the number of devices.
+        ValueError: Sizes that do not multiply to the number of devices, or slices that do not
+            divide `data`.
     """
-    sizes = mesh_sizes(len(jax.devices() if devices is None else devices), data, fsdp, tensor)
-    types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(len(devices), data, fsdp, tensor)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data: expected a multiple of {slices}, the number of slices, got {sizes[0]}"
+        )
+    # An axis may take a part of a physical one: 4 x 16 on links of 8 x 8.
+    if slices > 1:
+        within = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def own_mesh() -> Mesh | None:

@@ -73,6 +73,36 @@ def assert_gathers_are_few_and_overlapped(p, num_steps=4):
     assert ratio <= 3.1 and overlapped >= 0.90
 
 
+def test_every_mesh_that_has_as_many_devices_is_laid_out():
+    """Axes may share a physical one, and slices split the axis data."""
+    script = """
+        from jax.experimental import topologies
+        from dopsd_jax.core import sharding
+
+        def devices(name, **more):
+            return topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
+
+        chips = devices("v6e:8x8")
+        for sizes in ((1, 64, 1), (4, 16, 1), (16, 4, 1), (2, 32, 1), (2, 16, 2)):
+            mesh = sharding.make_mesh(*sizes, devices=chips)
+            assert mesh.devices.shape == sizes and len(set(mesh.devices.flat)) == 64
+        slices = devices("v5e:4x4", num_slices=2)
+        mesh = sharding.make_mesh(-1, 16, 1, devices=slices)
+        print("slices", [{d.slice_index for d in row.flat} for row in mesh.devices])
+        try:
+            sharding.make_mesh(1, 32, 1, devices=slices)
+        except ValueError as e:
+            print(e)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True,
+        check=False, env=compiler.child_environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "slices [{0}, {1}]" in done.stdout
+    assert "mesh.data: expected a multiple of 2, the number of slices, got 1" in done.stdout
+
+
 def test_lora_on_16_v5e_chips_fits_and_overlaps():
     assert_within(4.5, "lora", "v5e:4x4")
     p = planned("lora", "v5e:4x4")
