@@ -135,10 +135,21 @@ def page(workdir: str | Path) -> str:
         "<h2>The trajectory: the clean estimate at every step</h2>", trajectory,
         "<h2>Retention: prompts that have nothing to do with the data</h2>", told_curves,
         _first_and_last(samples, "gauge"),
+        _moved(samples, config.get("preview_model", "")),
         "<h2>Curves</h2>", _curves(rows),
         "<h2>Checkpoints</h2>", _checkpoints(workdir),
         "<h2>Config</h2>", _config(config),
     ])
+
+
+def _moved(samples: Path, model: str) -> str:
+    """What was drawn on another model, if anything."""
+    shown = "".join(_first_and_last(samples, f"preview_{name}")
+                    for name in ("step", "prompts", "gauge"))
+    if not shown:
+        return ""
+    return (f"<h2>The same LoRA on preview_model, {html.escape(model)}</h2><p>Same noise and "
+            f"prompts, that model's own steps; base is that model without the LoRA.</p>{shown}")
 
 
 def _from_markdown(text: str) -> str:

@@ -26,7 +26,7 @@ from dopsd_jax.data.datasets import Data, read_data
 from dopsd_jax.method import lora
 from dopsd_jax.method.train_step import Batch, TrainState
 from dopsd_jax.mini import stages
-from dopsd_jax.run import data_check, gauges, loop, loras, preflight, remat
+from dopsd_jax.run import data_check, gauges, loop, loras, preflight, preview_model, remat
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.caption_check import check_captions
 from dopsd_jax.run.config import (
@@ -69,6 +69,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     # Act 1, the checks. All of the config and all of the data, before anything is written or
     # loaded: what is wrong is reported within seconds.
     check_config(config)
+    if config.preview_model and config.sample_every:
+        preview_model.check_weights(config)
     data = read_data(config, needs_of_rows(config))
     data_check.warn(config, data)
     if config.encode == "ahead":
@@ -106,8 +108,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         run_preflight(config, workdir, pipe, data, features, variables, mesh)
     preview = None
     if config.sample_every:
+        moved = None
+        if config.preview_model:
+            moved = preview_model.load(config, pipe, mesh), state.student
         preview = Previews(
-            config, workdir, pipe, data, features, step.method, base, untuned, mesh
+            config, workdir, pipe, data, features, step.method, base, untuned, mesh, moved
         ).save
 
     # Act 5, the updates, from the latest checkpoint on if there is one.

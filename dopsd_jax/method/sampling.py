@@ -11,6 +11,7 @@ import numpy as np
 
 from dopsd_jax.data.images import to_uint8
 from dopsd_jax.method import rollout
+from dopsd_jax.method.guidance import guided
 from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.models.vae import Vae
 from dopsd_jax.weights.pipeline import Pipeline
@@ -18,8 +19,11 @@ from dopsd_jax.weights.pipeline import Pipeline
 
 @functools.partial(jax.jit, static_argnums=0)
 def sample_trajectory(denoiser: Denoiser, variables, noise, ctx, sigmas):
-    """`rollout.trajectory` under jit: the sample [B, h, w, C] and its x0 [S, B, h, w, C]."""
-    return rollout.trajectory(variables, noise, ctx, sigmas, velocity=denoiser.velocity)
+    """`rollout.trajectory` under jit: the sample [B, h, w, C] and its x0 [S, B, h, w, C].
+
+    `ctx` may be a `guidance.GuidedContext`.
+    """
+    return rollout.trajectory(variables, noise, ctx, sigmas, velocity=guided(denoiser.velocity))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -97,7 +97,10 @@ class Family:
             files; the first stands for the family where no model is at hand.
         shift: (steps, image tokens) -> the sampler's shift. None: one number, which
             scheduler_config.json holds.
-        is_distilled: Whether a model_index.json is of a step-distilled model; others need guidance.
+        is_distilled: (model_index.json, static shift) -> whether the model is step-distilled;
+            others are made for guidance.
+        unguided: The guidance scale at which its pipeline draws from the prompt alone, so that the
+            velocity is negative + (scale + 1 - unguided) (positive - negative).
     """
 
     pipeline: str
@@ -113,4 +116,5 @@ class Family:
     published: Mapping[str, Any]
     other_tables: tuple[Callable[[Any], list[Rule]], ...] = ()
     shift: Callable[[int, int], float] | None = None
-    is_distilled: Callable[[dict], bool] = lambda index: True
+    is_distilled: Callable[[dict, float | None], bool] = lambda index, shift: True
+    unguided: float = 1.0

@@ -69,6 +69,13 @@ def bytes_per_device(tree: Tree) -> int:
     )
 
 
+def preview_bytes(config: ConfigDict, shapes: Shapes) -> int:
+    """What the weights of config.preview_model take per device: as much as those of the model."""
+    if not (config.preview_model and config.sample_every and shapes.base):
+        return 0
+    return bytes_per_device(shapes.base["params"])
+
+
 def lower(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, Shapes]:
     """The step of a config, lowered for a mesh, and the shapes of its arguments."""
     step, bucket = step_of(config, mesh), planned_bucket(config)

@@ -20,8 +20,9 @@ from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.datasets import parse_data
 from dopsd_jax.data.drafts import Needs
 from dopsd_jax.method import contexts, flow, lora
+from dopsd_jax.method.guidance import check_guidance
 from dopsd_jax.method.train_step import Method, method_of
-from dopsd_jax.run import loras
+from dopsd_jax.run import loras, preview_model
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.keys import KEYS
 from dopsd_jax.weights.pipeline import (
@@ -264,7 +265,16 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
                 max(h for h, _, _ in sizes), max(w for _, w, _ in sizes),
                 max(config[key] for key in lengths),
             )
+    if good("sample_guidance", "sample_negative"):
+        with noted(problems):
+            check_guidance(pipe, config.sample_guidance, config.sample_negative,
+                           names=("sample_guidance", "sample_negative"))
+    if good("preview_model", "trainable") and config.preview_model:
+        with noted(problems, "preview_model"):
+            preview_model.check_sibling(config, pipe)
     texts = {key: config[key] for key in ("sample_prompts", "gauge_prompts") if good(key)}
+    if good("sample_negative") and config.sample_negative:
+        texts["sample_negative"] = [config.sample_negative]
     if good("keep_prompts") and config.keep_prompts:
         with noted(problems):
             texts["keep_prompts"] = keeping.read_prompts(config.keep_prompts)

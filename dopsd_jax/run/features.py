@@ -74,6 +74,8 @@ class Entries:
             for caption in earlier.captions(earlier.first_rows(config.sample_rows))
         ]}
         self._recipe = RECIPES[config.recipe]
+        if config.sample_guidance:
+            self._prompts["sample_negative"] = (config.sample_negative,)
         model = pipeline_directory(config.model)
         text = fingerprint(model, ("text_encoder", "tokenizer"))
 
@@ -169,6 +171,7 @@ class Encoders:
                 ctx = contexts.text_context(
                     self._pipe, [entry.caption], truncate=c.truncate_prompts,
                     length=c.text_tokens if entry.role == "student" else c.teacher_tokens,
+                    allow_empty=not entry.caption,  # of sample_negative; others were checked
                 )
             else:
                 ctx = contexts.vlm_context(

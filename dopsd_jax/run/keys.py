@@ -314,6 +314,25 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "sample_steps": key(4, NUM_STEPS, DISPLAY,
         meaning="Denoiser calls of preview pictures.",
         resume="gauges before and after the change cannot be compared"),
+    "sample_guidance": key(0.0, NOT_NEGATIVE, DISPLAY,
+        meaning="Scale of classifier-free guidance of the run's own pictures, the preflight's too, "
+        "as guidance_scale of the model's pipeline in diffusers; for models that are not "
+        "step-distilled; 0: none.",
+        resume="as sample_steps"),
+    "sample_negative": key("", TEXT, DISPLAY,
+        meaning="What sample_guidance leads away from; by default the empty prompt.",
+        resume="as sample_steps"),
+    "preview_model": key("", ANY_PATH, DISPLAY,
+        meaning="Another model, such as the step-distilled one of an undistilled model, on which "
+        "previews and gauges are drawn too, with the LoRA that trains and without guidance. It may "
+        "differ from model in the transformer's weights alone, and these stay in memory.",
+        resume="it only draws"),
+    "preview_model_steps": key(4, NUM_STEPS, DISPLAY,
+        meaning="Denoiser calls of pictures on preview_model.",
+        resume="as sample_steps"),
+    "preview_model_shift": key(0.0, NOT_NEGATIVE, DISPLAY,
+        meaning="Shift of its schedule; 0: its own sampler's.",
+        resume="as sample_steps"),
     "sample_rows": key(4, COUNT, DISPLAY,
         meaning="Training rows shown in previews.",
         resume="as sample_steps"),

@@ -185,7 +185,7 @@ def _same(name: str, old: str | None, new: str | None) -> bool:
 
 def _check_free(workdir: Path, config: dict[str, Any]) -> None:
     """Raises ValueError if the workdir holds files of others, or lies in a model or the data."""
-    for key in ("model", "vlm", "data"):
+    for key in ("model", "vlm", "data", "preview_model"):
         given = Path(config.get(key) or "")
         place = workdir.resolve()
         if config.get(key) and given.is_dir() and given.resolve() in (place, *place.parents):

@@ -53,5 +53,5 @@ FLUX2 = Family(
         "flux2_klein_4b": Flux2Config.klein_4b(), "flux2_klein_9b": Flux2Config.klein_9b(),
     },
     shift=empirical_shift,
-    is_distilled=lambda index: index.get("is_distilled", False),
+    is_distilled=lambda index, shift: index.get("is_distilled", False),
 )

@@ -58,6 +58,7 @@ class Pipeline:
         text: How prompts become features.
         lora: Targets and file names of its LoRA.
         shift: The scheduler's static shift, or None where it depends on the picture's size.
+        distilled: Whether it is step-distilled; other models are made for guidance.
         sample_size: Pixels per side that the model draws by itself.
     """
 
@@ -68,6 +69,7 @@ class Pipeline:
     text: TextRules
     lora: LoraRules
     shift: float | None
+    distilled: bool
     sample_size: int
     vae: Vae
     text_encoder: Qwen3
@@ -234,6 +236,7 @@ def load_pipeline(
         text=nets.text,
         lora=nets.lora,
         shift=nets.shift,
+        distilled=nets.distilled,
         sample_size=read_config(directory / "vae" / "config.json", _sample_size),
         vae=nets.vae,
         text_encoder=nets.text_encoder,
@@ -330,7 +333,10 @@ def _report(name: str, done: int, total: int) -> None:
         log.info("%s: %d of %d tensors", name, done, total)
 
 
-def fingerprint(directory: str | Path, parts: tuple[str, ...] = ()) -> str:
+def fingerprint(
+    directory: str | Path, parts: tuple[str, ...] = (),
+    kinds: tuple[str, ...] = (".json", ".jinja", ".safetensors"),
+) -> str:
     """Identifies weights by content without reading all of them; place and dates do not matter.
 
     Configs, tokenizers and chat templates count in full; of safetensors files the header, the
@@ -339,6 +345,7 @@ def fingerprint(directory: str | Path, parts: tuple[str, ...] = ()) -> str:
     Args:
         directory: A model's directory.
         parts: Folders in it that count; () is everything.
+        kinds: Suffixes of the files that count, of the default's.
 
     Raises:
         WeightsError: No such directory, or no safetensors file in it or below.
@@ -362,12 +369,12 @@ def fingerprint(directory: str | Path, parts: tuple[str, ...] = ()) -> str:
         )
     digest = hashlib.sha256()
     for file in files:
-        if file.suffix in (".json", ".jinja"):
-            content = hashlib.sha256((directory / file).read_bytes())
-        elif file.suffix == ".safetensors":
+        if file.suffix not in kinds:
+            continue
+        if file.suffix == ".safetensors":
             content = _sampled(directory / file)
         else:
-            continue
+            content = hashlib.sha256((directory / file).read_bytes())
         digest.update(f"{file.as_posix()} {content.hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -29,4 +29,7 @@ Z_IMAGE = Family(
     text=_text,
     vae=PLAIN_VAE,
     published={"z_image_turbo": ZImageConfig.turbo()},
+    # Nothing else in their files tells the two apart: Z-Image has shift 6, Z-Image-Turbo 3.
+    is_distilled=lambda index, shift: shift != 6.0,
+    unguided=0.0,  # diffusers' ZImagePipeline: positive + scale (positive - negative)
 )

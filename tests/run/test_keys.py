@@ -20,7 +20,8 @@ FREE = {
     "model", "published", "vlm", "data", "data_root", "cache", "base_lora", "init_lora",
     "init_full", "keep_prompts", "earlier_data", "num_train_steps",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "preflight", "log_every", "sample_every",
-    "sample_steps", "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every",
+    "sample_steps", "sample_guidance", "sample_negative", "preview_model", "preview_model_steps",
+    "preview_model_shift", "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every",
     "keep_checkpoints",
 }
 
