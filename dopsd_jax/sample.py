@@ -22,10 +22,9 @@ from dopsd_jax.core import cli
 from dopsd_jax.core.checks import is_whole, noted
 from dopsd_jax.data.images import read_image, reference_image
 from dopsd_jax.data.prompts import encode_prompts, prompt_problems
-from dopsd_jax.method import flow
+from dopsd_jax.method import flow, sampling
 from dopsd_jax.method.contexts import text_context, with_references
 from dopsd_jax.method.guidance import advise, check_guidance, scale_of, with_guidance
-from dopsd_jax.method.sampling import decode, draw_noise, sample_trajectory
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import loras
 from dopsd_jax.run import workdir as workdir_lib
@@ -207,7 +206,7 @@ def generate(
     advise(pipe, guidance)
     shape = pipe.denoiser.latent_shape(height, width)
     if noise is None:
-        noise = draw_noise([seed + i for i in range(len(prompts))], shape)
+        noise = sampling.draw_noise([seed + i for i in range(len(prompts))], shape)
     else:
         noise = _check_noise(noise, (len(prompts), *shape))
     variables = {"params": pipe.params}
@@ -222,8 +221,8 @@ def generate(
     for rows, part in _alike(pipe, ctx, images):
         if guidance:
             part = with_guidance(part, away, scale_of(pipe, guidance))
-        latents, _ = sample_trajectory(pipe.denoiser, variables, noise[rows], part, sigmas)
-        pixels[rows] = decode(pipe, latents)
+        latents = sampling.sample(pipe.denoiser, variables, noise[rows], part, sigmas)
+        pixels[rows] = sampling.decode(pipe, latents)
     return pixels
 
 

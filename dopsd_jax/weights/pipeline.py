@@ -161,8 +161,9 @@ def _sample_size(values: dict) -> int:
     return values["sample_size"]
 
 
+@functools.lru_cache(maxsize=8)  # tracing takes longer than a small model's pictures
 def transformer_shapes(network: nn.Module) -> trees.Tree:
-    """Parameter shapes of a transformer, float32, without computing anything."""
+    """Parameter shapes of a transformer, float32, without computing anything; not to be changed."""
     args = network.smallest_inputs()
     return jax.eval_shape(lambda: network.init(jax.random.key(0), *args))["params"]
 
