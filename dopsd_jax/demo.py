@@ -40,7 +40,7 @@ MOST_STEPS_GUIDED = 50    # of another
 STRONGEST = 2.0
 SHOWN = 384               # pixels per side up to which small pictures are enlarged on the page
 CSS = """
-.pixels img { image-rendering: pixelated; }
+.pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
 footer { display: none !important; }
 """
 
@@ -139,43 +139,46 @@ def page(player: Player, strengths: Sequence[float], num_steps: int, guided: boo
                 guidance=guidance, negative=negative if guidance else "",
             )
         except (ValueError, TypeError) as e:
-            raise gr.Error(str(e), duration=None) from e
+            return gr.skip(), gr.skip(), f"**Not drawn:** {e}"
         return base, tuned, f"Drawn in {time.monotonic() - began:.2f} s."
 
     small = max(player.height, player.width) < SHOWN
     picture = dict(
         type="numpy", format="png", interactive=False, elem_classes=["pixels"] if small else [],
-        height=SHOWN + 40 if small else None, buttons=["download", "fullscreen"],
+        height=SHOWN if small else None, buttons=["download", "fullscreen"],
     )
-    with gr.Blocks(title="dopsd_jax", analytics_enabled=False) as blocks:
-        with gr.Row():
-            text = gr.Textbox(prompt, label="Prompt", lines=2, scale=4, elem_id="prompt")
-            button = gr.Button("Draw", variant="primary", scale=1, elem_id="draw")
-        with gr.Row():
-            base = gr.Image(label="Base", elem_id="base", **picture)
-            tuned = gr.Image(label="With LoRA", elem_id="tuned", **picture)
-        told = gr.Markdown("The first picture takes longer: its program is compiled.",
-                           elem_id="told")
-        with gr.Row():
+    most = max(MOST_STEPS_GUIDED if guided else MOST_STEPS, num_steps)
+    with gr.Blocks(title="dopsd_jax", analytics_enabled=False, fill_width=True) as blocks, gr.Row():
+        with gr.Column(scale=1, min_width=320):
+            text = gr.Textbox(prompt, label="Prompt", max_lines=8, elem_id="prompt")
+            button = gr.Button("Draw", variant="primary", elem_id="draw")
+            sliders = [
+                gr.Slider(-STRONGEST, STRONGEST, value=strength, step=0.05,
+                          label=f"Strength of {name}", elem_id=f"strength{i}")
+                for i, (name, strength) in enumerate(zip(player.names, strengths, strict=True))
+            ]
+            steps = gr.Slider(1, most, value=num_steps, step=1, label="Steps", elem_id="steps")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=sample.MAX_SEED,
                              elem_id="seed")
-            most = MOST_STEPS_GUIDED if guided else MOST_STEPS
-            steps = gr.Slider(1, max(most, num_steps), value=num_steps, step=1, label="Steps",
-                              elem_id="steps")
-        sliders = [
-            gr.Slider(-STRONGEST, STRONGEST, value=strength, step=0.05,
-                      label=f"Strength of {name}", elem_id=f"strength{i}")
-            for i, (name, strength) in enumerate(zip(player.names, strengths, strict=True))
-        ]
-        with gr.Row(visible=guided):
+            following = gr.Button("Next seed", elem_id="next")
             scale = gr.Slider(0, 10, value=4 if guided else 0, step=0.5, label="Guidance",
-                              elem_id="guidance")
-            negative = gr.Textbox(label="Negative prompt", elem_id="negative")
+                              elem_id="guidance", visible=guided)
+            negative = gr.Textbox(label="Negative prompt", elem_id="negative", visible=guided)
+        with gr.Column(scale=3):
+            with gr.Row():
+                base = gr.Image(label="Base", elem_id="base", **picture)
+                tuned = gr.Image(label="With LoRA", elem_id="tuned", **picture)
+            told = gr.Markdown("Both from the same noise. The first picture takes longer: its "
+                               "program is compiled.", elem_id="told")
         asked = [text, seed, steps, scale, negative, *sliders]
+        drawn = [base, tuned, told]
         triggers = [button.click, text.submit, seed.submit, negative.submit,
                     *(slider.release for slider in (steps, scale, *sliders))]
-        gr.on(triggers, draw, asked, [base, tuned, told], trigger_mode="always_last",
-              api_visibility="private")
+        how = dict(trigger_mode="always_last", api_visibility="private")
+        gr.on(triggers, draw, asked, drawn, **how)
+        following.click(lambda seed: seed + 1, seed, seed, api_visibility="private").then(
+            draw, asked, drawn, **how
+        )
     return blocks
 
 

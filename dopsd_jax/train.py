@@ -129,7 +129,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         preview=preview, epochs=data.plan.epochs,
     ))
     if config.sample_every:
-        distributed.on_main(lambda: choose_best(workdir))
+        distributed.on_main(lambda: choose_best(config, workdir))
     return state
 
 
@@ -244,12 +244,13 @@ def send(workdir: Path) -> None:
         bucket.push(now=True)
 
 
-def choose_best(workdir: Path) -> None:
+def choose_best(config: ConfigDict, workdir: Path) -> None:
     """Writes best.json and says which checkpoint it is."""
     # By their names: opening them would wait for the other processes.
     saved = workdir_lib.saved_steps(workdir)
-    best = gauges.best_checkpoint(read_metrics(workdir, GAUGES), saved)
-    gauges.write_best(workdir, best)
+    moved = bool(config.preview_model)
+    best = gauges.best_checkpoint(read_metrics(workdir, GAUGES), saved, moved=moved)
+    gauges.write_best(workdir, best, moved=moved)
     log.info("best checkpoint: %s", "none is sharp enough, see gauges.jsonl" if best is None
              else f"step {best['step']}, by the rule in {workdir / gauges.BEST}")
     send(workdir)

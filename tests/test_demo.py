@@ -119,20 +119,26 @@ def test_in_a_browser(player, tmp_path):
     address = demo.launch(blocks, "127.0.0.1", 0, prevent_thread_lock=True)
     assert address.startswith("http://127.0.0.1:")
     with Page(selenium, address, BROWSER, DRIVER) as page:
+        page.screenshot(tmp_path / "empty.png")
         page.press("draw")
         base, tuned = page.pictures()
         want = player.draw("a fox", seed=0, num_steps=2, strengths=(1.0, 0.5))
         np.testing.assert_array_equal(base, want[0])
         np.testing.assert_array_equal(tuned, want[1])
         page.screenshot(tmp_path / "first.png")
-        page.set_number("strength0", -2)
+        page.slide_to_the_left_end("strength0")
+        assert page.value("strength0") == -2
         again, moved = page.pictures(after=tuned)
         np.testing.assert_array_equal(again, base)
         want = player.draw("a fox", seed=0, num_steps=2, strengths=(-2, 0.5))
         np.testing.assert_array_equal(moved, want[1])
+        page.press("next")
+        following = page.pictures(after=moved)
+        want = player.draw("a fox", seed=1, num_steps=2, strengths=(-2, 0.5))
+        assert all(map(np.array_equal, following, want))
         page.set_text("prompt", " ")
         page.press("draw")
-        assert "prompt 0" in page.error()
+        assert page.told("Not drawn") == "Not drawn: prompt 0 is empty"
         assert page.foreign_requests() == [] and page.console_errors() == []
         page.screenshot(tmp_path / "error.png")
     blocks.close()

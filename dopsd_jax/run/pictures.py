@@ -209,8 +209,8 @@ class Previews:
                 values[f"style_{number}"] = style
         if self._moved:
             drawn, untuned = self._moved.drawn(state.student), self._moved.untuned
-            self._write_all(metrics, step, drawn, untuned, kind="preview_")
-            values |= {f"preview_{k}": v for k, v in self._values(drawn, untuned).items()}
+            self._write_all(metrics, step, drawn, untuned, kind=gauges.MOVED)
+            values |= {gauges.MOVED + k: v for k, v in self._values(drawn, untuned).items()}
         metrics.gauges(step, values)
         log.info("gauges: %s", ", ".join(f"{k} {v:.3g}" for k, v in values.items()))
 
