@@ -11,7 +11,7 @@ from pathlib import Path
 
 COMMANDS = (
     "train", "data", "tasks", "sample", "encode", "export", "evaluate", "score", "plan", "report",
-    "quickstart",
+    "demo", "quickstart",
 )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from dopsd_jax.run.workdir import flat_config
-from tests.commands import environment
+from tests.commands import environment, wrong_flags
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -136,15 +136,7 @@ def test_every_page_is_listed_in_the_readme():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_has_a_module_and_its_flags_exist(page):
-    text = re.sub(r"\\\n\s*", " ", page.read_text())
-    for module, rest in re.findall(r"python -m (dopsd_jax[\w.]*)([^`\n]*)", text):
-        path = ROOT.joinpath(*module.split("."))
-        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-        assert file.is_file(), f"{page.name}: {module}"
-        sources = file.read_text() + (ROOT / "dopsd_jax/core/distributed.py").read_text()
-        for flag in re.findall(r"--([a-z]\w*)(?![\w.])", rest):
-            defined = re.search(rf'"(--)?{flag}"', sources)
-            assert defined, f"{page.name}: {module} has no --{flag}"
+    assert wrong_flags(page.read_text()) == []
 
 
 def test_the_map_names_every_module_and_no_other():
@@ -156,7 +148,8 @@ def test_the_map_names_every_module_and_no_other():
 
 
 def test_every_file_and_key_that_the_pages_name_exists():
-    text = "\n".join(page.read_text() for page in PAGES)
+    pages = [*PAGES, *sorted((ROOT / "docs").glob("*.ipynb"))]
+    text = "\n".join(page.read_text() for page in pages)
     for path in re.findall(r"(?:launch|configs)/\w+\.\w+", text):
         assert (ROOT / path).is_file(), path
     from configs import mini_claim
