@@ -2,17 +2,16 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, ZImagePipeline
+from PIL import Image
 
 from dopsd_jax import sample, weights
 from dopsd_jax.method import guidance as guidance_lib
-from tests.commands import ROOT, environment
 from tests.test_flux2_parity import REFERENCES, noise_of
 
 PROMPTS = ["a red fox", "a quiet harbour town with boats"]
@@ -122,15 +121,15 @@ def test_bad_input_is_named(request, family, kwargs, message):
         sample.check_request(pipe, ["a"], **SIZE, **kwargs)
 
 
-def test_the_command_draws_with_guidance_and_notes_it(z_image, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "dopsd_jax.sample", f"--model={z_image}", "--prompt=a fox",
-         "--num_steps=1", "--height=32", "--width=32", "--dtype=float32", "--guidance=4",
-         "--negative=blurry", f"--out={tmp_path}"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.glob("*.json")
-    made = json.loads(file.read_text())
-    assert made["guidance"] == 4 and made["negative"] == "blurry"
-    assert file.with_suffix(".png").is_file()
+def test_the_command_draws_with_guidance_and_notes_it(z_image, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "FLAGS", SimpleNamespace(
+        model=str(z_image), lora=None, prompt=PROMPTS, **SIZE, reference=None, seed=3,
+        dtype="float32", out=str(tmp_path), guidance=2.5, negative=NEGATIVE,
+    ))
+    sample.main()
+    pipe = weights.load_pipeline(z_image, dtype="float32")
+    want = sample.generate(pipe, PROMPTS, **SIZE, seed=3, guidance=2.5, negative=NEGATIVE)
+    for file, picture in zip(sorted(tmp_path.glob("*.json")), want, strict=True):
+        made = json.loads(file.read_text())
+        assert made["guidance"] == 2.5 and made["negative"] == NEGATIVE
+        np.testing.assert_array_equal(Image.open(file.with_suffix(".png")), picture)

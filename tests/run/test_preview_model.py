@@ -41,7 +41,8 @@ def config(short_run, sibling):
     short_run.preview_model, short_run.preview_model_steps = str(sibling), 3
     short_run.sample_guidance, short_run.sample_negative = 1.5, "blurry"
     short_run.sample_prompts, short_run.gauge_prompts = ("a fox",), ("a lighthouse",)
-    short_run.sample_rows, short_run.preflight = 1, "off"  # few programs to compile
+    # Few programs to compile.
+    short_run.update({"sample_rows": 1, "preflight": "off", "objective": "sft"})
     return short_run
 
 
