@@ -78,7 +78,7 @@ def _preflight(workdir: Path) -> str:
     return f"<h2>Preflight: has the teacher anything to teach?</h2><ul>{words}</ul>{shown}"
 
 
-def _checkpoints(workdir: Path, *, moved: bool) -> str:
+def _checkpoints(workdir: Path, *, moved: bool = False) -> str:
     rows = {r["step"]: r for r in read_metrics(workdir)}
     gauge_rows = {r["step"]: r for r in read_metrics(workdir, GAUGES)}
     saved = workdir_lib.saved_steps(workdir)
