@@ -100,6 +100,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
 
     # Act 4, the state at step 0, and pictures of what it can do untrained. What fits beside the
     # network is known now that the encoders are gone.
+    other = None
+    if config.preview_model and config.sample_every:
+        other = preview_model.load(config, pipe, mesh)
     if config.remat == AUTO:
         step = remat.fitted(step, data.largest_bucket(), workdir, pipe.params)
     base, state, untuned = first_state(config, pipe, step)
@@ -108,9 +111,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         run_preflight(config, workdir, pipe, data, features, variables, mesh)
     preview = None
     if config.sample_every:
-        moved = None
-        if config.preview_model:
-            moved = preview_model.load(config, pipe, mesh), state.student
+        moved = None if other is None else (other, state.student)
         preview = Previews(
             config, workdir, pipe, data, features, step.method, base, untuned, mesh, moved
         ).save

@@ -42,7 +42,8 @@ def config(short_run, sibling):
     short_run.sample_guidance, short_run.sample_negative = 1.5, "blurry"
     short_run.sample_prompts, short_run.gauge_prompts = ("a fox",), ("a lighthouse",)
     # Few programs to compile.
-    short_run.update({"sample_rows": 1, "preflight": "off", "objective": "sft"})
+    short_run.update({"sample_rows": 1, "preflight": "off", "objective": "sft",
+                      "remat": "full"})
     return short_run
 
 
