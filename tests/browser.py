@@ -69,13 +69,14 @@ class Page:
     def value(self, name):
         return float(self._find(f"#{name} input[type=number]").get_property("value"))
 
-    def pictures(self, after=None):
-        """Base and tuned; where `after` is given, once the tuned one is another."""
+    def pictures(self, until=None):
+        """Base and tuned, once both are there; with `until`, once they are those two."""
         def both():
             found = [self._picture(name) for name in ("base", "tuned")]
             if any(x is None for x in found):
                 return None
-            return found if after is None or not np.array_equal(found[1], after) else None
+            same = until is None or all(map(np.array_equal, found, until))
+            return found if same else None
 
         return self._wait(both)
 
