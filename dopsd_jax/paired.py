@@ -269,13 +269,14 @@ def _measured(
     plan: Plan, metrics: Sequence[str], weights: Mapping[str, Path], device: str
 ) -> dict[str, Measured]:
     """The metrics of one network: base and tuned against the prompts, tuned against base."""
-    count, base, tuned = len(plan.rows()), plan.files(BASE), plan.files(TUNED)
+    prompts = [plan.prompts[i] for i, _ in plan.rows()]
+    count, base, tuned = len(prompts), plan.files(BASE), plan.files(TUNED)
     # Against references, a base picture would only be compared with itself.
     pictures = [*base, *tuned] if any(METRICS[m].against == "prompt" for m in metrics) else tuned
     numbers = range(len(pictures))
     request = Request(
-        pictures, [plan.prompts[plan.rows()[i % count][0]] for i in numbers], base,
-        [[i % count] for i in numbers], "name",
+        pictures, [prompts[i % count] for i in numbers], base, [[i % count] for i in numbers],
+        "name",
     )
     found = {}
     for name, s in measure(request, metrics, weights, device=device).items():
@@ -302,12 +303,13 @@ def write_results(plan: Plan, measured: Mapping[str, Measured]) -> str:
     }, indent=2) + "\n")
     paired.write_csv(plan.workdir / "pairs.csv", measured, plan.prompts, plan.seeds)
     order = np.argsort(-paired.moved(measured).ravel(), kind="stable")[:SHOWN]
-    rows = [
-        (*(plan.files(side)[k] for side in (BASE, TUNED)), plan.prompts[plan.rows()[k][0]],
-         [f"seed {plan.rows()[k][1]}", *paired.figures(measured, *divmod(k, len(plan.seeds)))])
+    rows, sides = plan.rows(), [plan.files(side) for side in (BASE, TUNED)]
+    shown = [
+        (*(files[k] for files in sides), plan.prompts[rows[k][0]],
+         [f"seed {rows[k][1]}", *paired.figures(measured, *divmod(int(k), len(plan.seeds)))])
         for k in order
     ]
-    previews.save(plan.workdir / "changed.png", paired.contact_sheet(rows))
+    previews.save(plan.workdir / "changed.png", paired.contact_sheet(shown))
     return text
 
 

@@ -37,7 +37,7 @@ FAMILY_PLACES = (
 FAMILY_NAMES = r"z_?-?image|flux_?-?\.?2|klein"
 TRAINING_WORDS = r"student|teacher|(\b|_)loss(es)?(\b|_)"
 FOREIGN = {"torch", "tensorflow", "diffusers", "peft", "torchvision", "accelerate"}
-# Metrics of real models run in torch; scores.py, which two commands import, is the only way to them.
+# Metrics of real models run in torch; scores.py is the only way to them, for two commands.
 TORCH_FILES = {"compare/features.py", "compare/lpips.py", "compare/hpsv2.py",
                "compare/image_reward.py"}
 TORCH_LOOP = "bench/torch_loop.py"  # what the package's speed is compared with

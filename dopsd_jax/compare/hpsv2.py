@@ -98,7 +98,7 @@ def from_open_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def _renamed(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """One tensor of open_clip -> those of transformers that it becomes; none where it is unknown."""
+    """One tensor of open_clip -> those of transformers that it becomes; none if it is unknown."""
     layer = LAYER.fullmatch(name)
     if not layer:
         for old, new in NAMES.items():

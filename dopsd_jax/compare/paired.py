@@ -69,7 +69,7 @@ def _interval(values: np.ndarray) -> dict[str, float | None]:
 
 
 def as_tables(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """`summaries` as Markdown: both sides by each metric, then how far the one is from the other."""
+    """`summaries` as Markdown: both sides by each metric, then how far one is from the other."""
     both, between = {}, {}
     for name, row in found.items():
         if "difference" not in row:

@@ -30,7 +30,7 @@ def show() -> None:
 
 
 def counted(items: Iterable[T], total: int, what: str, *, each: int = 1) -> Iterator[T]:
-    """The items; on the way a line every 10 seconds says how many things are done, and what is left.
+    """The items; on the way a line every 10 seconds says how much is done, and the time left.
 
     Args:
         items: Each stands for `each` things.

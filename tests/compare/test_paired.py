@@ -129,7 +129,8 @@ def test_tables_hold_paired_differences_over_prompts(done, options):
             s.values.mean(), abs=1e-6)
     assert list(kept["metrics"]) == ["sharpness", "clip_text", "clip_image", "lpips", "hpsv2"]
     assert (folder / "table.md").read_text().strip() in printed
-    assert f"| hpsv2 | {found['base']:.4f} | {found['tuned']:.4f} | {expected.value:+.4f} [" in printed
+    assert (f"| hpsv2 | {found['base']:.4f} | {found['tuned']:.4f} | {expected.value:+.4f} ["
+            in printed)
     assert "| lpips | lower | " in printed and "| clip_image | higher | " in printed
 
 
