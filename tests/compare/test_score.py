@@ -274,8 +274,11 @@ def test_the_commands_for_models_of_preference_make_what_is_read(
     assert weights.check_weights([metric], {metric: folder}) == {metric: folder}
 
 
-def test_weights_may_be_named_as_on_the_hub(metric_weights, monkeypatch):
+def test_weights_may_be_named_as_on_the_hub(metric_weights, monkeypatch, tmp_path):
     """The name goes to where models of the hub come from, and only what is no path does."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "clip").symlink_to(metric_weights / "clip")
     asked = []
 
     def fetch(name, *, pipeline, weights):
@@ -284,8 +287,8 @@ def test_weights_may_be_named_as_on_the_hub(metric_weights, monkeypatch):
 
     monkeypatch.setattr(weights.hub, "fetch", fetch)
     places = weights.check_weights(["clip_text", "pickscore"], {
-        "clip": str(metric_weights / "clip"), "pickscore": "yuvalkirstain/PickScore_v1"})
-    assert places == {"clip": metric_weights / "clip", "pickscore": metric_weights / "clip"}
+        "clip": "org/clip", "pickscore": "yuvalkirstain/PickScore_v1"})
+    assert places == {"clip": Path("org/clip"), "pickscore": metric_weights / "clip"}
     assert asked == [("yuvalkirstain/PickScore_v1", False, True)]
 
 
