@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 COMMANDS = (
-    "train", "data", "tasks", "sample", "encode", "export", "evaluate", "score", "plan", "report",
-    "quickstart",
+    "train", "data", "tasks", "sample", "encode", "export", "evaluate", "score", "paired", "plan",
+    "report", "quickstart",
 )
 
 

@@ -141,7 +141,8 @@ def test_every_command_has_a_module_and_its_flags_exist(page):
         path = ROOT.joinpath(*module.split("."))
         file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
         assert file.is_file(), f"{page.name}: {module}"
-        sources = file.read_text() + (ROOT / "dopsd_jax/core/distributed.py").read_text()
+        shared = ("core/distributed.py", "compare/metric_weights.py")  # define flags of several
+        sources = "".join(p.read_text() for p in (file, *(ROOT / "dopsd_jax" / s for s in shared)))
         for flag in re.findall(r"--([a-z]\w*)(?![\w.])", rest):
             defined = re.search(rf'"(--)?{flag}"', sources)
             assert defined, f"{page.name}: {module} has no --{flag}"

@@ -53,7 +53,8 @@ def fetch(name: str, *, pipeline: bool, weights: bool) -> Path:
     try:
         found = huggingface_hub.snapshot_download(
             match["repo"], revision=match["revision"], allow_patterns=patterns,
-            ignore_patterns=None if pipeline else ["*/*"],
+            # The same weights under open_clip's names lie beside those of some CLIPs.
+            ignore_patterns=None if pipeline else ["*/*", "open_clip_*"],
         )
     except errors.GatedRepoError as e:
         raise ValueError(

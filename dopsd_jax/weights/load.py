@@ -44,7 +44,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     indices = sorted(directory.glob("*.safetensors.index.json"))
     files = sorted(directory.glob("*.safetensors"))
     if len(indices) == 1:
-        names = _shards(indices[0])
+        names = shard_names(indices[0])
         missing = [n for n in names if not (directory / n).is_file()]
         if missing:
             raise WeightsError(
@@ -67,8 +67,12 @@ def weight_files(directory: str | Path) -> list[Path]:
     )
 
 
-def _shards(index: Path) -> list[str]:
-    """File names in a *.safetensors.index.json."""
+def shard_names(index: Path) -> list[str]:
+    """File names in a *.safetensors.index.json.
+
+    Raises:
+        WeightsError: No such index, or names that are no plain names of files beside it.
+    """
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         plain = all(Path(n).name == n for n in names)
