@@ -277,7 +277,8 @@ def report(config: ConfigDict, p: Plan) -> str:
     lines.append(f"FITS: {p.total / GIB:.2f} of {p.limit / GIB:.2f} GiB per chip"
                  + (f"; only {left:.0%} is left" if left < HEADROOM else ""))
     lines += _memory_lines(p)
-    lines.append("collectives per step and chip:")
+    if p.collectives:
+        lines.append("collectives per step and chip:")
     for op in hlo.COLLECTIVES:
         if moved := p.moved(op):
             share = 1 - p.moved(op, exposed=True) / moved
@@ -302,6 +303,7 @@ def _memory_lines(p: Plan) -> list[str]:
              f"  trained state      {p.state / GIB:8.2f} GiB"]
     if p.text:
         lines.append(f"  temporaries        {(p.total - p.weights - p.state) / GIB:8.2f} GiB")
+    if p.largest:
         lines.append("largest buffers:")
         lines += [f"  {size / GIB:8.2f} GiB  {shapes[:60]}" for size, shapes in p.largest[:5]]
     return lines
