@@ -16,7 +16,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax.core import cli, distributed, mirror, sharding, trees
+from dopsd_jax.core import cli, distributed, mirror, sharding, trackers, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
 from dopsd_jax.core.trees import Tree
@@ -121,7 +121,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
 
     state = loop.run(config, workdir, loop.Task(
         state, lambda state, batch: step(state, base, batch), make_batch,
-        preview=preview, epochs=data.plan.epochs,
+        preview=preview, epochs=data.plan.epochs, trackers=trackers.parse(config.trackers),
     ))
     if config.sample_every:
         distributed.on_main(lambda: choose_best(workdir))

@@ -41,6 +41,7 @@ OTHER_KEYS = {
     "mesh.data", "mesh.fsdp", "mesh.tensor", "published",
     "log_every", "sample_every", "sample_steps", "preflight", "moments_dtype", "ema_dtype",
     "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every", "keep_checkpoints",
+    "trackers",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import sharding, trees
+from dopsd_jax.core import sharding, trackers, trees
 from dopsd_jax.core.checks import noted
 from dopsd_jax.data import keeping, prompts
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
@@ -101,6 +101,9 @@ def check_config(config: ConfigDict, *, starts: bool = True) -> Method:
     if good("data", "data_weights"):
         with noted(problems):
             parse_data(config.data, config.data_weights)
+    if good("trackers"):
+        with noted(problems, "trackers"):
+            trackers.check_installed(config.trackers)
     if good("encode", "cache") and config.encode == "online" and config.cache:
         problems.append("encode: expected ahead with a cache, which holds all that is encoded")
     if good("schedule", "num_steps", "shift"):

@@ -21,7 +21,7 @@ FREE = {
     "init_full", "keep_prompts", "earlier_data", "num_train_steps",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "preflight", "log_every", "sample_every",
     "sample_steps", "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every",
-    "keep_checkpoints",
+    "keep_checkpoints", "trackers",
 }
 
 
