@@ -165,7 +165,9 @@ def parse(text: str) -> list[str]:
     """
     names = text.split(",") if text else []
     if not set(names) <= TRACKERS.keys() or len(set(names)) < len(names):
-        raise ValueError(f"expected {' or '.join(TRACKERS)}, or both as wandb,trackio, got {text!r}")
+        raise ValueError(
+            f"expected {' or '.join(TRACKERS)}, or both as wandb,trackio, got {text!r}"
+        )
     return names
 
 

@@ -13,13 +13,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import distributed, mirror
+from dopsd_jax.core import cli, distributed, mirror
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import Metrics, NoMetrics, Progress, save_curves
 from dopsd_jax.core.sharding import fetch
-from dopsd_jax.run.workdir import flat_config
 
 
 class TrainingError(RuntimeError):
@@ -197,8 +196,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             _draws_at(config, start, total) and (start == 0 or _last_drawn(workdir) < start)
         )
         metrics = Metrics(
-            workdir, start, redraws=owed, trackers=task.trackers,
-            settings=flat_config(config.to_dict()),
+            workdir, start, redraws=owed, trackers=task.trackers, settings=cli.config_keys(config)
         ) if main else NoMetrics()
         if main:
             at_end.callback(save_curves, workdir)

@@ -121,7 +121,7 @@ def test_wandb_has_every_step_once_in_one_file(killed):
     workdir, ids = killed
     (folder,) = (workdir / "wandb").glob("offline-run-*")
     assert folder.name.endswith(ids["wandb"])
-    (earlier,) = (workdir / "wandb" / "earlier").iterdir()  # of the start that was killed
+    assert len(list((workdir / "wandb" / "earlier").iterdir())) == 1  # of the killed start
     found, pictures, runs = [], {}, []
     for record in records(folder / f"run-{ids['wandb']}.wandb"):
         if record.HasField("run"):
@@ -147,7 +147,7 @@ def test_wandb_has_every_step_once_in_one_file(killed):
 def test_trackio_has_every_step_once_in_its_database(killed):
     workdir, ids = killed
     assert ids["trackio"].startswith("my-run-")
-    code = f"""
+    code = """
 import json, trackio
 from trackio.sqlite_storage import SQLiteStorage as S
 (run,) = trackio.Api().runs("ours")
@@ -247,7 +247,8 @@ def test_what_goes_wrong_is_said_once(server, tmp_path, monkeypatch, caplog, mom
     steps(metrics, 1, 2, 3, 4)
     metrics.close()
     said = [r.message for r in caplog.records if "wandb" in r.message]
-    assert len(said) == 1 and said[0].startswith("wandb: RuntimeError: no network; this run goes on")
+    assert len(said) == 1
+    assert said[0].startswith("wandb: RuntimeError: no network; this run goes on without it")
     assert len(read_metrics(tmp_path)) == 4
 
 
