@@ -74,6 +74,21 @@ class VaeKind:
     names: ParamNames = dataclasses.field(default_factory=ParamNames)
 
 
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """What others call a family's published checkpoints, by the names of `Family.published`.
+
+    Attributes:
+        hub: Repository on the hub.
+        spec: Architecture in Stability AI's model spec, as kohya-ss writes it.
+        arguments: What diffusers' pipeline is called with besides prompt, size and steps.
+    """
+
+    hub: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    spec: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    arguments: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """All facts of a model family; a `config` is the transformer's.
@@ -98,6 +113,7 @@ class Family:
         shift: (steps, image tokens) -> the sampler's shift. None: one number, which
             scheduler_config.json holds.
         is_distilled: Whether a model_index.json is of a step-distilled model; others need guidance.
+        elsewhere: What its checkpoints are called elsewhere, for what is exported.
     """
 
     pipeline: str
@@ -114,3 +130,4 @@ class Family:
     other_tables: tuple[Callable[[Any], list[Rule]], ...] = ()
     shift: Callable[[int, int], float] | None = None
     is_distilled: Callable[[dict], bool] = lambda index: True
+    elsewhere: Elsewhere = Elsewhere()

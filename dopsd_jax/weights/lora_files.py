@@ -16,16 +16,17 @@ for FLUX.2 it knows such paths behind `transformer.` only, and skips others with
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dopsd_jax.core import trees
 from dopsd_jax.weights.load import open_safetensors
@@ -40,11 +41,15 @@ from dopsd_jax.weights.lora_reader import (
     stack_of,
 )
 from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve
+from dopsd_jax.weights.save import CARD, carry_card
 
 __all__ = [
     "FORMATS", "LoraFileError", "LoraSpec", "check_replaceable", "read_lora",
     "save_comfyui", "save_diffusers", "save_peft",
 ]
+
+HASH = "modelspec.hash_sha256"
+
 
 def check_replaceable(path: str | Path, *, overwrite: bool = False) -> None:
     """Refuses to replace a LoRA file or PEFT directory that was not written here.
@@ -75,7 +80,7 @@ def check_replaceable(path: str | Path, *, overwrite: bool = False) -> None:
 
 def save_peft(
     path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
-    *, overwrite: bool = False,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a directory for `PeftModel.from_pretrained`; alpha stands in its config.
 
@@ -85,6 +90,7 @@ def save_peft(
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace an adapter of another origin too; never anything else.
+        about: More for the header of the file of tensors.
 
     Raises:
         LoraFileError: All that is wrong with the tree, or `path` holds something else.
@@ -92,7 +98,7 @@ def save_peft(
     path, modules = Path(path), list(modules)
     pairs = _torch_pairs(path, lora, spec, modules)
     held = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    others = sorted(held - {PEFT_WEIGHTS, PEFT_CONFIG})
+    others = sorted(held - {PEFT_WEIGHTS, PEFT_CONFIG, *CARD})
     if path.suffix == ".safetensors":
         raise LoraFileError(f"{path}: expected the name of a directory, got one for a file")
     if others or (path.exists() and not path.is_dir()):
@@ -121,11 +127,11 @@ def save_peft(
     with _new_sibling(path) as temporary:
         temporary.mkdir(parents=True)
         # PEFT itself reads no metadata; it is how `check_replaceable` knows its own.
-        ours = {"format": "pt", OUR_METADATA: json.dumps(asdict(spec))}
-        save_file(tensors, temporary / PEFT_WEIGHTS, ours)
+        _write(temporary / PEFT_WEIGHTS, tensors, asdict(spec), about)
+        carry_card(path, temporary)
         (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in (PEFT_WEIGHTS, PEFT_CONFIG):
-            _finish(temporary / file)
+            _fsync(temporary / file)
         if path.is_dir():
             # A directory cannot be replaced in one step: a crash between the two renames leaves
             # the earlier adapter whole, under this name.
@@ -141,7 +147,7 @@ def save_peft(
 
 def save_diffusers(
     path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
-    *, overwrite: bool = False,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file for diffusers' `pipe.load_lora_weights`, with alpha / rank inside lora_B.
 
@@ -154,6 +160,7 @@ def save_diffusers(
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
+        about: More for the file's header.
 
     Raises:
         LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
@@ -163,12 +170,12 @@ def save_diffusers(
         tensors[f"transformer.{module}.lora_A.weight"] = a
         baked = (b.astype(np.float64) * spec.scale).astype(np.float32)
         tensors[f"transformer.{module}.lora_B.weight"] = baked
-    _save_one(path, tensors, {**asdict(spec), "scale_in_b": True}, overwrite)
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": True}, overwrite, about)
 
 
 def save_comfyui(
     path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
-    *, overwrite: bool = False,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file for ComfyUI's LoRA loader, with an alpha beside every pair.
 
@@ -180,6 +187,7 @@ def save_comfyui(
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
+        about: More for the file's header.
 
     Raises:
         LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
@@ -190,7 +198,7 @@ def save_comfyui(
         tensors[f"{key}.lora_A.weight"] = a
         tensors[f"{key}.lora_B.weight"] = b
         tensors[f"{key}.alpha"] = np.asarray(spec.alpha, np.float32)
-    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite)
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite, about)
 
 
 FORMATS = {"peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui}
@@ -261,7 +269,8 @@ def _target_modules(lora: trees.Tree, pairs: Iterable[str], modules: list[Rule])
 
 
 def _save_one(
-    path: str | Path, tensors: dict[str, np.ndarray], ours: dict, overwrite: bool
+    path: str | Path, tensors: dict[str, np.ndarray], ours: dict, overwrite: bool,
+    about: Mapping[str, str] | None,
 ) -> None:
     path = Path(path)
     if path.suffix != ".safetensors" or path.is_dir():
@@ -271,10 +280,31 @@ def _save_one(
         )
     check_replaceable(path, overwrite=overwrite)
     with _new_sibling(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", OUR_METADATA: json.dumps(ours)})
-        _finish(temporary)
+        _write(temporary, tensors, ours, about)
+        _fsync(temporary)
         os.replace(temporary, path)
     _fsync(path.parent)
+
+
+def _write(
+    file: Path, tensors: dict[str, np.ndarray], ours: dict, about: Mapping[str, str] | None
+) -> None:
+    """A safetensors file whose bytes follow from its contents alone.
+
+    The library writes the entries of `__metadata__` in another order each time, so the header is
+    made here. With `about` it names the hash of all tensors, as Stability AI's model spec does.
+    """
+    content = memoryview(save(tensors))
+    end = 8 + int.from_bytes(content[:8], "little")
+    metadata = {"format": "pt", OUR_METADATA: json.dumps(ours), **(about or {})}
+    if about:
+        metadata[HASH] = f"0x{hashlib.sha256(content[end:]).hexdigest()}"
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())),
+                         **json.loads(bytes(content[8:end]))}).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.write(content[end:])
 
 
 @contextlib.contextmanager
@@ -294,14 +324,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _finish(path: Path) -> None:
-    """Makes a written file durable, and readable as any new file: safetensors makes it 0600."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-    _fsync(path)
 
 
 def _fsync(path: Path) -> None:

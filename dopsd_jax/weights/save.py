@@ -66,6 +66,7 @@ def replace_tensors(
 
 SHARD_BYTES = 5 * 10**9  # of one file, as diffusers writes them
 STEM = "diffusion_pytorch_model"
+CARD = ("README.md", "images")  # a model card and its pictures, beside weights; see run/card.py
 MADE_BY = {"format": "pt", "made_by": "dopsd_jax"}
 
 
@@ -129,12 +130,22 @@ def write_component(
             }
             (temporary / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2))
         shutil.copyfile(source / "config.json", temporary / "config.json")
+        carry_card(out, temporary)
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [out / name for name in names]
+
+
+def carry_card(old: Path, new: Path) -> None:
+    """Takes a model card into the directory that is about to replace its own; it may be edited."""
+    readme, pictures = (old / name for name in CARD)
+    if readme.is_file():
+        shutil.copyfile(readme, new / readme.name)
+    if pictures.is_dir():
+        shutil.copytree(pictures, new / pictures.name)
 
 
 def _shards_of(stored: dict, shard_bytes: int) -> list[list[str]]:
@@ -156,7 +167,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise WeightsError(f"{out}: expected a directory, found a file")
     others = sorted(
         p.name for p in out.iterdir()
-        if p.name not in ("config.json", f"{STEM}.safetensors.index.json")
+        if p.name not in ("config.json", f"{STEM}.safetensors.index.json", *CARD)
         and not (p.name.startswith(STEM) and p.suffix == ".safetensors")
     )
     if others:  # not even with --overwrite: these are no weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dopsd_jax.models.family import Family, TextRules
+from dopsd_jax.models.family import Elsewhere, Family, TextRules
 from dopsd_jax.models.qwen3 import Qwen3Config
 from dopsd_jax.models.z_image import NAMES, ZImageConfig, ZImageTransformer
 from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
@@ -29,4 +29,8 @@ Z_IMAGE = Family(
     text=_text,
     vae=PLAIN_VAE,
     published={"z_image_turbo": ZImageConfig.turbo()},
+    elsewhere=Elsewhere(
+        hub={"z_image_turbo": "Tongyi-MAI/Z-Image-Turbo"}, spec={"z_image_turbo": "Z-Image"},
+        arguments={"guidance_scale": 0.0},
+    ),
 )
