@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -16,62 +14,15 @@ from safetensors import safe_open
 
 from dopsd_jax import export as export_lib
 from dopsd_jax.core import trees
-from dopsd_jax.core.checkpoints import Checkpoints
-from dopsd_jax.core.metrics import Metrics
-from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.run import card, previews, story
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.run.keys import base
 from dopsd_jax.run.loras import Named
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.families import FAMILIES
-from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
+from tests.finished_run import PROMPTS, make_run, pictures
 
 TOLD = story.Told("Tongyi-MAI/Z-Image-Turbo", "apache-2.0", "blueprint style")
-PROMPTS = ("a cat, blueprint style", "a rocket: \"blueprint\" style")
 PLACES = {"diffusers": "style.safetensors", "comfyui": "style.safetensors", "peft": "style"}
-
-
-def pictures(seed, count):
-    return np.random.default_rng(seed).integers(0, 256, (count, 32, 48, 3), np.uint8)
-
-
-def make_run(workdir, pipeline, **changes):
-    """A directory as a run of 20 updates on 8 rows leaves it."""
-    pipe = load_pipeline(pipeline, parts=())
-    config = base()
-    config.update({"model": str(pipeline), "data": str(workdir.parent / "secret photos"),
-                   "batch_size": 4, "num_train_steps": 20, "sample_prompts": PROMPTS,
-                   "gauge_prompts": ("a lighthouse",), "sample_steps": 2, "learning_rate": 3e-4,
-                   "anchor": 0.5, **changes})
-    config.lora.rank, config.lora.alpha = 4, 8.0
-    workdir_lib.claim(workdir, config.to_dict(), {})
-    shapes = transformer_shapes(pipe.denoiser.network)
-    if config.trainable == "lora":
-        targets = lora_lib.match_targets(
-            shapes, lora_lib.parse_targets("attention", pipe.lora.targets))
-        tree = lora_lib.init(jax.random.key(0), shapes, targets, 4)
-        tree = jax.tree.map(lambda x: x + 0.05, tree)
-    else:
-        params = load_pipeline(pipeline, dtype="float32", parts=("transformer",)).params
-        tree = jax.tree.map(lambda x: jnp.asarray(x) * 1.5, params)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    checkpoints.save(20, {"student": tree, "teacher": tree}, {"step": 20})
-    checkpoints.close()
-    metrics = Metrics(workdir, 0)
-    for step in (0, 20):
-        if step:
-            metrics.scalars(step, {"loss": 1.0, "epochs": 10.0})
-        metrics.gauges(step, {"style": 30.5 - step, "drift": 0.1 * step, "sharpness_ratio": 1.0})
-    metrics.close()
-    two, one = pictures(0, 2), pictures(1, 1)
-    for name, columns in {
-        "step": [("target", two), ("base", two // 2), ("student", two // 3), ("teacher", two)],
-        "prompts": [("base", two // 2), ("student", two // 3)],
-        "gauge": [("base", one), ("student", one)],
-    }.items():
-        previews.save(workdir / "samples" / f"{name}_000020.png", previews.grid(columns))
-    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +93,11 @@ def snippet(folder):
     return code
 
 
-def execute(code, tiny, folder, monkeypatch):
+def execute(code, pipeline, folder, monkeypatch):
     """Runs a card's code in its folder, where the base model lies under its name on the hub."""
     (folder / "Tongyi-MAI").mkdir(exist_ok=True)
     link = folder / "Tongyi-MAI" / "Z-Image-Turbo"
-    link.symlink_to(tiny.pipeline)
+    link.symlink_to(pipeline)
     monkeypatch.chdir(folder)
     names = {}
     try:
@@ -161,7 +112,7 @@ def execute(code, tiny, folder, monkeypatch):
 @pytest.mark.parametrize("fmt", PLACES)
 def test_the_code_of_the_card_draws_with_it(run, exported, tiny, monkeypatch, fmt):
     folder = exported[fmt]
-    pipe = execute(snippet(place_of(exported, fmt)), tiny, folder, monkeypatch)
+    pipe = execute(snippet(place_of(exported, fmt)), tiny.pipeline, folder, monkeypatch)
     layer = next(m for n, m in pipe.transformer.named_modules()
                  if n.endswith("layers.0.attention.to_q"))
     ((adapter, scale),) = layer.scaling.items()
@@ -182,10 +133,20 @@ def test_all_weights_have_a_card_too(tiny, tmp_path, monkeypatch):
     assert read.data.base_model_relation == "finetune" and "lora" not in read.data.tags
     assert "All weights of the transformer" in read.text and "LoRA" not in read.text
     code = snippet(out).replace("height=1024", "height=32").replace("width=1024", "width=48")
-    pipe = execute(code, tiny, out.parent, monkeypatch)
+    pipe = execute(code, tiny.pipeline, out.parent, monkeypatch)
     want = trees.flatten(workdir_lib.read_full(workdir)[0])["layers/attention/to_q/kernel"][0]
     got = pipe.transformer.layers[0].attention.to_q.weight.detach().float().numpy().T
     np.testing.assert_allclose(got, want, atol=1e-2)
+
+
+def test_the_other_family_says_which_tool_opens_which_file(tiny_flux2, tmp_path, monkeypatch):
+    workdir = make_run(tmp_path / "run", tiny_flux2)
+    for fmt in ("diffusers", "comfyui"):
+        export_lib.export(str(workdir), fmt, str(tmp_path / fmt / "style.safetensors"), told=TOLD)
+    text = (tmp_path / "comfyui" / "README.md").read_text()
+    assert "diffusers does not open this file" in text and "```python" not in text
+    pipe = execute(snippet(tmp_path / "diffusers"), tiny_flux2, tmp_path / "diffusers", monkeypatch)
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
 
 
 def header_of(file):
