@@ -15,7 +15,7 @@ import queue
 import re
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,10 +102,7 @@ class Wandb:
     def log(self, event: Event) -> None:
         if event.step != self._step:
             self._step, self._row = event.step, max(event.step, self._row + 1)
-        pictures = {
-            name: self._picture(str(x) if isinstance(x, Path) else x)
-            for name, x in event.pictures.items()
-        }
+        pictures = _pictures(event, self._picture)
         self._run.log({"step": event.step, **event.values, **pictures}, step=self._row)
 
     def close(self, failed: bool) -> None:
@@ -135,14 +132,16 @@ class Trackio:
             self.held = _held(database.get_logs(project, self.id, run_id=self._run.id))
 
     def log(self, event: Event) -> None:
-        pictures = {
-            name: self._picture(str(x) if isinstance(x, Path) else x)
-            for name, x in event.pictures.items()
-        }
-        self._run.log({**event.values, **pictures}, step=event.step)
+        self._run.log({**event.values, **_pictures(event, self._picture)}, step=event.step)
 
     def close(self, failed: bool) -> None:
         self._run.finish()
+
+
+def _pictures(event: Event, picture: Callable[[Any], Any]) -> dict[str, Any]:
+    """By tag, as a library has them; one of ours is called step, as is what they count by."""
+    return {f"pictures/{name}": picture(str(x) if isinstance(x, Path) else x)
+            for name, x in event.pictures.items()}
 
 
 def _held(rows: list[dict[str, Any]]) -> dict[str, int]:

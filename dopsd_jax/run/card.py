@@ -224,7 +224,7 @@ def _diffusers(name: str, fmt: str, story: Story) -> list[str]:
     lines += [
         "", base, 'device = "cuda" if torch.cuda.is_available() else "cpu"', opened,
         load if full else f"{load}\npipe.to(device)",
-        "image = pipe(", f"    {prompt!r},",
+        "image = pipe(", f"    prompt={prompt!r},",
         *(f"    {key}={value!r}," for key, value in arguments.items()),
         ").images[0]", 'image.save("drawn.png")',
     ]

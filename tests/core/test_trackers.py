@@ -18,6 +18,7 @@ from dopsd_jax.core import trackers
 from dopsd_jax.core.metrics import GAUGES, Metrics, read_metrics
 from tests.commands import ROOT, environment
 
+GROUPS = ("train/", "gauges/")
 PIXELS = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
 
 
@@ -45,8 +46,8 @@ def child(workdir, kill_at):
     def preview(step, state, metrics):
         pixels = np.full((8, 8, 3), step, np.uint8)
         (Path(workdir) / "samples").mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(Path(workdir) / "samples" / f"toy_{step:06d}.png")
-        metrics.image(step, "toy", pixels)
+        Image.fromarray(pixels).save(Path(workdir) / "samples" / f"step_{step:06d}.png")
+        metrics.image(step, "step", pixels)
         metrics.gauges(step, {"style": float(state.w)})
 
     Metrics.scalars = scalars
@@ -130,9 +131,9 @@ def test_wandb_has_every_step_once_in_one_file(killed):
             row = {".".join(item.nested_key): json.loads(item.value_json)
                    for item in record.history.item}
             assert row["step"] == row["_step"]
-            found += [(row["step"], k, v) for k, v in row.items() if "/" in k]
-            if "toy.path" in row:
-                pictures[row["step"]] = row["toy.path"]
+            found += [(row["step"], k, v) for k, v in row.items() if k.startswith(GROUPS)]
+            if "pictures/step.path" in row:
+                pictures[row["step"]] = row["pictures/step.path"]
     assert once(found) == pytest.approx(expected(workdir))
     assert {s: np.asarray(Image.open(folder / "files" / p)).max() for s, p in pictures.items()} \
         == {0: 0, 2: 2, 4: 4, 6: 6}
@@ -158,10 +159,10 @@ print(json.dumps([run.name, run.config, S.get_logs("ours", run.name, run_id=run.
     name, config, rows = json.loads(done.stdout)
     assert name == ids["trackio"]
     assert config["num_train_steps"] == 6 and config["sample_every"] == 2
-    found = [(r["step"], k, v) for r in rows for k, v in r.items() if "/" in k]
+    found = [(r["step"], k, v) for r in rows for k, v in r.items() if k.startswith(GROUPS)]
     assert once(found) == pytest.approx(expected(workdir))
     media = workdir.parent / "trackio" / "media"
-    pictures = [(r["step"], r["toy"]["file_path"]) for r in rows if "toy" in r]
+    pictures = [(r["step"], r["pictures/step"]["file_path"]) for r in rows if "pictures/step" in r]
     assert {s: np.asarray(Image.open(media / p).convert("RGB")).max() for s, p in pictures} \
         == {0: 0, 2: 2, 4: 4, 6: 6}
     assert len(pictures) == 4

@@ -10,6 +10,7 @@ import pytest
 
 from configs import common
 from configs import tiny as tiny_config
+from dopsd_jax.core import trackers
 from dopsd_jax.method.train_step import Method
 from dopsd_jax.run import config as config_lib
 from dopsd_jax.run.config import check_config, check_values
@@ -100,6 +101,16 @@ def test_values_that_do_not_go_together(config):
         "1000000000000.0",
         "vlm_min_pixels: expected at most vlm_max_pixels = 589824, got 600000",
     ]
+
+
+def test_trackers_are_known_and_installed(config, monkeypatch):
+    for text in ("tensorboard", "wandb;trackio"):
+        assert problems(config, trackers=text) == [
+            "trackers: expected nothing, or wandb or trackio, or both with a comma between, got "
+            f"{text!r}"]
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    (line,) = problems(config, trackers="wandb")
+    assert line.startswith("trackers: wandb is not installed; run: pip install 'dopsd_jax[wandb]'")
 
 
 def test_what_does_not_fit_the_model(config):
