@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -25,6 +26,7 @@ from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 
 PROJECT = "dopsd_jax"  # where the environment names none
+START_S = 300.0  # how long W&B may take to start its own process
 CLOSE_S = 60.0  # how long the end of a run waits for what is not sent yet
 MOST_WAITING = 20_000  # events; beyond, a tracker that hangs is given up
 
@@ -72,7 +74,8 @@ class Wandb:
     def __init__(self, workdir: Path, known: str | None, settings: dict[str, Any]):
         import wandb
 
-        given = wandb.setup().settings
+        # A busy machine takes longer than its 30 seconds to start what sends, and nothing waits.
+        given = wandb.setup(wandb.Settings(x_service_wait=START_S)).settings
         local = given.mode not in ("online", "shared")
         if not local and not wandb.login(prompt=False):
             raise ValueError("not logged in; run `wandb login` once, or set WANDB_MODE=offline")
@@ -214,6 +217,10 @@ class Tracker(threading.Thread):
             self._remember(self._known)
         self._events: queue.Queue[Event | None] = queue.Queue()
         self._failed = self._broken = False
+        try:  # here: two threads that import at once may find modules that are half there
+            importlib.import_module(name)
+        except Exception as e:  # whatever another's package does when it is imported
+            self._give_up(f"{type(e).__name__}: {e}")
         self.start()
 
     def _remember(self, run: str) -> None:
@@ -245,6 +252,8 @@ class Tracker(threading.Thread):
                     "gauges.jsonl and samples/", self.name, why)
 
     def run(self) -> None:
+        if self._broken:
+            return
         try:
             target = TRACKERS[self.name](self._workdir, self._known, self._settings)
             held = self._sent if target.held is None else target.held

@@ -36,6 +36,7 @@ def child(workdir, kill_at):
 
             while not (Path(workdir) / "wandb.json").is_file() or trackers._held(
                     SQLiteStorage.get_logs("ours", known())).get("train") != step:
+                assert all(tracker.is_alive() for tracker in self._trackers)
                 time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -211,14 +212,14 @@ def steps(metrics, *numbers):
 
 
 def test_what_stands_on_a_server_is_not_sent_again(server, tmp_path):
-    for resume, numbers in ((0, (1, 2, 3)), (2, (3, 4, 5)), (2, (3, 4, 5, 6))):
+    for resume, numbers in ((0, (1, 2, 3, 4, 5)), (2, (3,)), (2, (3, 4, 5, 6))):
         metrics = Metrics(tmp_path, resume, trackers=["wandb"], settings={"seed": 1})
         steps(metrics, *numbers)
         metrics.close(failed=len(numbers) == 4)
     assert server.sent == [
         ("new", {"seed": 1}), ("train", 1, []), ("train", 2, []), ("gauges", 2, ["grid"]),
-        ("train", 3, []), False,
-        ("new", {"seed": 1}), ("train", 4, []), ("gauges", 4, ["grid"]), ("train", 5, []), False,
+        ("train", 3, []), ("train", 4, []), ("gauges", 4, ["grid"]), ("train", 5, []), False,
+        ("new", {"seed": 1}), False,
         ("new", {"seed": 1}), ("train", 6, []), ("gauges", 6, ["grid"]), True,
     ]
 
