@@ -238,12 +238,13 @@ def test_a_tracker_that_comes_later_gets_what_was(server, tmp_path):
         ("train", 1, []), ("train", 2, []), ("gauges", 2, ["grid", "prompts"]), ("train", 3, [])]
 
 
-@pytest.mark.parametrize("moment", ["__init__", "log", "close"])
+@pytest.mark.parametrize("moment", ["import", "__init__", "log", "close"])
 def test_what_goes_wrong_is_said_once(server, tmp_path, monkeypatch, caplog, moment):
-    def fail(self, *args):
+    def fail(*args):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(server, moment, fail)
+    monkeypatch.setattr(*(
+        (trackers.importlib, "import_module") if moment == "import" else (server, moment)), fail)
     monkeypatch.setattr(trackers.log, "propagate", True)
     metrics = Metrics(tmp_path, 0, trackers=["wandb"])
     steps(metrics, 1, 2, 3, 4)
