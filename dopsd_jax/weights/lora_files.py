@@ -28,7 +28,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dopsd_jax.core import trees
-from dopsd_jax.weights.load import open_safetensors
 from dopsd_jax.weights.lora_reader import (
     OUR_METADATA,
     PEFT_CONFIG,
@@ -39,6 +38,7 @@ from dopsd_jax.weights.lora_reader import (
     read_lora,
     stack_of,
 )
+from dopsd_jax.weights.mapped import open_safetensors
 from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve
 
 __all__ = [

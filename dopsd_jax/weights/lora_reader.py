@@ -16,8 +16,8 @@ import numpy as np
 
 from dopsd_jax.core import trees
 from dopsd_jax.core.checks import COUNT, SCALE, TEXT, Kind, is_whole, value_problems
-from dopsd_jax.weights.load import PICKLES, open_safetensors
 from dopsd_jax.weights.lora_layouts import KOHYA, DiffusersView
+from dopsd_jax.weights.mapped import PICKLES, open_safetensors
 from dopsd_jax.weights.names import Modules, Rule, Slot, WeightsError, resolve, rule
 
 PEFT_WEIGHTS = "adapter_model.safetensors"

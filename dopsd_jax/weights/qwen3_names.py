@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dopsd_jax.models.qwen3 import Qwen3Config
 from dopsd_jax.models.qwen3_vl import VisionConfig
-from dopsd_jax.weights.load import open_safetensors
+from dopsd_jax.weights.mapped import open_safetensors
 from dopsd_jax.weights.names import LINEAR, SAME, Rule, Transform, WeightsError, rule
 
 # `Qwen3ForCausalLM` puts "model." before every name of `Qwen3Model`.
