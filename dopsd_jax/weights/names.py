@@ -200,6 +200,28 @@ def resolve(table: Iterable[Rule], tensor_names: Iterable[str]) -> tuple[dict[st
     return slots, problems
 
 
+def tensor_names(table: Iterable[Rule], flat: dict[str, np.ndarray]) -> dict[str, Slot]:
+    """Every tensor of a table that a flat parameter dict fills, in the table's order.
+
+    Raises:
+        WeightsError: Parameters that the table lacks, and rules whose parameter is not there.
+    """
+    slots: dict[str, Slot] = {}
+    problems = []
+    for r in table:
+        for tensor, target in _expanded(r) if r.target is not None else ():
+            if target not in flat:
+                problems.append(f"{target}: the tree has no such parameter")
+                continue
+            layers = range(len(flat[target])) if "{layer}" in tensor else [None]
+            slots |= {tensor.format(layer=i): Slot(target, i, r.transform) for i in layers}
+    named = {slot.name for slot in slots.values()}
+    problems += [f"{name}: no tensor holds it" for name in flat if name not in named]
+    if problems:
+        raise WeightsError("\n  ".join(problems))
+    return slots
+
+
 def export_names(
     table: Iterable[Rule], tensor_names: Iterable[str], flat: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
