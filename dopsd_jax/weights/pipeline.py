@@ -235,7 +235,8 @@ def load_pipeline(
         raise ValueError(f"parts: expected some of {(*PARTS, DECODER)}, got {unknown}")
     dtype, vae_dtype = jnp.dtype(dtype), jnp.dtype(vae_dtype)
     nets = _open(directory, dtype, vae_dtype, remat)
-    _check_files(files, nets)
+    shapes = _shapes_of(nets)
+    _check_files(files, nets, shapes)
     pipe = Pipeline(
         directory=directory,
         family=nets.family,
@@ -251,23 +252,19 @@ def load_pipeline(
         files=files,
     )
 
-    def load(part, shapes, dtype, mesh=None, table=None):
-        return _load(part_files(directory, files, part), nets.tables[table or part], shapes,
-                     dtype, mesh, part, PREFIXES[part])
+    def load(part, dtype, mesh=None):
+        folder = "vae" if part == DECODER else part
+        return _load(part_files(directory, files, folder), nets.tables[part], shapes(part), dtype,
+                     mesh, folder, PREFIXES[folder])
 
     if "transformer" in parts:
-        shapes = transformer_shapes(pipe.denoiser.network)
-        pipe.params = load("transformer", shapes, dtype, mesh)
+        pipe.params = load("transformer", dtype, mesh)
     if "vae" in parts:
-        pipe.vae_params = load("vae", vae_shapes(pipe.vae), vae_dtype)
+        pipe.vae_params = load("vae", vae_dtype)
     elif DECODER in parts:
-        shapes = {name: tree for name, tree in vae_shapes(pipe.vae).items()
-                  if name not in ("encoder", "quant_conv")}
-        pipe.vae_params = load("vae", shapes, vae_dtype, table=DECODER)
+        pipe.vae_params = load(DECODER, vae_dtype)
     if "text_encoder" in parts:
-        pipe.text_params = load(
-            "text_encoder", text_shapes(pipe.text_encoder), dtype, encoder_mesh
-        )
+        pipe.text_params = load("text_encoder", dtype, encoder_mesh)
     return pipe
 
 
@@ -319,16 +316,31 @@ def part_files(directory: Path, files: Mapping[str, Path], part: str) -> list[Pa
     return weight_files(directory if beside else folder)
 
 
-def _check_files(files: Mapping[str, Path], nets: Networks) -> None:
+def _shapes_of(nets: Networks) -> Callable[[str], trees.Tree]:
+    """Part, or DECODER -> shapes of its parameters; what was found is kept."""
+
+    @functools.cache
+    def shapes(part: str) -> trees.Tree:
+        if part == "transformer":
+            return transformer_shapes(nets.denoiser.network)
+        if part == "text_encoder":
+            return text_shapes(nets.text_encoder)
+        if part == "vae":
+            return vae_shapes(nets.vae)
+        only_encodes = ("encoder", "quant_conv")
+        return {name: tree for name, tree in shapes("vae").items() if name not in only_encodes}
+
+    return shapes
+
+
+def _check_files(
+    files: Mapping[str, Path], nets: Networks, shapes: Callable[[str], trees.Tree]
+) -> None:
     """Raises WeightsError for every file that does not hold the part it stands in for."""
-    shapes = {
-        "transformer": lambda: transformer_shapes(nets.denoiser.network),
-        "vae": lambda: vae_shapes(nets.vae), "text_encoder": lambda: text_shapes(nets.text_encoder),
-    }
     problems: list[str] = []
     for part, file in files.items():
         with noted(problems):
-            one_file.check(part, file, nets.tables, shapes[part](), nets.family.pipeline,
+            one_file.check(part, file, nets.tables, shapes(part), nets.family.pipeline,
                            other_transformers(nets.family))
     if problems:
         raise WeightsError("\n".join(problems))
