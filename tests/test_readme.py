@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
+from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.run.workdir import flat_config
 from tests.commands import environment
 from tests.weights.one_file_examples import example, z_image_of_its_makers
@@ -118,8 +119,7 @@ def test_the_commands_train_and_sample_with_files_of_comfyui(home, tiny):
         Path(files[key]).rename(home / f"{name}.safetensors")
     run_block(home, "tested one file", SMALLER)
     # The same weights as of the directory, so the same run, wherever it drew them from.
-    losses = [[json.loads(line)["loss"] for line in open(home / f"runs/{name}/metrics.jsonl")]
-              for name in "ac"]
+    losses = [[row["loss"] for row in read_metrics(home / f"runs/{name}")] for name in "ac"]
     assert losses[0] == losses[1] and len(losses[0]) == 2
     (made,) = (home / "runs/c/drawn").glob("*.json")
     assert json.loads(made.read_text())["vae_file"] == "ae.safetensors"

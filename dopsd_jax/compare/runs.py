@@ -89,8 +89,8 @@ def own_runs(directories: str) -> list[Run]:
         workdir = Path(first.path)
         config = workdir_lib.read_config(workdir)
         if given := [f"{key}={file}" for key, file in model.files_of(config).items() if file]:
-            raise ValueError(f"checkpoints: {workdir} was trained with {', '.join(given)}; pictures "
-                             "are drawn with the model that comes with the package")
+            raise ValueError(f"checkpoints: {workdir} was trained with {', '.join(given)}, but "
+                             "pictures are drawn with the model that comes with the package")
         method = "+".join(
             Path(n.path).name + ("" if n.strength == 1 else f":{n.strength:g}")
             for n in (first, *besides)

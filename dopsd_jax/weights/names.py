@@ -101,11 +101,13 @@ class Modules:
         comfyui: What ComfyUI expects before a module path of diffusers' layout.
         makers: Module paths of its makers' own layout, where they are other ones, each with those
             that its rows stand for, in order.
+        reordered: Module paths of diffusers' layout whose rows the makers have in another order.
     """
 
     rules: tuple[Rule, ...]
     comfyui: str
     makers: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    reordered: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -138,12 +140,17 @@ def linear_modules(
     found = _linears(table)
     of_target = {target: module for module, target in found}
     parts: dict[str, list[str]] = {}
+    makers = list(makers)
     for module, target in _linears(r for r in makers if r.transform == LINEAR):
         parts.setdefault(module.partition(".weight#")[0], []).append(of_target[target])
     others = tuple((m, tuple(p)) for m, p in parts.items() if (m, *p) != (m, m))
+    reordered = tuple(
+        of_target[target] for _, target in _linears(r for r in makers if r.transform != LINEAR)
+    )
     found.sort(key=lambda pair: "{layer}" not in pair[0])  # those of blocks come first
     return Modules(
-        (*(rule(*pair) for pair in found), *(rule(m, None) for m in idle)), comfyui, others
+        (*(rule(*pair) for pair in found), *(rule(m, None) for m in idle)), comfyui, others,
+        reordered,
     )
 
 
