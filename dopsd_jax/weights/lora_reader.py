@@ -106,7 +106,7 @@ def stack_of(template: str) -> str:
 def read_lora(
     path: str | Path, modules: Modules, shapes: trees.Tree | None = None
 ) -> tuple[trees.Tree, LoraSpec]:
-    """Reads a LoRA of any of the three formats, recognised by its content.
+    """Reads a LoRA of any format that is written here, recognised by its content.
 
     Also read: `lora_down`/`lora_up` for `lora_A`/`lora_B`, kohya's `lora_unet_` names, names
     without a prefix, DiffSynth-Studio's (`pipe.dit.X.lora_A.default.weight`), the layout of the
