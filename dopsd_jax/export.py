@@ -47,8 +47,9 @@ def export(
 
     Args:
         workdir: A run's directory.
-        fmt: "peft" (a directory), "diffusers", "comfyui" or "comfyui_fused" (one .safetensors
-            file); of a transformer "diffusers", a directory to put in place of the model's transformer/.
+        fmt: "peft" (a directory), or "diffusers", "comfyui", "comfyui_fused" (one .safetensors
+            file); of a transformer "diffusers", a directory to put in place of the model's
+            transformer/.
         out: Where to.
         step: Which checkpoint; None is the latest.
         role: "student" or "teacher".

@@ -1,6 +1,7 @@
 """Weights of 8 and 4 bits with scales, as ComfyUI's files have them, seen as what they stand for.
 
     float8    X.weight, and for it X.weight_scale or X.scale_weight: one number, or one per row
+    int8      the same; with `convrot`, groups of a row's values are rotated by a Hadamard matrix
     nvfp4     X.weight, two values in a byte; X.weight_scale, float8, one per 16 values of a row;
               X.weight_scale_2, one number
 
@@ -13,6 +14,7 @@ Source: ComfyUI's QUANTIZATION.md and `convert_old_quants`; comfy-kitchen's layo
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dopsd_jax.core.checks import is_whole
 from dopsd_jax.weights.mapped import Stored
 from dopsd_jax.weights.names import WeightsError
 
@@ -31,25 +34,30 @@ SCALES = ("weight_scale", "scale_weight")
 SECOND = "weight_scale_2"
 OTHERS = ("pre_quant_scale",)  # scales that are known and not read
 FLOAT8 = {"float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
-NVFP4 = "nvfp4"
+INT8, NVFP4 = "int8_tensorwise", "nvfp4"
+SCALED = FLOAT8 | {INT8: np.int8}
 # Of a layer's entry; all others would change what its weights mean.
 HARMLESS = {"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape"}
+ROTATED, GROUP = "convrot", "convrot_groupsize"
 E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 BLOCK = 16  # values of a row that share a scale
+H4 = np.float32([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
 ADVICE = "take the model's file in bfloat16, float16 or float8"
 
 
 @dataclass(frozen=True)
-class Float8:
-    """A float8 tensor times its scale, in float32.
+class Scaled:
+    """An 8-bit tensor times its scale, in float32.
 
     Attributes:
-        stored: The tensor.
+        stored: The tensor, float8 or int8.
         scale: float32, of one element or [rows, 1, ..].
+        group: How many values of a row are rotated together, a power of 4; 0: none.
     """
 
     stored: Stored
     scale: np.ndarray
+    group: int = 0
     dtype = np.dtype(np.float32)
     kept = np.dtype(ml_dtypes.bfloat16)
 
@@ -63,12 +71,19 @@ class Float8:
         if self.scale.size == 1:
             values = values * self.scale.reshape(())
         found = values[self.stored.view().view(np.uint8)]
-        return found if self.scale.size == 1 else np.multiply(found, self.scale, out=found)
+        if self.scale.size > 1:
+            np.multiply(found, self.scale, out=found)
+        if not self.group:
+            return found
+        # Its own inverse, so that this undoes the rotation.
+        turn = functools.reduce(np.kron, [H4 / 2] * (self.group.bit_length() // 2))
+        return (found.reshape(-1, self.group) @ turn).reshape(found.shape)
 
-    def split(self, parts: int) -> list[Float8]:
+    def split(self, parts: int) -> list[Scaled]:
         """Equal parts along the first axis."""
         scales = [self.scale] * parts if self.scale.size == 1 else np.split(self.scale, parts)
-        return [Float8(*pair) for pair in zip(self.stored.split(parts), scales, strict=True)]
+        return [Scaled(*pair, self.group)
+                for pair in zip(self.stored.split(parts), scales, strict=True)]
 
     def forget(self) -> None:
         self.stored.forget()
@@ -116,7 +131,7 @@ class Nvfp4:
         self.stored.forget()
 
 
-Tensor = Stored | Float8 | Nvfp4
+Tensor = Stored | Scaled | Nvfp4
 
 
 def values(
@@ -156,7 +171,7 @@ def values(
     one = np.ones((), np.float32)
     for name, tensor in found.items():
         if isinstance(tensor, Stored) and tensor.dtype in FLOAT8.values():
-            found[name] = Float8(tensor, one)
+            found[name] = Scaled(tensor, one)
     return found, problems
 
 
@@ -169,9 +184,10 @@ def _decoded(weight: Stored, scales: dict[str, Stored], entry: Any) -> Tensor:
     if entry is not None and (not isinstance(entry, dict) or entry.get("format") is None):
         raise WeightsError(f"expected an entry that names its format, got {entry!r:.80}")
     kind = (entry or {}).get("format")
-    if kind not in (None, NVFP4, *FLOAT8):
+    if kind not in (None, NVFP4, *SCALED):
         raise WeightsError(f"stored as {kind}, which is not read here; {ADVICE}")
-    if strange := sorted((entry or {}).keys() - HARMLESS):
+    known = HARMLESS | ({ROTATED, GROUP} if kind == INT8 else set())
+    if strange := sorted((entry or {}).keys() - known):
         raise WeightsError(f"stored as {kind} with {', '.join(strange)}, which is not read here; "
                            f"{ADVICE}")
     if other := [s for s in OTHERS if s in scales]:
@@ -183,7 +199,7 @@ def _decoded(weight: Stored, scales: dict[str, Stored], entry: Any) -> Tensor:
         raise WeightsError(f"expected one scale, found {' and '.join(given)}")
     if kind is None and not given:
         return weight
-    if weight.dtype not in FLOAT8.values() or (kind and weight.dtype != FLOAT8[kind]):
+    if weight.dtype not in ((SCALED[kind],) if kind else FLOAT8.values()):
         raise WeightsError(
             f"expected {kind or 'float8'} beside {given[0] if given else FORMAT}, found "
             f"{weight.dtype}; {ADVICE}"
@@ -191,14 +207,29 @@ def _decoded(weight: Stored, scales: dict[str, Stored], entry: Any) -> Tensor:
     if not given:
         raise WeightsError(f"stored as {kind}, but its {SCALES[0]} is missing")
     scale = _numbers(scales[given[0]], given[0])
+    group = _group(entry, weight) if kind == INT8 else 0
     if scale.size == 1:
-        return Float8(weight, scale.reshape(()))
+        return Scaled(weight, scale.reshape(()), group)
     if not weight.shape or scale.size != weight.shape[0] or scale.shape[0] != scale.size:
         raise WeightsError(
             f"expected a {given[0]} of one number or one per row, {weight.shape[:1]}, found "
             f"{scale.shape}; {ADVICE}"
         )
-    return Float8(weight, scale.reshape(-1, *[1] * (len(weight.shape) - 1)))
+    return Scaled(weight, scale.reshape(-1, *[1] * (len(weight.shape) - 1)), group)
+
+
+def _group(entry: dict, weight: Stored) -> int:
+    """How many values of a row of an int8 matrix are rotated together; 0: none."""
+    if not entry.get(ROTATED):
+        return 0
+    group = entry.get(GROUP, 256)
+    columns = weight.shape[-1] if len(weight.shape) == 2 else 0
+    if not is_whole(group) or group < 4 or 4 ** (group.bit_length() // 2) != group or (
+        not columns or columns % group
+    ):
+        raise WeightsError(f"expected a {GROUP} that is a power of 4 and divides the {columns} "
+                           f"columns, got {group!r:.40}")
+    return group
 
 
 def _nvfp4(weight: Stored, scales: dict[str, Stored]) -> Nvfp4:

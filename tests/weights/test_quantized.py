@@ -1,4 +1,4 @@
-"""Float8 and nvfp4 weights with scales: exactly what they stand for, by torch and comfy-kitchen."""
+"""Float8, int8 and nvfp4 with scales: what they stand for, by torch and comfy-kitchen."""
 
 import json
 
@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from comfy_kitchen.tensor import TensorWiseINT8Layout
 from one_file_examples import assert_same
 from safetensors.numpy import save_file
 
@@ -158,14 +159,39 @@ def test_float8_is_what_comfy_kitchen_makes_of_it(tmp_path):
     np.testing.assert_array_equal(weight.view(), want.numpy())
 
 
+@pytest.mark.parametrize("group", [0, 4, 16, 256])
+def test_int8_is_what_comfy_kitchen_makes_of_it(group, tmp_path):
+    """With a scale per row; rotated in groups, as far as float32 sums, and in parts of rows."""
+    with comfy_kitchen.use_backend("eager"):
+        quantised, params = TensorWiseINT8Layout.quantize(
+            torch.randn(12, 512), per_channel=True, convrot=group > 0, convrot_groupsize=group)
+        want = TensorWiseINT8Layout.dequantize(quantised, params).numpy()
+    entry = {"format": "int8_tensorwise"}
+    if group:
+        entry |= {"convrot": True, "convrot_groupsize": group}
+    (weight,) = values_of(tmp_path, {
+        "l.weight": quantised.numpy(), "l.weight_scale": params.scale.numpy(),
+        "l.comfy_quant": np.frombuffer(json.dumps(entry).encode(), np.uint8),
+    }).values()
+    np.testing.assert_allclose(weight.view(), want, atol=1e-5 if group else 0, rtol=0)
+    parts = [part.view() for part in weight.split(3)]
+    np.testing.assert_allclose(np.concatenate(parts), want, atol=1e-5 if group else 0, rtol=0)
+
+
 SMALL = np.zeros((4, 16), ml_dtypes.float8_e4m3fn)
 ONE = np.ones((), np.float32)
 
 
 @pytest.mark.parametrize("tensors, words", [
     ({"weight": SMALL.astype("i1"), "weight_scale": ONE, "comfy_quant": {
-        "format": "int8_tensorwise", "convrot": True}},
-     "l.weight: stored as int8_tensorwise, which is not read here; take the model's file in bfl"),
+        "format": "int8_blockwise", "group_size": 8}},
+     "l.weight: stored as int8_blockwise, which is not read here; take the model's file in bfl"),
+    ({"weight": SMALL.astype("i1"), "weight_scale": ONE}, "expected float8 beside weight_scale, f"),
+    ({"weight": SMALL.astype("i1"), "weight_scale": ONE, "comfy_quant": {
+        "format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 8}},
+     "a convrot_groupsize that is a power of 4 and divides the 16 columns, got 8"),
+    ({"weight": SMALL.astype("i1"), "weight_scale": ONE, "comfy_quant": {
+        "format": "int8_tensorwise", "convrot": True}}, "divides the 16 columns, got 256"),
     ({"weight": SMALL, "weight_scale": ONE, "comfy_quant": {"format": E4M3, "convrot": True}},
      "stored as float8_e4m3fn with convrot, which is not read here"),
     ({"weight": SMALL, "comfy_quant": {"format": E4M3}}, "but its weight_scale is missing"),
