@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dopsd_jax.core import trees
+from dopsd_jax.core.checks import path_problem
 from dopsd_jax.weights.load import PREFIXES, kept_dtypes, open_tensors
 from dopsd_jax.weights.names import PART, Rule, WeightsError, fused_parts
 
@@ -39,6 +40,8 @@ def check(
             that does not fit.
     """
     key = f"{part}_file"
+    if problem := path_problem(str(file)):
+        raise WeightsError(f"{key}: {str(file)[:60]}.. {problem}")
     try:
         names = list(open_tensors([file], PREFIXES[part]))
         if _share(tables[part], names) <= 0.5:
