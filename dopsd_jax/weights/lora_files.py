@@ -211,8 +211,8 @@ def save_comfyui_fused(
         overwrite: Replace a file of another origin too.
 
     Raises:
-        LoraFileError: All that is wrong with the tree or the name, a file of another origin, a
-            LoRA on some parts of a fused module only, or on one whose rows have another order.
+        LoraFileError: All that is wrong with the tree or the name, a file of another origin, or a
+            LoRA on a module whose rows have another order.
     """
     tensors = {}
     for module, pairs in _fused_pairs(
@@ -232,7 +232,8 @@ def save_comfyui_fused(
 def _fused_pairs(
     where: str | Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], modules: Modules
 ) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Module path of the makers -> (A, B) of each of its parts, in order."""
+    """Module path of the makers -> (A, B) of each of its parts, in order; zeros where it has none.
+    """
     table = [rule(part, f"{i}/{j}") for i, (_, parts) in enumerate(modules.makers)
              for j, part in enumerate(parts)]
     slots, _ = resolve(table, pairs)
@@ -248,12 +249,10 @@ def _fused_pairs(
         template, parts = modules.makers[i]
         name = template.replace("{layer}", str(slots[module].layer))
         found.setdefault(name, [None] * len(parts))[j] = pair
-    problems += [
-        f"{name}: expected a LoRA on all {len(given)} parts of this fused module, got one on "
-        f"{len(given) - given.count(None)}; use the format comfyui"
-        for name, given in found.items() if any(pair is None for pair in given)
-    ]
     raise_all(where, problems)
+    for given in found.values():
+        nothing = next(tuple(map(np.zeros_like, pair)) for pair in given if pair is not None)
+        given[:] = [nothing if pair is None else pair for pair in given]
     return found
 
 

@@ -77,7 +77,7 @@ class DiffusersView:
     """An open safetensors file of a LoRA by the names of diffusers' layout.
 
     A fused module whose lora_B is block-diagonal, so that each part has ranks of its own, is seen
-    as LoRAs of these ranks, if all other modules have so many.
+    as LoRAs of these ranks, if all other modules have so many; parts whose lora_A is 0 have none.
 
     Args:
         handle: From `open_safetensors`.
@@ -101,16 +101,20 @@ class DiffusersView:
             self._add(module, blocks and len(module.names) > 1)
 
     def _add(self, module: _Fused, blocks: bool) -> None:
-        """Takes in the parts of a fused module."""
+        """Takes in the parts of a fused module, of a block-diagonal one those that it has."""
         count = len(module.names)
+        has = [True] * count
+        if blocks:
+            has = [x.any() for x in np.split(self._handle.get_tensor(module.keys["a"][0]), count)]
         for kind, (key, suffix) in module.keys.items():
-            meant = [name + suffix for name in module.names]
-            if doubled := [part for part in meant if part in self._sources]:
+            meant = {i: name + suffix for i, name in enumerate(module.names)
+                     if has[i] or not any(has)}
+            if doubled := [part for part in meant.values() if part in self._sources]:
                 self.problems.append(
                     f"{key}: stands for the same weight as {self._sources[doubled[0]].key}"
                 )
                 continue
-            for i, part in enumerate(meant):
+            for i, part in meant.items():
                 # Else of what lora_A reads, and of alpha, all parts have the same.
                 self._sources[part] = _Source(
                     key,

@@ -226,12 +226,18 @@ def test_fused_loras_that_are_no_blocks_or_all_zeros_keep_their_rank(tmp_path):
     assert read_lora(tmp_path / "zeros.safetensors", Z_IMAGE_MODULES)[1].rank == RANK
 
 
+def test_a_lora_on_v_alone_stays_one(tmp_path):
+    lora = random_lora({"attention.to_v": BLOCK["attention.to_v"]})
+    save_comfyui_fused(tmp_path / "lora.safetensors", lora, SPEC, Z_IMAGE_MODULES)
+    assert load_file(tmp_path / "lora.safetensors")[
+        "diffusion_model.layers.0.attention.qkv.lora_B.weight"
+    ].shape == (3 * DIM, 3 * SPEC.rank)
+    tree, spec = read_lora(tmp_path / "lora.safetensors", Z_IMAGE_MODULES)
+    assert spec == SPEC
+    assert_same(lora, tree)
+
+
 def test_what_the_fused_format_cannot_hold_is_said(tmp_path):
-    lora = random_lora({"attention.to_q": BLOCK["attention.to_q"]})
-    with pytest.raises(LoraFileError, match=(
-        "layers.0.attention.qkv: expected a LoRA on all 3 parts of this fused module, got one on 1"
-    )):
-        save_comfyui_fused(tmp_path / "x.safetensors", lora, SPEC, Z_IMAGE_MODULES)
     pair = {"a": np.ones((8, 3), "f4"), "b": np.ones((3, 16), "f4")}
     with pytest.raises(LoraFileError, match="norm_out.linear: has its rows in another order"):
         save_comfyui_fused(tmp_path / "x.safetensors", {"norm_out": pair}, SPEC,
