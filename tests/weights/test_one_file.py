@@ -3,6 +3,7 @@
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,10 @@ from one_file_examples import PREFIXES, assert_same, params_of, tensors_of
 from safetensors.numpy import save_file
 
 from dopsd_jax import export, sample
+from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.run import model as model_lib
+from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import WeightsError, fingerprints, load_pipeline, load_vision_language
 from dopsd_jax.weights.families import DECODER
 from dopsd_jax.weights.one_file import KEYS, PARTS
@@ -100,6 +103,30 @@ def test_merged_weights_are_written_as_diffusers_names_them(model, tmp_path):
     assert got.keys() == want.keys()
     for name, x in want.items():
         np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
+def test_a_run_that_trained_the_weights_of_a_file_is_written_in_its_dtypes(z_image, tmp_path):
+    """What was float8 in bfloat16, all else as it was, under diffusers' names."""
+    tensors = {n: x.astype(ml_dtypes.float8_e4m3fn) if n.endswith(".qkv.weight") else x
+               for n, x in z_image.parts["transformer"].items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    workdir_lib.claim(tmp_path / "run", {
+        "model": str(z_image.small), "transformer_file": str(tmp_path / "x.safetensors"),
+        "trainable": "full", "teacher": "ema", "lora": {"rank": 2, "alpha": 4.0},
+    }, {})
+    trained = jax.tree.map(np.asarray, z_image.params["transformer"])
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    checkpoints.save(5, {"student": trained, "teacher": trained}, {"step": 5})
+    checkpoints.close()
+    export.export(tmp_path / "run", "diffusers", tmp_path / "out")
+    got = tensors_of(tmp_path / "out")
+    want = tensors_of(z_image.whole / "transformer")
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        kept = ml_dtypes.bfloat16 if ".attention.to_" in name and "out" not in name else np.float32
+        assert got[name].dtype == kept, name
+        rounded = x.astype(ml_dtypes.bfloat16).astype(kept)  # params are those of bfloat16
+        np.testing.assert_array_equal(got[name], rounded, err_msg=name)
 
 
 def changed(tensors, **changes):
