@@ -25,13 +25,22 @@ from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.models.family import Family
 from dopsd_jax.run import card
 from dopsd_jax.run import loras as loras_lib
+from dopsd_jax.run import model as model_lib
 from dopsd_jax.run import story as story_lib
 from dopsd_jax.run import workdir as workdir_lib
+from dopsd_jax.run.model import load_model
 from dopsd_jax.run.story import Story, Told
 from dopsd_jax.weights import hub, lora_files
 from dopsd_jax.weights.families import example, family_of_tree, find, transformer_table
 from dopsd_jax.weights.names import Modules
-from dopsd_jax.weights.pipeline import Pipeline, load_pipeline, load_transformer, read_config
+from dopsd_jax.weights.pipeline import (
+    Pipeline,
+    load_pipeline,
+    load_transformer,
+    read_config,
+    transformer_dtypes,
+    transformer_shapes,
+)
 from dopsd_jax.weights.save import write_component
 from dopsd_jax.weights.shipped import pipeline_directory
 
@@ -48,8 +57,9 @@ def export(
 
     Args:
         workdir: A run's directory.
-        fmt: "peft" (a directory), "diffusers" or "comfyui" (one .safetensors file); of a
-            transformer "diffusers", a directory to put in place of the model's transformer/.
+        fmt: "peft" (a directory), or "diffusers", "comfyui", "comfyui_fused" (one .safetensors
+            file); of a transformer "diffusers", a directory to put in place of the model's
+            transformer/.
         out: Where to.
         step: Which checkpoint; None is the latest.
         role: "student" or "teacher".
@@ -69,11 +79,12 @@ def export(
             raise ValueError(
                 f"format: expected diffusers for a run with trainable=full, got {fmt!r}"
             )
-        tree, model = workdir_lib.read_full(workdir, step=step, role=role)
-        pipe = load_pipeline(model, parts=())
+        tree = workdir_lib.read_full(workdir, step=step, role=role)
+        pipe = load_model(config, parts=())
+        workdir_lib.check_same_model(tree, transformer_shapes(pipe.denoiser.network), workdir)
         write_component(
-            out, pipe.directory / "transformer", transformer_table(pipe.denoiser), tree,
-            overwrite=overwrite,
+            out, pipe.directory / "transformer" / "config.json", transformer_table(pipe.denoiser),
+            tree, dtypes=transformer_dtypes(pipe), overwrite=overwrite,
         )
         family, network = find(pipe.denoiser.network.config), pipe.denoiser.network.config
         spec = None
@@ -104,6 +115,7 @@ def _write_card(out: str, fmt: str, story: Story) -> None:
 def export_loras(
     model: str, loras: list, fmt: str, out: str, *, rank: int | None = None, full: bool = False,
     overwrite: bool = False, told: Told = TOLD, with_card: bool = True,
+    transformer_file: str = "",
 ) -> float:
     """Writes several LoRAs of a model, with their strengths, as one, or in the model's weights.
 
@@ -117,6 +129,7 @@ def export_loras(
             to the dtype of its files, instead of a LoRA; "diffusers" alone.
         overwrite: Replace what is at `out` and was not written here.
         told, with_card: As of `export`.
+        transformer_file: See `load_pipeline`.
 
     Returns:
         The relative error that `rank` costs; 0 where it costs nothing.
@@ -129,7 +142,7 @@ def export_loras(
     if full and rank is not None:
         raise ValueError("rank: expected none with full weights, which have no rank")
     cli.check_directory(Path(out).parent)
-    pipe = load_pipeline(model, parts=())
+    pipe = load_pipeline(model, parts=(), transformer_file=transformer_file)
     # What is reduced, or merged, may have any rank in between.
     tree = loras_lib.take_loras(loras, pipe, any_rank=full or rank is not None)
     cost, spec = 0.0, None
@@ -162,15 +175,15 @@ def _named(member: Any) -> loras_lib.Named:
 def _write_merged(pipe: Pipeline, tree: Tree, out: str, overwrite: bool) -> None:
     """The pipeline's transformer with a LoRA in it, in the dtype of its files."""
     with jax.default_device(jax.devices("cpu")[0]):
-        params = load_transformer(pipe.directory)
+        params = load_transformer(pipe)
         merged = jax.tree.map(np.asarray, lora_lib.merge(params, tree, 1.0))
     changed, error = lora_lib.rounding(params, merged, tree)
     dtype = next(x.dtype for n, x in trees.flatten(merged).items() if n.endswith("/kernel"))
     log.info("merged in %s: %.1f%% of the elements of adapted layers changed; what was added is "
              "off by %.2g of it, which as a LoRA it would not be", dtype, 100 * changed, error)
     write_component(
-        out, pipe.directory / "transformer", transformer_table(pipe.denoiser), merged,
-        overwrite=overwrite,
+        out, pipe.directory / "transformer" / "config.json", transformer_table(pipe.denoiser),
+        merged, overwrite=overwrite,
     )
 
 
@@ -197,6 +210,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("lora", None, "In place of --workdir: a run, LoRA file or PEFT "
                               "directory, with :STRENGTH behind it if not 1; several add up.")
     flags.DEFINE_string("model", None, "Pipeline directory that the LoRAs belong to, or mini.")
+    model_lib.define_flags("transformer_file")
     flags.DEFINE_integer("rank", None, "Of the LoRA that several become; default: what they add "
                          "up to, exactly.", lower_bound=1)
     flags.DEFINE_bool("full", False, "Write the model's transformer with the LoRAs merged into it.")
@@ -222,7 +236,7 @@ def _check_flags() -> None:
         raise ValueError("expected either --workdir or --lora")
     if FLAGS.lora and not FLAGS.model:
         raise ValueError("--lora: expected --model too, the pipeline that the LoRAs belong to")
-    only = ("step", "role") if FLAGS.lora else ("model", "rank", "full")
+    only = ("step", "role") if FLAGS.lora else ("model", "rank", "full", "transformer_file")
     wrong = [f"--{name}" for name in only if FLAGS[name].present]
     if wrong:
         raise ValueError(
@@ -263,7 +277,7 @@ def main() -> None:
     if FLAGS.lora:
         members = [loras_lib.parse(text) for text in FLAGS.lora]
         cost = export_loras(FLAGS.model, members, FLAGS.format, FLAGS.out, rank=FLAGS.rank,
-                            full=FLAGS.full, **more)
+                            full=FLAGS.full, transformer_file=FLAGS.transformer_file, **more)
         if FLAGS.rank is not None:
             log.info("rank %d keeps all but %.2g of what the LoRAs change (Frobenius norms)",
                      FLAGS.rank, cost)

@@ -371,7 +371,7 @@ def test_full_fine_tuning_shows_the_base_as_the_base_after_a_resume(config, tmp_
 def test_a_finished_run_ends_before_its_weights_are_loaded(
     config, uninterrupted, monkeypatch, caplog
 ):
-    monkeypatch.setattr(train_lib, "load_pipeline", None)
+    monkeypatch.setattr(train_lib.model, "load_model", None)
     config.update({"sample_every": 15, "sample_prompts": ("a fox", "two dogs")})
     with caplog.at_level("INFO", "dopsd_jax"):
         assert train_lib.train(config, uninterrupted[0]) is None

@@ -102,8 +102,8 @@ class Family:
             tokens for FLOPs, see `Denoiser.passes`.
         names: What sharding and rematerialisation need to know of the transformer.
         table: Name table of the transformer in diffusers' layout, in which it is written too.
-        other_tables: Name tables of other layouts that are read, such as its makers' single file;
-            no tensor name may be one of `table`.
+        other_tables: Name tables of other layouts that are read, such as its makers' single file,
+            as far as they name a tensor otherwise; no name may be one of `table`.
         modules: What LoRA files call its linear layers, see `weights.names.linear_modules`.
         targets: LoRA targets, regexes over parameter names by preset, see `lora.PRESETS`.
         text: Rules of its prompts, by the text encoder's config.

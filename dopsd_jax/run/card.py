@@ -187,6 +187,8 @@ def _training(story: Story) -> list[str]:
 
 def _opens(fmt: str, story: Story) -> bool:
     """Whether diffusers opens files of a format; ComfyUI's only where both name modules alike."""
+    if fmt == "comfyui_fused":
+        return False
     example = next(iter(story.family.published.values()))
     return fmt != "comfyui" or story.family.modules(example).comfyui == "diffusion_model."
 

@@ -24,9 +24,9 @@ from dopsd_jax.method.train_step import Method, method_of
 from dopsd_jax.run import loras
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.keys import KEYS
+from dopsd_jax.run.model import FILES, load_model
 from dopsd_jax.weights.pipeline import (
     Pipeline,
-    load_pipeline,
     read_vl_config,
     transformer_shapes,
 )
@@ -120,9 +120,9 @@ def check_config(config: ConfigDict, *, starts: bool = True) -> Method:
     if shown and good("vlm"):
         with noted(problems, "vlm"):
             read_vl_config(config.vlm)
-    if good("model"):
+    if good("model", *FILES):
         with noted(problems, "model"):
-            pipe = load_pipeline(config.model, parts=())
+            pipe = load_model(config, parts=())
             problems += _break_model(config, pipe, good)
     if problems:
         raise ValueError("config:\n  " + "\n  ".join(problems))

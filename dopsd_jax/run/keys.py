@@ -147,6 +147,16 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "model": key("", PATH, PLACE,
         meaning="Pipeline directory (model_index.json, transformer/, vae/, ..), name on the hub "
         "(OWNER/NAME or OWNER/NAME@REVISION), or mini."),
+    "transformer_file": key("", ANY_PATH, PLACE,
+        meaning="A .safetensors file, as ComfyUI keeps it, whose weights replace those of model's "
+        "transformer; see models.md.",
+        resume="what it holds is part of the model's fingerprint"),
+    "vae_file": key("", ANY_PATH, PLACE,
+        meaning="The same for the VAE.",
+        resume="as transformer_file"),
+    "text_encoder_file": key("", ANY_PATH, PLACE,
+        meaning="The same for the text encoder.",
+        resume="as transformer_file"),
     "published": key(next(iter(PUBLISHED)), one_of(*PUBLISHED),
         meaning=f"The published model ({', '.join(PUBLISHED)}) whose sizes are planned for where "
         "no model is given.",

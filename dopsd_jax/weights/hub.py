@@ -29,14 +29,15 @@ def is_name(text: str) -> bool:
 
 
 @functools.cache
-def fetch(name: str, *, pipeline: bool, weights: bool) -> Path:
+def fetch(name: str, *, pipeline: bool, weights: bool | tuple[str, ...]) -> Path:
     """The directory of a model's files in the hub's cache; what is missing is downloaded.
 
     Args:
         name: See `is_name`.
         pipeline: Whether it has a folder for each part, as diffusers' pipelines; otherwise its
             files lie side by side.
-        weights: Whether its weights are needed; else its configs and tokenizer alone.
+        weights: Whether its weights are needed, or of a pipeline: those of which folders; of the
+            rest come configs and tokenizer alone.
 
     Raises:
         ValueError: No such model or revision, no access to it, or none of its files here while
@@ -47,10 +48,12 @@ def fetch(name: str, *, pipeline: bool, weights: bool) -> Path:
     from huggingface_hub import errors
 
     match = NAME.fullmatch(name)
-    kinds = CONFIGS + (WEIGHTS if weights else ())
-    patterns = [*kinds]
+    patterns = [*CONFIGS, *(WEIGHTS if weights else ())]
     if pipeline:
-        patterns = ["model_index.json", *(f"{part}/{kind}" for part in PARTS for kind in kinds)]
+        whole = weights if isinstance(weights, tuple) else PARTS if weights else ()
+        patterns = ["model_index.json"]
+        patterns += [f"{part}/{kind}" for part in PARTS for kind in CONFIGS]
+        patterns += [f"{part}/{kind}" for part in whole for kind in WEIGHTS]
     page = f"{huggingface_hub.constants.ENDPOINT}/{match['repo']}"
     try:
         found = huggingface_hub.snapshot_download(

@@ -10,7 +10,8 @@ alpha / rank (x a) b. Torch tools keep one transposed pair per layer, `lora_A (r
     ComfyUI     diffusion_model.X.lora_A.weight         alpha in a scalar diffusion_model.X.alpha
 
 X is the module path in diffusers' layout. ComfyUI maps it to its own fused layout while loading;
-for FLUX.2 it knows such paths behind `transformer.` only, and skips others without an error.
+for FLUX.2 it knows such paths behind `transformer.` only, and skips others without an error. On the
+fused layout itself X is a module path of the network's makers (`save_comfyui_fused`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ import numpy as np
 from safetensors.numpy import save
 
 from dopsd_jax.core import trees
-from dopsd_jax.weights.load import open_safetensors
 from dopsd_jax.weights.lora_reader import (
     OUR_METADATA,
     PEFT_CONFIG,
@@ -40,12 +40,13 @@ from dopsd_jax.weights.lora_reader import (
     read_lora,
     stack_of,
 )
-from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve
+from dopsd_jax.weights.mapped import open_safetensors
+from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve, rule
 from dopsd_jax.weights.save import CARD, carry_card
 
 __all__ = [
     "FORMATS", "LoraFileError", "LoraSpec", "check_replaceable", "read_lora",
-    "save_comfyui", "save_diffusers", "save_peft",
+    "save_comfyui", "save_comfyui_fused", "save_diffusers", "save_peft",
 ]
 
 HASH = "modelspec.hash_sha256"
@@ -201,7 +202,73 @@ def save_comfyui(
     _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite, about)
 
 
-FORMATS = {"peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui}
+def save_comfyui_fused(
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one file on the layout of the network's makers, for what knows no other.
+
+    LoRAs on q, k and v, of rank r, become one of rank 3 r on their fused module: the lora_A one
+    below the other, the lora_B in the blocks of a diagonal. What is added is exactly the same.
+
+    Args:
+        path: File, must end in .safetensors.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        spec: Rank, alpha and base model.
+        modules: Module names of the network, from its name table.
+        overwrite: Replace a file of another origin too.
+        about: More for the file's header.
+
+    Raises:
+        LoraFileError: All that is wrong with the tree or the name, a file of another origin, or a
+            LoRA on a module whose rows have another order.
+    """
+    tensors = {}
+    for module, pairs in _fused_pairs(
+        path, _torch_pairs(path, lora, spec, list(modules)), modules
+    ).items():
+        key, count = f"diffusion_model.{module}", len(pairs)
+        outs, ranks = (np.cumsum([0, *(b.shape[i] for _, b in pairs)]) for i in (0, 1))
+        fused = np.zeros((outs[-1], ranks[-1]), np.float32)
+        for i, (_, b) in enumerate(pairs):
+            fused[outs[i] : outs[i + 1], ranks[i] : ranks[i + 1]] = b
+        tensors[f"{key}.lora_A.weight"] = np.concatenate([a for a, _ in pairs])
+        tensors[f"{key}.lora_B.weight"] = fused
+        tensors[f"{key}.alpha"] = np.asarray(count * spec.alpha, np.float32)
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite, about)
+
+
+def _fused_pairs(
+    where: str | Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], modules: Modules
+) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Module path of the makers -> (A, B) of each of its parts, in order; zeros where it has none.
+    """
+    table = [rule(part, f"{i}/{j}") for i, (_, parts) in enumerate(modules.makers)
+             for j, part in enumerate(parts)]
+    slots, _ = resolve(table, pairs)
+    reordered, _ = resolve([rule(m, "x") for m in modules.reordered], pairs)
+    problems = [f"{m}: has its rows in another order there; use the format comfyui"
+                for m in reordered]
+    found: dict[str, list] = {}
+    for module, pair in pairs.items():
+        if module not in slots:  # of the same name in both layouts
+            found[module] = [pair]
+            continue
+        i, j = map(int, slots[module].name.split("/"))
+        template, parts = modules.makers[i]
+        name = template.replace("{layer}", str(slots[module].layer))
+        found.setdefault(name, [None] * len(parts))[j] = pair
+    raise_all(where, problems)
+    for given in found.values():
+        nothing = next(tuple(map(np.zeros_like, pair)) for pair in given if pair is not None)
+        given[:] = [nothing if pair is None else pair for pair in given]
+    return found
+
+
+FORMATS = {
+    "peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui,
+    "comfyui_fused": save_comfyui_fused,
+}
 
 
 def _torch_pairs(

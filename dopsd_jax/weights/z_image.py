@@ -7,7 +7,12 @@ from dopsd_jax.models.qwen3 import Qwen3Config
 from dopsd_jax.models.z_image import NAMES, ZImageConfig, ZImageTransformer
 from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.weights.vae_names import PLAIN_VAE
-from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS, z_image_modules, z_image_table
+from dopsd_jax.weights.z_image_names import (
+    Z_IMAGE_TARGETS,
+    z_image_makers_table,
+    z_image_modules,
+    z_image_table,
+)
 
 
 def _text(config: Qwen3Config) -> TextRules:
@@ -24,6 +29,7 @@ Z_IMAGE = Family(
     denoiser=ZImageDenoiser,
     names=NAMES,
     table=z_image_table,
+    other_tables=(z_image_makers_table,),
     modules=z_image_modules,
     targets=Z_IMAGE_TARGETS,
     text=_text,

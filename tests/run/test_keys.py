@@ -17,7 +17,8 @@ from dopsd_jax.weights.z_image import Z_IMAGE
 
 ROOT = Path(__file__).parents[2]
 FREE = {
-    "model", "published", "vlm", "data", "data_root", "cache", "base_lora", "init_lora",
+    "transformer_file", "vae_file", "text_encoder_file", "model", "published",
+    "vlm", "data", "data_root", "cache", "base_lora", "init_lora",
     "init_full", "keep_prompts", "earlier_data", "num_train_steps",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "preflight", "log_every", "sample_every",
     "sample_steps", "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every",

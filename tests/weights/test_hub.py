@@ -105,6 +105,11 @@ def test_configs_come_without_weights_and_a_vlm_lies_flat(server, tmp_path):
     assert COMMIT in done.stdout, done.stderr
     sent = server.asked[before:]
     assert sent and not [name for name in sent if name.endswith(".safetensors")]
+    before = len(server.asked)
+    done = python(server, tmp_path, "-c", ASK.format(names=["org/tiny"], weights=("vae",)))
+    assert COMMIT in done.stdout, done.stderr
+    weights = [name for name in server.asked[before:] if name.endswith(".safetensors")]
+    assert weights == ["org/tiny/vae/diffusion_pytorch_model.safetensors"]
     ask = "from dopsd_jax.weights import shipped; print(shipped.vlm_directory('org/tiny-vl'))"
     done = python(server, tmp_path, "-c", ask)
     assert COMMIT in done.stdout, done.stderr
