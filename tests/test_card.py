@@ -134,7 +134,7 @@ def test_all_weights_have_a_card_too(tiny, tmp_path, monkeypatch):
     assert "All weights of the transformer" in read.text and "LoRA" not in read.text
     code = snippet(out).replace("height=1024", "height=32").replace("width=1024", "width=48")
     pipe = execute(code, tiny.pipeline, out.parent, monkeypatch)
-    want = trees.flatten(workdir_lib.read_full(workdir)[0])["layers/attention/to_q/kernel"][0]
+    want = trees.flatten(workdir_lib.read_full(workdir))["layers/attention/to_q/kernel"][0]
     got = pipe.transformer.layers[0].attention.to_q.weight.detach().float().numpy().T
     np.testing.assert_allclose(got, want, atol=1e-2)
 
