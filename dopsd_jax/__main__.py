@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 COMMANDS = (
-    "train", "data", "tasks", "sample", "encode", "export", "evaluate", "score", "plan", "report",
-    "demo", "quickstart",
+    "train", "data", "tasks", "sample", "encode", "export", "evaluate", "score", "paired", "plan",
+    "report", "demo", "quickstart",
 )
 
 

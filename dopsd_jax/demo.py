@@ -27,9 +27,9 @@ from dopsd_jax.core import cli
 from dopsd_jax.core.checks import noted
 from dopsd_jax.core.log import log
 from dopsd_jax.method import lora as lora_lib
-from dopsd_jax.run import loras
+from dopsd_jax.run import loras, model
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.weights.pipeline import DTYPES, Pipeline, load_pipeline
+from dopsd_jax.weights.pipeline import DTYPES, Pipeline
 
 if TYPE_CHECKING:
     import gradio
@@ -182,15 +182,16 @@ def page(player: Player, strengths: Sequence[float], num_steps: int, guided: boo
     return blocks
 
 
-def model_of(named: Sequence[loras.Named]) -> str:
-    """The model that the first run among the LoRAs was trained on.
+def model_of(named: Sequence[loras.Named]) -> dict[str, str]:
+    """The model, as `model.load_model` takes it, that the first run among the LoRAs was trained on.
 
     Raises:
         ValueError: None of them is a run's directory.
     """
     for member in named:
         if workdir_lib.is_workdir(member.path):
-            return workdir_lib.read_config(member.path)["model"]
+            config = workdir_lib.read_config(member.path)
+            return {"model": config["model"], **model.files_of(config)}
     raise ValueError(
         "--model: expected the model's directory or name, since none of the LoRAs is a run's "
         f"directory that says it: {', '.join(n.path for n in named)}"
@@ -203,6 +204,7 @@ def define_flags() -> None:
                               ":STRENGTH behind it if not 1; several add up.", required=True)
     flags.DEFINE_string("model", None, "Pipeline directory, name on the hub, or mini; default: "
                         "what the first run among the LoRAs was trained on.")
+    model.define_flags()
     flags.DEFINE_string("prompt", "", "Prompt at first.")
     flags.DEFINE_integer("num_steps", 4, "Number of denoiser calls at first.", lower_bound=1)
     default = "Pixels, a multiple of 16; default: the model's own."
@@ -217,9 +219,11 @@ def define_flags() -> None:
 def main() -> None:
     load_gradio()
     named = [loras.parse(text) for text in FLAGS.lora]
-    model = FLAGS.model or model_of(named)
+    chosen = {name: FLAGS[name].value for name in ("model", *model.FILES)}
+    if not FLAGS.model:
+        chosen = model_of(named)
     workdir_lib.enable_compilation_cache()
-    pipe = load_pipeline(model, dtype=FLAGS.dtype, parts=())
+    pipe = model.load_model(chosen, dtype=FLAGS.dtype, parts=())
     height, width = sample.picture_size(pipe, FLAGS.height, FLAGS.width, [])
     problems: list[str] = []
     with noted(problems):
@@ -228,7 +232,7 @@ def main() -> None:
         sample.check_request(pipe, ["a"], num_steps=FLAGS.num_steps, height=height, width=width)
     if problems:
         raise ValueError("\n  ".join(problems))
-    pipe = load_pipeline(model, dtype=FLAGS.dtype)
+    pipe = model.load_model(chosen, dtype=FLAGS.dtype)
     player = Player(pipe, named, height, width)
     blocks = page(player, [n.strength for n in named], FLAGS.num_steps, not pipe.distilled,
                   FLAGS.prompt)

@@ -280,7 +280,8 @@ def report(config: ConfigDict, p: Plan) -> str:
     lines.append(f"FITS: {p.total / GIB:.2f} of {p.limit / GIB:.2f} GiB per chip"
                  + (f"; only {left:.0%} is left" if left < HEADROOM else ""))
     lines += _memory_lines(p)
-    lines.append("collectives per step and chip:")
+    if p.collectives:
+        lines.append("collectives per step and chip:")
     for op in hlo.COLLECTIVES:
         if moved := p.moved(op):
             share = 1 - p.moved(op, exposed=True) / moved
@@ -306,6 +307,7 @@ def _memory_lines(p: Plan) -> list[str]:
     if p.text:
         temporaries = p.total - p.weights - p.state - p.preview
         lines.append(f"  temporaries        {temporaries / GIB:8.2f} GiB")
+    if p.largest:
         lines.append("largest buffers:")
         lines += [f"  {size / GIB:8.2f} GiB  {shapes[:60]}" for size, shapes in p.largest[:5]]
     return lines

@@ -26,9 +26,9 @@ from dopsd_jax.method import flow, sampling
 from dopsd_jax.method.contexts import text_context, with_references
 from dopsd_jax.method.guidance import advise, check_guidance, scale_of, with_guidance
 from dopsd_jax.models.denoiser import Context
-from dopsd_jax.run import loras
+from dopsd_jax.run import loras, model
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.weights.pipeline import DTYPES, Pipeline, load_pipeline
+from dopsd_jax.weights.pipeline import DTYPES, Pipeline
 
 MAX_SEED = 2**31
 References = Sequence[Sequence[Image.Image | np.ndarray]]
@@ -273,6 +273,7 @@ def define_flags() -> None:
     """The command's flags; a function, so that importing this module defines none."""
     flags.DEFINE_string("model", None, "Pipeline directory, name on the hub, or mini.",
                         required=True)
+    model.define_flags()
     flags.DEFINE_multi_string("lora", None, "Workdir of a run, LoRA file, or PEFT directory, with "
                               ":STRENGTH behind it if not 1; several add up.")
     flags.DEFINE_multi_string("prompt", None, "Prompt; may be given several times.", required=True)
@@ -296,7 +297,8 @@ def main() -> None:
     cli.check_directory(out)
     workdir_lib.enable_compilation_cache()
     # Whatever can be wrong is found before gigabytes of weights are read.
-    pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype, parts=())
+    chosen = {name: FLAGS[name].value for name in ("model", *model.FILES)}
+    pipe = model.load_model(chosen, dtype=FLAGS.dtype, parts=())
     references = [[read_image(path) for path in FLAGS.reference or ()]] * len(FLAGS.prompt)
     images = read_references(pipe, references)
     sides = picture_size(pipe, FLAGS.height, FLAGS.width, images)
@@ -306,7 +308,7 @@ def main() -> None:
     lora = None
     if FLAGS.lora:
         lora = loras.take_loras([loras.parse(text) for text in FLAGS.lora], pipe), 1.0
-    pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype)
+    pipe = model.load_model(chosen, dtype=FLAGS.dtype)
     pixels = generate(pipe, FLAGS.prompt, **how, seed=FLAGS.seed, lora=lora, references=references)
     out.mkdir(parents=True, exist_ok=True)
     for i, (prompt, image) in enumerate(zip(FLAGS.prompt, pixels, strict=True)):
@@ -314,7 +316,8 @@ def main() -> None:
         path = out / f"{FLAGS.seed + i:04d}-{words}.png"
         Image.fromarray(image).save(path)
         made = {"prompt": prompt, "seed": FLAGS.seed + i, "num_steps": FLAGS.num_steps,
-                "model": FLAGS.model, "lora": FLAGS.lora or [],
+                **{name: value for name, value in chosen.items() if value},
+                "lora": FLAGS.lora or [],
                 "guidance": FLAGS.guidance, "negative": FLAGS.negative,
                 "references": FLAGS.reference or []}
         path.with_suffix(".json").write_text(json.dumps(made, indent=2, ensure_ascii=False))

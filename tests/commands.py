@@ -23,7 +23,9 @@ def wrong_flags(text: str) -> list[str]:
         if not file.is_file():
             wrong.append(module)
             continue
-        sources = file.read_text() + (ROOT / "dopsd_jax/core/distributed.py").read_text()
+        # What defines flags of several commands.
+        shared = ("core/distributed.py", "compare/metric_weights.py", "run/model.py")
+        sources = "".join(p.read_text() for p in (file, *(ROOT / "dopsd_jax" / s for s in shared)))
         wrong += [
             f"{module} --{flag}" for flag in re.findall(r"--([a-z]\w*)(?![\w.])", rest)
             if not re.search(rf'"(--)?{flag}"', sources)

@@ -85,7 +85,7 @@ def test_the_model_is_the_runs_own_or_must_be_given(files, tmp_path):
         '{"model": "mini", "trainable": "lora", "teacher": "ema", "lora": {}}'
     )
     (tmp_path / "identity.json").write_text("{}")
-    assert demo.model_of([loras.Named(files[0]), loras.Named(str(tmp_path))]) == "mini"
+    assert demo.model_of([loras.Named(files[0]), loras.Named(str(tmp_path))])["model"] == "mini"
     with pytest.raises(ValueError, match="--model: expected the model's directory .*0.safetensors"):
         demo.model_of([loras.Named(files[0])])
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dopsd_jax import sample, weights
 from dopsd_jax.method import guidance as guidance_lib
+from dopsd_jax.run import model
 from tests.test_flux2_parity import REFERENCES, noise_of
 
 PROMPTS = ["a red fox", "a quiet harbour town with boats"]
@@ -121,10 +122,18 @@ def test_bad_input_is_named(request, family, kwargs, message):
         sample.check_request(pipe, ["a"], **SIZE, **kwargs)
 
 
+class Given(SimpleNamespace):
+    """Flags of a command."""
+
+    def __getitem__(self, name):
+        return SimpleNamespace(value=getattr(self, name))
+
+
 def test_the_command_draws_with_guidance_and_notes_it(z_image, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "FLAGS", SimpleNamespace(
-        model=str(z_image), lora=None, prompt=PROMPTS, **SIZE, reference=None, seed=3,
-        dtype="float32", out=str(tmp_path), guidance=2.5, negative=NEGATIVE,
+    monkeypatch.setattr(sample, "FLAGS", Given(
+        model=str(z_image), **dict.fromkeys(model.FILES, ""), lora=None, prompt=PROMPTS, **SIZE,
+        reference=None, seed=3, dtype="float32", out=str(tmp_path), guidance=2.5,
+        negative=NEGATIVE,
     ))
     sample.main()
     pipe = weights.load_pipeline(z_image, dtype="float32")

@@ -37,10 +37,12 @@ FAMILY_PLACES = (
 FAMILY_NAMES = r"z_?-?image|flux_?-?\.?2|klein"
 TRAINING_WORDS = r"student|teacher|(\b|_)loss(es)?(\b|_)"
 FOREIGN = {"torch", "tensorflow", "diffusers", "peft", "torchvision", "accelerate"}
-# Metrics of real models run in torch; score.py, which nothing imports, is the only way to them.
-TORCH_FILES = {"compare/features.py", "compare/lpips.py"}
+# Metrics of real models run in torch; scores.py is the only way to them, for two commands.
+TORCH_FILES = {"compare/features.py", "compare/lpips.py", "compare/hpsv2.py",
+               "compare/image_reward.py"}
 TORCH_LOOP = "bench/torch_loop.py"  # what the package's speed is compared with
-TORCH_COMMAND = "score.py"
+TORCH_WAY = "compare/scores.py"
+TORCH_COMMANDS = {"score.py", "paired.py"}
 
 
 def source_files():
@@ -216,7 +218,7 @@ def test_nothing_but_a_sequence_of_trainings_imports_the_training_command():
 
 @pytest.mark.parametrize("path", source_files(), ids=relative)
 def test_no_module_imports_other_frameworks(path):
-    allowed = {"torch"} if relative(path) in {TORCH_COMMAND, *TORCH_FILES} else set()
+    allowed = {"torch"} if relative(path) in {TORCH_WAY, *TORCH_FILES} else set()
     if relative(path) == TORCH_LOOP:
         allowed = {"torch", "diffusers", "peft"}
     wrong = [f"{line}: {m}" for line, m in imported_modules(path)
@@ -224,13 +226,14 @@ def test_no_module_imports_other_frameworks(path):
     assert not wrong
 
 
-def test_only_the_scoring_command_leads_to_torch():
+def test_only_the_scoring_commands_lead_to_torch():
     edges = {(a, b) for a, _, b in own_imports()}
     assert not [a for a, b in edges if b == TORCH_LOOP]  # a process of its own
-    assert {a for a, b in edges if b in TORCH_FILES} == {TORCH_COMMAND}
-    assert not [a for a, b in edges if b == TORCH_COMMAND]
-    # Nothing outside a function of score.py needs torch: what it lacks is then said in words.
-    module = ast.parse((ROOT / PACKAGE / TORCH_COMMAND).read_text())
+    assert {a for a, b in edges if b in TORCH_FILES} - TORCH_FILES == {TORCH_WAY}
+    assert {a for a, b in edges if b == TORCH_WAY} == TORCH_COMMANDS
+    assert not [a for a, b in edges if b in TORCH_COMMANDS]
+    # Nothing outside its functions needs torch: what is missing is then said in words.
+    module = ast.parse((ROOT / PACKAGE / TORCH_WAY).read_text())
     top = {a.name for n in module.body if isinstance(n, ast.Import) for a in n.names}
     top |= {f"{n.module}{name}" for n in module.body if isinstance(n, ast.ImportFrom)
             for name in ("", *(f".{a.name}" for a in n.names))}

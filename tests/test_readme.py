@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
+from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.run.workdir import flat_config
 from tests.commands import environment, wrong_flags
+from tests.weights.one_file_examples import example, z_image_of_its_makers
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,6 +107,22 @@ def test_the_commands_of_the_other_family_train_edit_and_export(tiny_flux2, tmp_
     (picture,) = (tmp_path / "runs/e/drawn").glob("*.png")
     assert np.asarray(Image.open(picture)).std() > 5
     assert (tmp_path / "runs/e/lora.safetensors").stat().st_size > 10_000
+
+
+def test_the_commands_train_and_sample_with_files_of_comfyui(home, tiny):
+    model = example(tiny.pipeline, z_image_of_its_makers, home)
+    (home / "Tongyi-MAI").mkdir()
+    model.small.rename(home / "Tongyi-MAI" / "Z-Image-Turbo")
+    files = model.files(home, "short")
+    for key, name in (("transformer_file", "z_image_turbo_bf16"), ("vae_file", "ae"),
+                      ("text_encoder_file", "qwen_3_4b")):
+        Path(files[key]).rename(home / f"{name}.safetensors")
+    run_block(home, "tested one file", SMALLER)
+    # The same weights as of the directory, so the same run, wherever it drew them from.
+    losses = [[row["loss"] for row in read_metrics(home / f"runs/{name}")] for name in "ac"]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    (made,) = (home / "runs/c/drawn").glob("*.json")
+    assert json.loads(made.read_text())["vae_file"] == "ae.safetensors"
 
 
 def test_the_python_lines_draw_with_the_lora(home):

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -27,6 +28,7 @@ from dopsd_jax.bench.table import Result, as_markdown
 from dopsd_jax.core import cli
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
+from dopsd_jax.models.layers import REMAT_POLICIES
 
 FLAGS = flags.FLAGS
 OURS, AGAIN, TORCH = "dopsd_jax", "dopsd_jax, second start", "torch"
@@ -34,6 +36,7 @@ COMPILED = "torch, compiled"
 MODULES = {OURS: "ours", AGAIN: "ours", TORCH: "torch_loop", COMPILED: "torch_loop"}
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory")
 LARGEST_BATCH = 16
+LENGTHS = 512, 1024  # tokens of student and teacher: what a config has where it says nothing
 
 
 class Bench:
@@ -47,7 +50,7 @@ class Bench:
     def run(self, program: str, case: Case) -> Measured | None:
         """One measurement in a child process; None where there is none, and the table says why."""
         left = self._end - time.monotonic()
-        log.info("%s, %d px, batch %d ..", program, case.side, case.batch)
+        log.info("%s, %d px, batch %d, remat %s ..", program, case.side, case.batch, case.remat)
         cache = self._out / "compiled"
         found = _child(program, case, left, cache) if left > 0 else "no time left"
         self.results.append(Result(program, case, found))
@@ -58,26 +61,37 @@ class Bench:
         ))
         return None if isinstance(found, str) else found
 
-    def everything(self, sides: list[int], case: Case) -> None:
-        """First what matters most: both programs at every size, then larger batches."""
-        for side in sides:
-            alone = dataclasses.replace(case, side=side, batch=1)
-            for program in (OURS, TORCH):
-                self.run(program, alone)
+    def everything(self, sides: list[int], case: Case, policies: Sequence[str]) -> None:
+        """First what matters most: one picture of the first size with every policy of remat, and
+        torch beside it; then other sizes and lengths with the fastest, then larger batches."""
         first = dataclasses.replace(case, side=sides[0], batch=1)
-        self.run(AGAIN, first)
+        found = {
+            policy: self.run(OURS, dataclasses.replace(first, remat=policy)) for policy in policies
+        }
+        seconds = {policy: m.seconds for policy, m in found.items() if m is not None}
+        best = min(seconds, key=seconds.__getitem__) if seconds else policies[-1]
+        first = dataclasses.replace(first, remat=best)
+        self.run(TORCH, first)
         self.run(COMPILED, dataclasses.replace(first, compiled=True))
+        longer = dataclasses.replace(first, student_tokens=LENGTHS[0], teacher_tokens=LENGTHS[1])
+        for other in (*(dataclasses.replace(first, side=side) for side in sides[1:]), longer):
+            for program in (OURS, TORCH):
+                self.run(program, other)
+        self.run(AGAIN, first)
+        # What keeps more than the fastest policy does gains nothing by more pictures.
+        policies = policies[list(policies).index(best):]
         for side in sides:
-            self.largest(dataclasses.replace(case, side=side))
+            self.largest(dataclasses.replace(first, side=side), policies)
 
-    def largest(self, case: Case) -> None:
-        """Doubles the batch while it fits; the torch loop gets the last one that did."""
+    def largest(self, case: Case, policies: Sequence[str]) -> None:
+        """Doubles the batch while some policy fits; the torch loop gets the last one that did."""
         fits, batch = None, 2
-        while batch <= LARGEST_BATCH:
-            larger = dataclasses.replace(case, batch=batch)
+        while batch <= LARGEST_BATCH and policies:
+            larger = dataclasses.replace(case, batch=batch, remat=policies[0])
             if self.run(OURS, larger) is None:
-                break
-            fits, batch = larger, 2 * batch
+                policies = policies[1:]
+            else:
+                fits, batch = larger, 2 * batch
         if fits is not None:
             self.run(TORCH, fits)
 
@@ -102,6 +116,9 @@ def _child(program: str, case: Case, seconds: float, cache: Path) -> Measured | 
 
 def main() -> None:
     sides = [int(s) for s in FLAGS.sides]
+    if not FLAGS.remat or (wrong := set(FLAGS.remat) - set(REMAT_POLICIES)):
+        raise ValueError(f"--remat: expected some of {', '.join(REMAT_POLICIES)}, got "
+                         f"{', '.join(sorted(wrong)) if FLAGS.remat else 'nothing'}")
     if not sides or any(s < 16 or s % 16 for s in sides):
         raise ValueError(f"--sides: expected pixels in multiples of 16, got {FLAGS.sides}")
     out = Path(FLAGS.out)
@@ -109,11 +126,10 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")  # this process leaves the device to its children
     case = Case(
-        FLAGS.model, sides[0], 1, FLAGS.updates, FLAGS.student_tokens, FLAGS.teacher_tokens,
-        FLAGS.remat,
+        FLAGS.model, sides[0], 1, FLAGS.updates, FLAGS.student_tokens, FLAGS.teacher_tokens
     )
     bench = Bench(out, FLAGS.seconds)
-    bench.everything(sides, case)
+    bench.everything(sides, case, FLAGS.remat)
     print(as_markdown(bench.results))
     print(f"{out}/bench.md, bench.json")
     if not any(isinstance(r.found, Measured) for r in bench.results):
@@ -127,6 +143,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("updates", 10, "Timed updates per measurement.", lower_bound=1)
     flags.DEFINE_integer("student_tokens", 128, "Of the prompt.", lower_bound=32)
     flags.DEFINE_integer("teacher_tokens", 512, "Of prompt and picture.", lower_bound=32)
-    flags.DEFINE_string("remat", "full", "Our rematerialisation policy.")
+    flags.DEFINE_list("remat", ["linears", "matmuls", "attention", "full"], "Our policies of "
+                      "rematerialisation, the one that computes least again first.")
     flags.DEFINE_float("seconds", 540.0, "When to stop.", lower_bound=1.0)
     cli.run_command(main)

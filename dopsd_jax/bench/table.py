@@ -46,8 +46,11 @@ def utilisation(case: Case, found: Measured) -> float | None:
 
 def as_markdown(results: Sequence[Result]) -> str:
     """A row per measurement. "Times torch" is the torch loop's time over this one's, same case."""
+    def same(case: Case) -> tuple[int, ...]:
+        return case.side, case.batch, case.student_tokens, case.teacher_tokens
+
     torch = {
-        (r.case.side, r.case.batch): r.found.seconds for r in results
+        same(r.case): r.found.seconds for r in results
         if r.program == "torch" and isinstance(r.found, Measured)
     }
     devices = sorted({r.found.device for r in results if isinstance(r.found, Measured)})
@@ -55,16 +58,18 @@ def as_markdown(results: Sequence[Result]) -> str:
         f"{', '.join(devices) or 'no device'}; S = {STEPS}, rank {RANK}; "
         f"{results[0].case.model}, {useful_flops(results[0].case) / 1e12:.4g} TFLOP per update of "
         f"{results[0].case.batch} at {results[0].case.side} px.", "",
-        "| side | batch | program | s per update | slowest | images/s | times torch | GiB | MFU | "
-        "first update, s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| side | batch | tokens | program | remat | s per update | slowest | images/s | "
+        "times torch | GiB | MFU | first update, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        head = f"| {r.case.side} | {r.case.batch} | {r.program} |"
+        side, batch, *tokens = same(r.case)
+        policy = "checkpointing" if r.program.startswith("torch") else r.case.remat
+        head = f"| {side} | {batch} | {tokens[0]}, {tokens[1]} | {r.program} | {policy} |"
         if isinstance(r.found, str):
             lines.append(f"{head} {r.found} |" + " |" * 6)
             continue
-        other = torch.get((r.case.side, r.case.batch))
+        other = torch.get(same(r.case))
         used = utilisation(r.case, r.found)
         lines.append(
             f"{head} {r.found.seconds:.3f} | {r.found.slowest:.3f} | "

@@ -1,19 +1,22 @@
 """CLIP and DINO from local directories, through transformers and torch: pictures -> directions.
 
-Only `score` imports this; the training path knows no torch.
+Only `scores` imports this; the training path knows no torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 
+from dopsd_jax.core.log import counted
 from dopsd_jax.data.images import read_image
 
 BATCH = 8  # pictures at a time
@@ -33,18 +36,28 @@ class Clip:
 
     def __init__(self, directory: str | Path, device: str = "cpu"):
         """Raises ValueError: no CLIP, or weights that are not all there."""
-        _check_type(directory, ("clip",))
-        self.model = _load(transformers.CLIPModel, directory, device)
-        self.processor = _image_processor(directory)
-        self.tokenizer = _from_files(transformers.AutoTokenizer, directory)
+        check_type(directory, ("clip",))
+        self.model = self.network(directory).to(device).eval()
+        self.prepare = self.preparation(directory)
+        self.tokenizer = from_files(transformers.AutoTokenizer, directory)
         self.longest = self.model.config.text_config.max_position_embeddings
+        self.scale = math.exp(self.model.logit_scale.item())
         self.device = device
+
+    def network(self, directory: str | Path) -> transformers.CLIPModel:
+        """The network with its weights."""
+        return load_network(transformers.CLIPModel, directory)
+
+    def preparation(self, directory: str | Path) -> Callable[[list[Image.Image]], torch.Tensor]:
+        """RGB pictures -> float32 [B, 3, H, W], as the network was trained with."""
+        processor = image_processor(directory)
+        return lambda images: prepared(processor, images)
 
     @torch.inference_mode()
     def images(self, files: Sequence[Path]) -> np.ndarray:
         """Pictures -> float32 [N, D], of length 1."""
         def features(batch):
-            pixels = _prepared(self.processor, [read_image(file) for file in batch])
+            pixels = self.prepare([read_image(file) for file in batch])
             return self.model.get_image_features(pixels.to(self.device)).pooler_output
 
         return _directions(features, files)
@@ -59,10 +72,14 @@ class Clip:
                 tokens.input_ids, attention_mask=tokens.attention_mask
             ).pooler_output
 
-        return _directions(features, prompts)
+        return _directions(features, prompts, "prompts")
+
+    def cosines(self, files: Sequence[Path], prompts: Sequence[str]) -> np.ndarray:
+        """Of each picture and its prompt, float64 [N]."""
+        return np.sum(self.images(files) * self.texts(prompts), 1, dtype=np.float64)
 
     def too_long(self, prompts: Sequence[str]) -> int:
-        """How many prompts CLIP does not read to the end."""
+        """How many prompts are not read to the end."""
         return sum(len(ids) > self.longest for ids in self.tokenizer(list(prompts)).input_ids)
 
 
@@ -77,8 +94,9 @@ class Dino:
 
     def __init__(self, directory: str | Path, device: str = "cpu", *, own_size: bool = False):
         """Raises ValueError: no DINO, or weights that are not all there."""
-        kind = _check_type(directory, DINO_TYPES)
-        self.model = _load(transformers.AutoModel, directory, device, **DINO_OPTIONS.get(kind, {}))
+        kind = check_type(directory, DINO_TYPES)
+        model = load_network(transformers.AutoModel, directory, **DINO_OPTIONS.get(kind, {}))
+        self.model = model.to(device).eval()
         # Class token and registers come before the patches.
         self.first_patch = 1 + getattr(self.model.config, "num_register_tokens", 0)
         self.any_size = {"interpolate_pos_encoding": True} if kind == "vit" else {}
@@ -86,8 +104,8 @@ class Dino:
             mean, std = _mean_and_std(directory)
             self.prepared = lambda images: _normalised(images, mean, std)
         else:
-            processor = _image_processor(directory)
-            self.prepared = lambda images: _prepared(processor, images)
+            processor = image_processor(directory)
+            self.prepared = lambda images: prepared(processor, images)
         self.device = device
 
     @torch.inference_mode()
@@ -108,13 +126,25 @@ def stretch(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _directions(features, items: Sequence) -> np.ndarray:
+def _directions(features, items: Sequence, what: str = "pictures") -> np.ndarray:
     """features(batch) -> tensor [B, D] of all items, float32 [N, D], of length 1."""
-    found = [features(items[i : i + BATCH]) for i in range(0, len(items), BATCH)]
-    return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu().numpy()
+    found = in_batches(features, items, what)
+    return torch.nn.functional.normalize(found, dim=-1).numpy()
 
 
-def _check_type(directory: str | Path, expected: Sequence[str]) -> str:
+def in_batches(
+    function: Callable[[list], torch.Tensor], items: Sequence, what: str
+) -> torch.Tensor:
+    """function(batch) -> tensor [B, ..] of all items, [N, ..]; what stands twice is done once."""
+    distinct = list(dict.fromkeys(items))
+    number = {item: i for i, item in enumerate(distinct)}
+    found = []
+    for i in counted(range(0, len(distinct), BATCH), len(distinct), what, each=BATCH):
+        found.append(function(distinct[i : i + BATCH]).cpu())
+    return torch.cat(found)[[number[item] for item in items]]
+
+
+def check_type(directory: str | Path, expected: Sequence[str]) -> str:
     """The model_type of config.json, which must be one of `expected`."""
     file = Path(directory) / "config.json"
     try:
@@ -126,7 +156,7 @@ def _check_type(directory: str | Path, expected: Sequence[str]) -> str:
     return kind
 
 
-def _from_files(kind, directory: str | Path, **options):
+def from_files(kind, directory: str | Path, **options):
     """A transformers object from local files alone; no code of the directory is run."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -141,9 +171,9 @@ def _from_files(kind, directory: str | Path, **options):
         ) from e
 
 
-def _load(kind, directory: str | Path, device: str, **options):
+def load_network(kind, directory: str | Path, **options):
     """A float32 network from safetensors; every weight must come from the file."""
-    model, found = _from_files(
+    model, found = from_files(
         kind, directory, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
         **options,
     )
@@ -155,16 +185,43 @@ def _load(kind, directory: str | Path, device: str, **options):
             f"{len(missing)} {missing[:3]}, not of it {len(foreign)} {foreign[:3]}; is it the "
             "checkpoint of another task?"
         )
-    return model.to(device).eval()
+    return model
 
 
-def _image_processor(directory: str | Path):
+def read_tensors(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    """All tensors of some safetensors files, float32."""
+    return {name: x.float() for file in files for name, x in load_file(file).items()}
+
+
+def fill(
+    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], where: str | Path
+) -> None:
+    """Puts exactly these tensors into a network.
+
+    Raises:
+        ValueError: Tensors that it lacks, or that it has of other shapes, together.
+    """
+    wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    found = {name: tuple(x.shape) for name, x in tensors.items()}
+    wrong = sorted(n for n in wanted.keys() | found if wanted.get(n) != found.get(n))
+    if wrong:
+        raise ValueError(
+            f"{where}: expected exactly the weights of {type(model).__name__}, "
+            f"{len(wrong)} tensors differ: " + "; ".join(
+                f"{n}: expected {wanted.get(n, 'none')}, got {found.get(n, 'none')}"
+                for n in wrong[:3]
+            )
+        )
+    model.load_state_dict(dict(tensors))
+
+
+def image_processor(directory: str | Path):
     """The checkpoint's own processor, resizing by PIL as all were made with.
 
     DINOv3's has no PIL form and needs torchvision.
     """
     try:
-        return _from_files(transformers.AutoImageProcessor, directory, backend="pil")
+        return from_files(transformers.AutoImageProcessor, directory, backend="pil")
     except ValueError as e:
         if "torchvision" not in str(e).lower():
             raise
@@ -175,7 +232,7 @@ def _image_processor(directory: str | Path):
         ) from e
 
 
-def _prepared(processor, images: Sequence[Image.Image]) -> torch.Tensor:
+def prepared(processor, images: Sequence[Image.Image]) -> torch.Tensor:
     """RGB pictures as a processor of transformers prepares them, float32 [B, 3, H, W]."""
     return processor(images=images, return_tensors="pt")["pixel_values"]
 

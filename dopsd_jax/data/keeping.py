@@ -38,25 +38,29 @@ def kept_rows(batch_size: int, keep_share: float) -> int:
     return count
 
 
-def read_prompts(path: str | Path) -> tuple[str, ...]:
+def read_prompts(path: str | Path, name: str = "keep_prompts") -> tuple[str, ...]:
     """The prompts of a text file, one in each line that is not blank, in order.
+
+    Args:
+        path: The file.
+        name: Of the key or flag that names it, for errors.
 
     Raises:
         DataError: Missing, not UTF-8, or without a prompt.
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"keep_prompts: expected a text file with a prompt in each line, found "
+        raise DataError(f"{name}: expected a text file with a prompt in each line, found "
                         f"none at {path}")
     if advice := lfs_advice(path):
-        raise DataError(f"keep_prompts: {path}: {advice}")
+        raise DataError(f"{name}: {path}: {advice}")
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
-        raise DataError(f"keep_prompts: {path}: expected UTF-8 text, byte {e.start} is not") from e
+        raise DataError(f"{name}: {path}: expected UTF-8 text, byte {e.start} is not") from e
     prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
-        raise DataError(f"keep_prompts: {path}: expected a prompt in each line, found none")
+        raise DataError(f"{name}: {path}: expected a prompt in each line, found none")
     return prompts
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import sharding, trees
+from dopsd_jax.core import sharding, trackers, trees
 from dopsd_jax.core.checks import noted
 from dopsd_jax.data import keeping, prompts
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
@@ -25,9 +25,9 @@ from dopsd_jax.method.train_step import Method, method_of
 from dopsd_jax.run import loras, preview_model
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.keys import KEYS
+from dopsd_jax.run.model import FILES, load_model
 from dopsd_jax.weights.pipeline import (
     Pipeline,
-    load_pipeline,
     read_vl_config,
     transformer_shapes,
 )
@@ -102,6 +102,9 @@ def check_config(config: ConfigDict, *, starts: bool = True) -> Method:
     if good("data", "data_weights"):
         with noted(problems):
             parse_data(config.data, config.data_weights)
+    if good("trackers"):
+        with noted(problems, "trackers"):
+            trackers.check_installed(config.trackers)
     if good("encode", "cache") and config.encode == "online" and config.cache:
         problems.append("encode: expected ahead with a cache, which holds all that is encoded")
     if good("schedule", "num_steps", "shift"):
@@ -118,9 +121,9 @@ def check_config(config: ConfigDict, *, starts: bool = True) -> Method:
     if shown and good("vlm"):
         with noted(problems, "vlm"):
             read_vl_config(config.vlm)
-    if good("model"):
+    if good("model", *FILES):
         with noted(problems, "model"):
-            pipe = load_pipeline(config.model, parts=())
+            pipe = load_model(config, parts=())
             problems += _break_model(config, pipe, good)
     if problems:
         raise ValueError("config:\n  " + "\n  ".join(problems))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dopsd_jax.core import trackers
 from dopsd_jax.core.checks import is_number, is_whole, path_problem
 from dopsd_jax.method import contexts, flow, rollout
 from dopsd_jax.method.train_step import TEACHERS, TRAINABLE
@@ -73,6 +74,13 @@ def _is_path(x: Any) -> bool:
     return _is_text(x) and not path_problem(x)
 
 
+def _are_trackers(x: Any) -> bool:
+    try:
+        return _is_text(x) and trackers.parse(x) is not None
+    except ValueError:
+        return False
+
+
 _POSSIBLE = "of at most 3000 bytes, each name in it of at most 255"
 COUNT = whole(1, MAX_INT32)
 COUNT_OR_NONE = whole(0, MAX_INT32)
@@ -106,6 +114,8 @@ LORAS = Rule(
     f"nothing, or PATH or PATH:STRENGTH between commas, each a path {_POSSIBLE}",
     lambda x: _is_text(x) and all(map(_is_path, x.split(","))),
 )
+TRACKERS = Rule(f"nothing, or {' or '.join(trackers.TRACKERS)}, or both with a comma between",
+                _are_trackers)
 DTYPE = one_of(*DTYPES)
 KEPT_DTYPE = one_of("float32", "bfloat16")
 
@@ -137,6 +147,16 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "model": key("", PATH, PLACE,
         meaning="Pipeline directory (model_index.json, transformer/, vae/, ..), name on the hub "
         "(OWNER/NAME or OWNER/NAME@REVISION), or mini."),
+    "transformer_file": key("", ANY_PATH, PLACE,
+        meaning="A .safetensors file, as ComfyUI keeps it, whose weights replace those of model's "
+        "transformer; see models.md.",
+        resume="what it holds is part of the model's fingerprint"),
+    "vae_file": key("", ANY_PATH, PLACE,
+        meaning="The same for the VAE.",
+        resume="as transformer_file"),
+    "text_encoder_file": key("", ANY_PATH, PLACE,
+        meaning="The same for the text encoder.",
+        resume="as transformer_file"),
     "published": key(next(iter(PUBLISHED)), one_of(*PUBLISHED),
         meaning=f"The published model ({', '.join(PUBLISHED)}) whose sizes are planned for where "
         "no model is given.",
@@ -349,6 +369,9 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "earlier_data": key("", DATA_SETS, PLACE, DISPLAY,
         meaning="Data of earlier tasks, `a.jsonl;b.jsonl,c.parquet` with ; between tasks, whose "
         "first prompts previews draw too; dopsd_jax.tasks sets it."),
+    "trackers": key("", TRACKERS, DISPLAY,
+        meaning="Where numbers and pictures go besides TensorBoard: wandb, trackio, or both as "
+        "wandb,trackio; see runs.md."),
     "checkpoint_every": key(500, COUNT, DISPLAY,
         meaning="Updates between two checkpoints."),
     "keep_checkpoints": key(5, COUNT, DISPLAY,

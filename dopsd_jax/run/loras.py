@@ -157,7 +157,7 @@ def stands_on(config: ConfigDict, pipe: Pipeline) -> tuple[Tree | None, Tree | N
         for key in ("base_lora", "init_lora")
     )
     if config.init_full:
-        start = workdir_lib.read_full(config.init_full)[0]
+        start = workdir_lib.read_full(config.init_full)
         workdir_lib.check_same_model(
             start, transformer_shapes(pipe.denoiser.network), config.init_full
         )

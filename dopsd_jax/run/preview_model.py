@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from dopsd_jax.core import trees
 from dopsd_jax.core.checks import noted
 from dopsd_jax.core.log import log
-from dopsd_jax.weights.pipeline import Pipeline, fingerprint, load_pipeline
-from dopsd_jax.weights.shipped import pipeline_directory
+from dopsd_jax.run import model
+from dopsd_jax.weights.pipeline import Pipeline, load_pipeline
 
 SHARED = {"vae": "VAE", "text_encoder": "text encoder"}  # folder -> in words
 
@@ -62,12 +62,12 @@ def check_weights(config: ConfigDict) -> None:
 
     By size, header and evenly spread blocks of their files, see `weights.pipeline.fingerprint`.
     """
-    directories = [pipeline_directory(name) for name in (config.model, config.preview_model)]
+    models = config, {"model": config.preview_model}
     problems: list[str] = []
     for folder, words in SHARED.items():
         with noted(problems):
-            first, second = (fingerprint(d, (folder,), kinds=(".safetensors",))
-                             for d in directories)
+            first, second = (model.fingerprint(m, (folder,), kinds=(".safetensors",))
+                             for m in models)
             if first != second:
                 problems.append(f"another {words}, by the weights in {folder}/")
     if problems:
@@ -91,8 +91,8 @@ def _as_text(tokenizer) -> tuple[str, str]:
     return tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template)
 
 
-def _differs(model: str, problems: list[str]) -> str:
+def _differs(name: str, problems: list[str]) -> str:
     return (
-        f"{model} draws on what this run encodes and decodes, so all but the transformer's weights "
+        f"{name} draws on what this run encodes and decodes, so all but the transformer's weights "
         "must be the same as in config.model; it has " + "; ".join(problems)
     )

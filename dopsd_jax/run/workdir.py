@@ -274,8 +274,8 @@ def read_lora(
 
 def read_full(
     workdir: str | Path, *, step: int | None = None, role: str = "student"
-) -> tuple[trees.Tree, str]:
-    """All weights that a run of full fine-tuning trains, as NumPy, and the model it began with.
+) -> trees.Tree:
+    """All weights that a run of full fine-tuning trains, as NumPy.
 
     Raises:
         ValueError: Not a run's directory, no such checkpoint, a run that trains a LoRA, or the
@@ -287,7 +287,7 @@ def read_full(
             f"{workdir}: expected a run with trainable=full, got {config['trainable']!r}"
         )
     _check_role(workdir, config, role)
-    return _restore_role(workdir, step, role), config["model"]
+    return _restore_role(workdir, step, role)
 
 
 def _check_role(workdir: str | Path, config: dict[str, Any], role: str) -> None:

@@ -200,13 +200,24 @@ def open_networks(source: Source) -> Networks:
         shift=shift,
         distilled=family.is_distilled(source.index, shift),
         tables={
-            "transformer": [r for t in (family.table, *family.other_tables) for r in t(config)],
+            "transformer": _every_layout(family, config),
             "vae": family.vae.table(vae_config),
             DECODER: family.vae.decoder_table(vae_config),
             "text_encoder": qwen3_table(text_config, depth),
         },
         lora=LoraRules(family.targets, family.modules(config)),
     )
+
+
+def _every_layout(family: Family, config: Any) -> list[Rule]:
+    """The name table of a transformer in all layouts that are read."""
+    return [r for table in (family.table, *family.other_tables) for r in table(config)]
+
+
+def other_transformers(family: Family) -> dict[str, list[Rule]]:
+    """Name tables of the transformers of all other families, by `pipeline`."""
+    return {name: _every_layout(other, example(other)) for name, other in FAMILIES.items()
+            if other is not family}
 
 
 def transformer_table(denoiser: Denoiser) -> list[Rule]:

@@ -10,25 +10,26 @@ alpha / rank (x a) b. Torch tools keep one transposed pair per layer, `lora_A (r
     ComfyUI     diffusion_model.X.lora_A.weight         alpha in a scalar diffusion_model.X.alpha
 
 X is the module path in diffusers' layout. ComfyUI maps it to its own fused layout while loading;
-for FLUX.2 it knows such paths behind `transformer.` only, and skips others without an error.
+for FLUX.2 it knows such paths behind `transformer.` only, and skips others without an error. On the
+fused layout itself X is a module path of the network's makers (`save_comfyui_fused`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dopsd_jax.core import trees
-from dopsd_jax.weights.load import open_safetensors
 from dopsd_jax.weights.lora_reader import (
     OUR_METADATA,
     PEFT_CONFIG,
@@ -39,12 +40,17 @@ from dopsd_jax.weights.lora_reader import (
     read_lora,
     stack_of,
 )
-from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve
+from dopsd_jax.weights.mapped import open_safetensors
+from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve, rule
+from dopsd_jax.weights.save import CARD, carry_card
 
 __all__ = [
     "FORMATS", "LoraFileError", "LoraSpec", "check_replaceable", "read_lora",
-    "save_comfyui", "save_diffusers", "save_peft",
+    "save_comfyui", "save_comfyui_fused", "save_diffusers", "save_peft",
 ]
+
+HASH = "modelspec.hash_sha256"
+
 
 def check_replaceable(path: str | Path, *, overwrite: bool = False) -> None:
     """Refuses to replace a LoRA file or PEFT directory that was not written here.
@@ -75,7 +81,7 @@ def check_replaceable(path: str | Path, *, overwrite: bool = False) -> None:
 
 def save_peft(
     path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
-    *, overwrite: bool = False,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a directory for `PeftModel.from_pretrained`; alpha stands in its config.
 
@@ -85,6 +91,7 @@ def save_peft(
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace an adapter of another origin too; never anything else.
+        about: More for the header of the file of tensors.
 
     Raises:
         LoraFileError: All that is wrong with the tree, or `path` holds something else.
@@ -92,7 +99,7 @@ def save_peft(
     path, modules = Path(path), list(modules)
     pairs = _torch_pairs(path, lora, spec, modules)
     held = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    others = sorted(held - {PEFT_WEIGHTS, PEFT_CONFIG})
+    others = sorted(held - {PEFT_WEIGHTS, PEFT_CONFIG, *CARD})
     if path.suffix == ".safetensors":
         raise LoraFileError(f"{path}: expected the name of a directory, got one for a file")
     if others or (path.exists() and not path.is_dir()):
@@ -121,11 +128,11 @@ def save_peft(
     with _new_sibling(path) as temporary:
         temporary.mkdir(parents=True)
         # PEFT itself reads no metadata; it is how `check_replaceable` knows its own.
-        ours = {"format": "pt", OUR_METADATA: json.dumps(asdict(spec))}
-        save_file(tensors, temporary / PEFT_WEIGHTS, ours)
+        _write(temporary / PEFT_WEIGHTS, tensors, asdict(spec), about)
+        carry_card(path, temporary)
         (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in (PEFT_WEIGHTS, PEFT_CONFIG):
-            _finish(temporary / file)
+            _fsync(temporary / file)
         if path.is_dir():
             # A directory cannot be replaced in one step: a crash between the two renames leaves
             # the earlier adapter whole, under this name.
@@ -141,7 +148,7 @@ def save_peft(
 
 def save_diffusers(
     path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
-    *, overwrite: bool = False,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file for diffusers' `pipe.load_lora_weights`, with alpha / rank inside lora_B.
 
@@ -154,6 +161,7 @@ def save_diffusers(
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
+        about: More for the file's header.
 
     Raises:
         LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
@@ -163,12 +171,12 @@ def save_diffusers(
         tensors[f"transformer.{module}.lora_A.weight"] = a
         baked = (b.astype(np.float64) * spec.scale).astype(np.float32)
         tensors[f"transformer.{module}.lora_B.weight"] = baked
-    _save_one(path, tensors, {**asdict(spec), "scale_in_b": True}, overwrite)
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": True}, overwrite, about)
 
 
 def save_comfyui(
     path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
-    *, overwrite: bool = False,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file for ComfyUI's LoRA loader, with an alpha beside every pair.
 
@@ -180,6 +188,7 @@ def save_comfyui(
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
+        about: More for the file's header.
 
     Raises:
         LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
@@ -190,10 +199,76 @@ def save_comfyui(
         tensors[f"{key}.lora_A.weight"] = a
         tensors[f"{key}.lora_B.weight"] = b
         tensors[f"{key}.alpha"] = np.asarray(spec.alpha, np.float32)
-    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite)
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite, about)
 
 
-FORMATS = {"peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui}
+def save_comfyui_fused(
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one file on the layout of the network's makers, for what knows no other.
+
+    LoRAs on q, k and v, of rank r, become one of rank 3 r on their fused module: the lora_A one
+    below the other, the lora_B in the blocks of a diagonal. What is added is exactly the same.
+
+    Args:
+        path: File, must end in .safetensors.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        spec: Rank, alpha and base model.
+        modules: Module names of the network, from its name table.
+        overwrite: Replace a file of another origin too.
+        about: More for the file's header.
+
+    Raises:
+        LoraFileError: All that is wrong with the tree or the name, a file of another origin, or a
+            LoRA on a module whose rows have another order.
+    """
+    tensors = {}
+    for module, pairs in _fused_pairs(
+        path, _torch_pairs(path, lora, spec, list(modules)), modules
+    ).items():
+        key, count = f"diffusion_model.{module}", len(pairs)
+        outs, ranks = (np.cumsum([0, *(b.shape[i] for _, b in pairs)]) for i in (0, 1))
+        fused = np.zeros((outs[-1], ranks[-1]), np.float32)
+        for i, (_, b) in enumerate(pairs):
+            fused[outs[i] : outs[i + 1], ranks[i] : ranks[i + 1]] = b
+        tensors[f"{key}.lora_A.weight"] = np.concatenate([a for a, _ in pairs])
+        tensors[f"{key}.lora_B.weight"] = fused
+        tensors[f"{key}.alpha"] = np.asarray(count * spec.alpha, np.float32)
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite, about)
+
+
+def _fused_pairs(
+    where: str | Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], modules: Modules
+) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Module path of the makers -> (A, B) of each of its parts, in order; zeros where it has none.
+    """
+    table = [rule(part, f"{i}/{j}") for i, (_, parts) in enumerate(modules.makers)
+             for j, part in enumerate(parts)]
+    slots, _ = resolve(table, pairs)
+    reordered, _ = resolve([rule(m, "x") for m in modules.reordered], pairs)
+    problems = [f"{m}: has its rows in another order there; use the format comfyui"
+                for m in reordered]
+    found: dict[str, list] = {}
+    for module, pair in pairs.items():
+        if module not in slots:  # of the same name in both layouts
+            found[module] = [pair]
+            continue
+        i, j = map(int, slots[module].name.split("/"))
+        template, parts = modules.makers[i]
+        name = template.replace("{layer}", str(slots[module].layer))
+        found.setdefault(name, [None] * len(parts))[j] = pair
+    raise_all(where, problems)
+    for given in found.values():
+        nothing = next(tuple(map(np.zeros_like, pair)) for pair in given if pair is not None)
+        given[:] = [nothing if pair is None else pair for pair in given]
+    return found
+
+
+FORMATS = {
+    "peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui,
+    "comfyui_fused": save_comfyui_fused,
+}
 
 
 def _torch_pairs(
@@ -261,7 +336,8 @@ def _target_modules(lora: trees.Tree, pairs: Iterable[str], modules: list[Rule])
 
 
 def _save_one(
-    path: str | Path, tensors: dict[str, np.ndarray], ours: dict, overwrite: bool
+    path: str | Path, tensors: dict[str, np.ndarray], ours: dict, overwrite: bool,
+    about: Mapping[str, str] | None,
 ) -> None:
     path = Path(path)
     if path.suffix != ".safetensors" or path.is_dir():
@@ -271,10 +347,31 @@ def _save_one(
         )
     check_replaceable(path, overwrite=overwrite)
     with _new_sibling(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", OUR_METADATA: json.dumps(ours)})
-        _finish(temporary)
+        _write(temporary, tensors, ours, about)
+        _fsync(temporary)
         os.replace(temporary, path)
     _fsync(path.parent)
+
+
+def _write(
+    file: Path, tensors: dict[str, np.ndarray], ours: dict, about: Mapping[str, str] | None
+) -> None:
+    """A safetensors file whose bytes follow from its contents alone.
+
+    The library writes the entries of `__metadata__` in another order each time, so the header is
+    made here. With `about` it names the hash of all tensors, as Stability AI's model spec does.
+    """
+    content = memoryview(save(tensors))
+    end = 8 + int.from_bytes(content[:8], "little")
+    metadata = {"format": "pt", OUR_METADATA: json.dumps(ours), **(about or {})}
+    if about:
+        metadata[HASH] = f"0x{hashlib.sha256(content[end:]).hexdigest()}"
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())),
+                         **json.loads(bytes(content[8:end]))}).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.write(content[end:])
 
 
 @contextlib.contextmanager
@@ -294,14 +391,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _finish(path: Path) -> None:
-    """Makes a written file durable, and readable as any new file: safetensors makes it 0600."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-    _fsync(path)
 
 
 def _fsync(path: Path) -> None:

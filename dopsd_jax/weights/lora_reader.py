@@ -16,8 +16,8 @@ import numpy as np
 
 from dopsd_jax.core import trees
 from dopsd_jax.core.checks import COUNT, SCALE, TEXT, Kind, is_whole, value_problems
-from dopsd_jax.weights.load import PICKLES, open_safetensors
 from dopsd_jax.weights.lora_layouts import KOHYA, DiffusersView
+from dopsd_jax.weights.mapped import PICKLES, open_safetensors
 from dopsd_jax.weights.names import Modules, Rule, Slot, WeightsError, resolve, rule
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -36,6 +36,7 @@ KINDS = {
     "lokr_w": "LoKr (LyCORIS)", "hada_w": "LoHa (LyCORIS)", "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA (PEFT)", "oft_": "OFT", "diff": "weight differences",
 }
+SAME = 1e-6  # relative difference of two alphas that float32 may have rounded
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 # What lora_files.py writes as OUR_METADATA.
@@ -105,7 +106,7 @@ def stack_of(template: str) -> str:
 def read_lora(
     path: str | Path, modules: Modules, shapes: trees.Tree | None = None
 ) -> tuple[trees.Tree, LoraSpec]:
-    """Reads a LoRA of any of the three formats, recognised by its content.
+    """Reads a LoRA of any format that is written here, recognised by its content.
 
     Also read: `lora_down`/`lora_up` for `lora_A`/`lora_B`, kohya's `lora_unet_` names, names
     without a prefix, DiffSynth-Studio's (`pipe.dit.X.lora_A.default.weight`), the layout of the
@@ -375,9 +376,9 @@ def _apply_scale(
                 flat[name] = (flat[name].astype(np.float64) / spec.scale).astype(np.float32)
         return spec
     by_module = {key: alphas.get(key, float(rank)) for key in keys}
-    if len(set(by_module.values())) == 1:
+    if max(by_module.values()) - min(by_module.values()) <= SAME * abs(max(by_module.values())):
         alpha = by_module.popitem()[1]
-        if np.float32(ours.get("alpha", alpha)) == np.float32(alpha):
+        if abs(ours.get("alpha", alpha) - alpha) <= SAME * abs(alpha):
             alpha = ours.get("alpha", alpha)  # the tensor holds it to float32 only
         return LoraSpec(rank, alpha, ours.get("base_model", ""))
     for (target, layer), alpha in by_module.items():

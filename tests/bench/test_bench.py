@@ -45,27 +45,45 @@ def test_a_row_per_measurement_and_the_ratio_to_torch_on_the_same_case():
     rows = [line for line in text.splitlines() if line.startswith("| 64")]
     assert len({row.count("|") for row in rows}) == 1 and "H100" in text
     assert "| 0.500 | 0.750 | 2 | 2.00 | 12.0 |" in rows[0] and "| 1.00 |" in rows[1]
-    assert rows[2].startswith("| 64 | 2 | dopsd_jax | out of memory |")
+    assert rows[2].startswith("| 64 | 2 | 128, 512 | dopsd_jax | full | out of memory |")
 
 
 def test_the_batch_doubles_while_it_fits_and_torch_gets_the_largest(tmp_path, monkeypatch):
     asked = []
 
     def child(program, case, seconds, cache):
-        asked.append((program, case.side, case.batch, case.compiled))
-        return measured(1.0) if case.batch <= 4 else "out of memory"
+        asked.append((program, case.side, case.batch, case.remat))
+        fits = case.batch <= (4 if case.remat == "full" else 2)
+        return measured({"linears": 1.2, "matmuls": 1.0}.get(case.remat, 1.5)) if fits else (
+            "out of memory")
 
     monkeypatch.setattr(bench, "_child", child)
     run = bench.Bench(tmp_path, 1000)
-    run.everything([64, 32], SMALL)
-    assert asked[:6] == [
-        ("dopsd_jax", 64, 1, False), ("torch", 64, 1, False), ("dopsd_jax", 32, 1, False),
-        ("torch", 32, 1, False), (bench.AGAIN, 64, 1, False), (bench.COMPILED, 64, 1, True),
+    run.everything([64, 32], SMALL, ["linears", "matmuls", "full"])
+    assert asked[:5] == [
+        *(("dopsd_jax", 64, 1, remat) for remat in ("linears", "matmuls", "full")),
+        ("torch", 64, 1, "matmuls"), (bench.COMPILED, 64, 1, "matmuls"),
     ]
-    assert asked[6:10] == [("dopsd_jax", 64, b, False) for b in (2, 4, 8)] + [
-        ("torch", 64, 4, False)]
+    assert asked[5:10] == [
+        ("dopsd_jax", 32, 1, "matmuls"), ("torch", 32, 1, "matmuls"),
+        ("dopsd_jax", 64, 1, "matmuls"), ("torch", 64, 1, "matmuls"),
+        (bench.AGAIN, 64, 1, "matmuls"),
+    ]
+    lengths = [(r.case.student_tokens, r.case.teacher_tokens) for r in run.results]
+    assert lengths[7:10] == [bench.LENGTHS] * 2 + [(128, 512)]
+    larger = [("matmuls", 2), ("matmuls", 4), ("full", 4), ("full", 8)]
+    assert asked[10:15] == [("dopsd_jax", 64, b, remat) for remat, b in larger] + [
+        ("torch", 64, 4, "full")]
     assert len(json.loads((tmp_path / "bench.json").read_text())) == len(asked)
     assert (tmp_path / "bench.md").read_text() == as_markdown(run.results)
+
+
+def test_other_lengths_are_another_case():
+    longer = Case("small", 64, 1, student_tokens=512)
+    text = as_markdown([
+        Result("dopsd_jax", longer, measured(0.5)), Result("torch", SMALL, measured(1.0)),
+    ])
+    assert "| 512, 512 | dopsd_jax | full | 0.500 | 0.750 | 2 |  |" in text
 
 
 def test_what_a_child_cannot_do_is_told(tmp_path, monkeypatch):

@@ -5,8 +5,17 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.numpy import save_file as numpy_file
 from safetensors.torch import save_file
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tests.compare.preference_weights import (
+    CLIP_WORDS,
+    hps_config,
+    hps_tensors,
+    reward_tensors,
+    write_bert_vocabulary,
+    write_clip_tokenizer,
+)
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 VGG_ROWS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -28,26 +37,17 @@ def randomised(model, seed):
 def write_clip(directory):
     """A CLIPModel; tokenizer and processor files as beside openai/clip-vit-large-patch14."""
     directory.mkdir()
-    letters = list(bytes_to_unicode().values())
-    vocabulary = [*letters, *(c + "</w>" for c in letters), "th", "the</w>",
-                  "<|startoftext|>", "<|endoftext|>"]
-    (directory / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
-    (directory / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n")
-    (directory / "tokenizer_config.json").write_text(json.dumps({
-        "unk_token": "<|endoftext|>", "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-        "model_max_length": 77, "tokenizer_class": "CLIPTokenizer",
-    }))
+    write_clip_tokenizer(directory)
     (directory / "preprocessor_config.json").write_text(json.dumps({
         "crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor", "resample": 3, "size": 32,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }))
-    last = len(vocabulary) - 1
+    last = len(CLIP_WORDS) - 1
     shared = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     config = transformers.CLIPConfig(
-        text_config={**shared, "hidden_size": 24, "vocab_size": len(vocabulary),
+        text_config={**shared, "hidden_size": 24, "vocab_size": len(CLIP_WORDS),
                      "max_position_embeddings": 77, "bos_token_id": last - 1,
                      "eos_token_id": last, "pad_token_id": last},
         vision_config={**shared, "hidden_size": 32, "image_size": 32, "patch_size": 8},
@@ -117,12 +117,31 @@ def write_lpips(directory):
     return directory
 
 
+def write_hps(directory):
+    """The tensors as HPS's makers publish them, config and tokenizer as of the CLIP it began as."""
+    directory.mkdir()
+    write_clip_tokenizer(directory)
+    (directory / "config.json").write_text(json.dumps(hps_config()))
+    numpy_file(hps_tensors(), directory / "model.safetensors")
+    return directory
+
+
+def write_reward(directory):
+    directory.mkdir()
+    write_bert_vocabulary(directory)
+    numpy_file(reward_tensors(), directory / "model.safetensors")
+    return directory
+
+
 @pytest.fixture(scope="session")
 def metric_weights(tmp_path_factory):
-    """A folder with clip/, lpips/ and one DINO per kind; nothing in it may be changed."""
+    """A folder with clip/, lpips/, hpsv2/, imagereward/ and one DINO per kind; nothing in it may be
+    changed."""
     root = tmp_path_factory.mktemp("metric_weights")
     write_clip(root / "clip")
     write_lpips(root / "lpips")
+    write_hps(root / "hpsv2")
+    write_reward(root / "imagereward")
     for kind in DINOS:
         write_dino(root / kind, kind)
     return root

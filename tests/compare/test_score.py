@@ -15,6 +15,7 @@ from PIL import Image
 
 from dopsd_jax import score
 from dopsd_jax.compare import metric_weights as weights
+from dopsd_jax.compare import scores
 from dopsd_jax.compare.features import Clip, Dino
 from dopsd_jax.compare.lpips import Lpips
 
@@ -53,10 +54,13 @@ def partners(drawn, tmp_path_factory):
 @pytest.fixture
 def options(metric_weights):
     return {"clip": str(metric_weights / "clip"), "dino": str(metric_weights / "vit"),
-            "lpips": str(metric_weights / "lpips")}
+            "lpips": str(metric_weights / "lpips"), "pickscore": str(metric_weights / "clip"),
+            "hpsv2": str(metric_weights / "hpsv2"),
+            "imagereward": str(metric_weights / "imagereward")}
 
 
-ALL = list(weights.METRICS)
+# Those of pictures against references, and of CLIP.
+ALL = ["clip_text", "clip_image", "dino", "lpips"]
 
 
 def test_the_command_prints_a_table_and_writes_a_line_per_picture(
@@ -66,12 +70,12 @@ def test_the_command_prints_a_table_and_writes_a_line_per_picture(
     done = run("score", "--pictures", drawn, "--references", partners, "--pairing=name",
                "--replace=[V]=dog", "--out", out, *(f"--{k}={v}" for k, v in options.items()))
     assert done.returncode == 0, done.stderr
-    assert "1 of 3 prompts are longer than the 77 tokens that CLIP reads" in done.stderr
+    assert "1 of 3 prompts are longer than the 77 tokens that it reads" in done.stderr
     assert os.listdir(out.parent) == ["scores.csv"]
     rows = list(csv.DictReader(out.open()))
     assert list(rows[0]) == ["picture", "prompt", "clip_text", "clip_image",
                              "clip_image_reference", "dino", "dino_reference", "lpips",
-                             "lpips_reference"]
+                             "lpips_reference", "pickscore", "hpsv2", "imagereward"]
     files = sorted(drawn.glob("*.png"))
     assert [r["picture"] for r in rows] == [f.name for f in files]
     assert rows[0]["prompt"] == "a dog in the snow" and files[0].name.startswith("0007-a-V-in-the")
@@ -87,7 +91,7 @@ def test_the_command_prints_a_table_and_writes_a_line_per_picture(
             )
         expected = (found.image_embeds @ found.text_embeds.T).item()
         assert float(row["clip_text"]) == pytest.approx(expected, abs=2e-5)
-    for name in ALL:
+    for name in weights.METRICS:
         values = [float(r[name]) for r in rows]
         assert f"| {name} | {'lower' if name in ('dino', 'lpips') else 'higher'} | " \
                f"{np.mean(values):.4f} | [" in done.stdout
@@ -117,7 +121,7 @@ def test_pairings_take_the_partner_the_nearest_or_the_mean(drawn, partners, opti
     names = sorted(f.name for f in partners.iterdir())
     metrics = list(every)
     for pairing in ("name", "nearest", "all"):
-        found = score.measure(request(drawn, partners, pairing), metrics, **options)
+        found = scores.measure(request(drawn, partners, pairing), metrics, options)
         assert list(found) == metrics
         for name, table in every.items():
             best = (np.argmax if name == "clip_image" else np.argmin)(table, 1)
@@ -131,8 +135,8 @@ def test_pairings_take_the_partner_the_nearest_or_the_mean(drawn, partners, opti
 
 
 def test_a_picture_against_itself_is_alike_in_everything(drawn, options):
-    for size in score.DINO_SIZES:
-        found = score.measure(request(drawn, drawn, "nearest"), ALL[1:], dino_size=size, **options)
+    for size in scores.DINO_SIZES:
+        found = scores.measure(request(drawn, drawn, "nearest"), ALL[1:], options, dino_size=size)
         np.testing.assert_allclose(found["clip_image"].values, 1, atol=1e-5)
         np.testing.assert_allclose(found["dino"].values, 0, atol=1e-5)
         np.testing.assert_allclose(found["lpips"].values, 0, atol=1e-7)
@@ -142,7 +146,7 @@ def test_a_picture_against_itself_is_alike_in_everything(drawn, options):
 def test_dino_as_published_works_at_each_drawn_size(drawn, partners, options, metric_weights):
     """Pictures of three sizes and DINOv3, whose own processor is not needed."""
     asked, dino = request(partners, drawn, "name"), str(metric_weights / "dinov3_vit")
-    found = score.measure(asked, ["dino"], dino=dino, dino_size="drawn")["dino"].values
+    found = scores.measure(asked, ["dino"], {"dino": dino}, dino_size="drawn")["dino"].values
     net = Dino(dino, own_size=True)
     sizes = [Image.open(a).size for a in asked.pictures]
     for i, (a, b) in enumerate(zip(asked.pictures, asked.references, strict=True)):
@@ -164,8 +168,26 @@ def test_pictures_of_one_prompt_are_one_case():
     assert score.summary(np.ones(1), np.zeros(1, int))["95% interval"] == "none of 1 case"
 
 
+def test_the_metrics_are_those_whose_weights_are_given(metric_weights):
+    def chosen(*given, metrics=None, references=True):
+        known = dict.fromkeys(weights.DOWNLOADS) | dict.fromkeys(given, "somewhere")
+        return weights.chosen_metrics(metrics, known, references=references)
+
+    assert chosen("clip", "hpsv2") == ["clip_text", "clip_image", "hpsv2"]
+    assert chosen("clip", "hpsv2", references=False) == ["clip_text", "hpsv2"]
+    assert chosen("clip", metrics=["clip_image"]) == ["clip_image"]
+    assert chosen() == list(weights.METRICS)  # and then all that is missing is listed
+    assert chosen(references=False) == ["clip_text", "pickscore", "hpsv2", "imagereward"]
+    with pytest.raises(ValueError, match=r"--dino, --lpips: compares with references; name --ref"):
+        chosen("clip", "dino", "lpips", references=False)
+    with pytest.raises(ValueError, match="expected some of clip_text, .* got .'fid'."):
+        chosen("clip", metrics=["clip_text", "fid"])
+    with pytest.raises(ValueError, match="metrics: expected some of"):
+        chosen("clip", metrics=[])
+
+
 def test_missing_weights_list_what_to_download_for_the_metrics_asked_for(tmp_path, metric_weights):
-    none = dict.fromkeys(("clip", "dino", "lpips"))
+    none = dict.fromkeys(weights.DOWNLOADS)
     with pytest.raises(ValueError) as e:
         weights.check_weights(ALL, none)
     for part in ("clip_text, clip_image: --clip is not given", "dino: --dino is not given",
@@ -226,11 +248,53 @@ def test_the_command_for_pickled_heads_makes_what_is_read(tmp_path, metric_weigh
     Lpips(tmp_path)
 
 
+@pytest.mark.parametrize("metric,command,pickle,nested", [
+    ("hpsv2", weights.CONVERT_HPS, "HPS_v2.1_compressed.pt", True),
+    ("imagereward", weights.CONVERT_REWARD, "ImageReward.pt", False),
+])
+def test_the_commands_for_models_of_preference_make_what_is_read(
+    metric, command, pickle, nested, tmp_path, metric_weights
+):
+    from safetensors.torch import load_file
+
+    folder = shutil.copytree(metric_weights / metric, tmp_path / metric)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({"state_dict": tensors} if nested else tensors, folder / pickle)
+    with pytest.raises(ValueError) as e:
+        weights.check_weights([metric], {metric: folder})
+    assert f"{metric} lacks model.safetensors" in str(e.value) and command in str(e.value)
+    with pytest.raises(ValueError, match=r"\.pt: expected a directory, found a file, a pickle, wh"):
+        weights.check_weights([metric], {metric: folder / pickle})
+    rest = command.split(" ", 1)[1]
+    subprocess.run(f"{sys.executable} {rest}", shell=True, cwd=folder, check=True)
+    made = load_file(folder / "model.safetensors")
+    assert made.keys() == tensors.keys()
+    assert all(torch.equal(made[k], tensors[k]) for k in made)
+    assert weights.check_weights([metric], {metric: folder}) == {metric: folder}
+
+
+def test_weights_may_be_named_as_on_the_hub(metric_weights, monkeypatch, tmp_path):
+    """The name goes to where models of the hub come from, and only what is no path does."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "clip").symlink_to(metric_weights / "clip")
+    asked = []
+
+    def fetch(name, *, pipeline, weights):
+        asked.append((name, pipeline, weights))
+        return metric_weights / "clip"
+
+    monkeypatch.setattr(weights.hub, "fetch", fetch)
+    places = weights.check_weights(["clip_text", "pickscore"], {
+        "clip": "org/clip", "pickscore": "yuvalkirstain/PickScore_v1"})
+    assert places == {"clip": Path("org/clip"), "pickscore": metric_weights / "clip"}
+    assert asked == [("yuvalkirstain/PickScore_v1", False, True)]
+
+
 @pytest.mark.parametrize(
     "arguments,message",
-    [({"metrics": ["clip_text", "fid"]}, "metrics: expected some of clip_text, .* got .'fid'."),
-     ({"metrics": []}, "metrics: expected some of"),
-     ({"references": None}, "clip_image, dino, lpips: compare with references; name --references"),
+    [({"references": None}, "clip_image, dino, lpips: compare with references; name --references"),
      ({"pairing": None}, "pairing: expected one of name, nearest, all, got None"),
      ({"pictures": "nowhere"}, "pictures: nowhere: expected a folder of pictures"),
      ({"replacements": ["[W]=dog"]}, "no prompt has"),
@@ -262,10 +326,10 @@ def test_figures_that_are_no_numbers_are_refused(drawn, options, tmp_path):
     model.save_pretrained(tmp_path / "clip")
     asked = score.read_request(str(drawn), None, None, ["clip_text"])
     with pytest.raises(ValueError, match=r"clip_text: NaN or infinity for 3 pictures, \['0007-a"):
-        score.measure(asked, ["clip_text"], clip=str(tmp_path / "clip"))
+        scores.measure(asked, ["clip_text"], {"clip": str(tmp_path / "clip")})
 
 
 def test_without_torch_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(score.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs torch.*pip install -e '\.\[score\]'"):
-        score.check_torch("cpu")
+        scores.check_torch("cpu")
