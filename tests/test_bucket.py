@@ -12,13 +12,13 @@ from orbax.checkpoint._src.path import gcs_utils
 
 from dopsd_jax import encode as encode_lib
 from dopsd_jax import export as export_lib
-from dopsd_jax import sample
 from dopsd_jax import train as train_lib
 from dopsd_jax.core import mirror
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.run import loop, loras
 from dopsd_jax.run import workdir as workdir_lib
+from dopsd_jax.weights.pipeline import load_pipeline
 
 RUN = "gs://bucket/runs/a"
 
@@ -99,7 +99,7 @@ def test_a_run_of_another_config_is_refused(run, short_run):
 
 def test_other_commands_read_a_run(run, tiny, tmp_path):
     export_lib.export(RUN, "diffusers", str(tmp_path / "lora.safetensors"))
-    pipe = sample.load_pipeline(tiny.pipeline, dtype="float32", parts=())
+    pipe = load_pipeline(tiny.pipeline, dtype="float32", parts=())
     (tree, scale), (file, other) = (
         loras.read_lora(path, pipe) for path in (RUN, tmp_path / "lora.safetensors")
     )

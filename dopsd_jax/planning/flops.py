@@ -1,8 +1,8 @@
 """How many floating-point operations a train step needs, counted from shapes, part by part.
 
 One multiplication and one addition of a matrix product are two. Everything that is no matrix
-product is left out, and so is that of `rope.rotate_interleaved`, which moves numbers and adds none
-up: all of it is about one percent.
+product is left out, and so is the one by which a TPU rotates (rope.py), which moves numbers and
+adds none up: all of it is about one percent.
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ def test_linears_keeps_what_every_linear_gives(monkeypatch):
 
 def test_dots_keeps_products_of_linears_and_no_other(monkeypatch):
     """That of the rotation's swap of neighbours, in float32, costs less than to keep it."""
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")  # where the swap is a product
     found = kept("dots", monkeypatch)
     assert found["bfloat16", (CONFIG.n_layers, 4 * TOKENS, F)] == 4 and of_heads(found) == 0
     plain = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -62,5 +62,5 @@ def test_other_failures_are_told_with_what_was_said():
 def test_topologies_are_read_or_refused():
     assert chip_of("v5e:4x4").kind == "TPU v5 lite" and count_chips("v5p:2x2x4") == 16
     for wrong in ("v5e", "v9:2x2", "v5e:0x4", "v5e:axb", "v5e:²x4", "v5p:4x4", "v6e:2x2x2", ""):
-        with pytest.raises(ValueError, match="such as v5e:4x4, v6e:4x4 or v5p:2x2x1, got "):
+        with pytest.raises(ValueError, match="such as v5e:4x4, v6e:4x4 or v5p:2x2x1, or "):
             chip_of(wrong)

@@ -35,18 +35,6 @@ def context(denoiser, length):
                    jax.ShapeDtypeStruct((1, length), bool))
 
 
-def swaps(denoiser, text):
-    """FLOPs of the products with a permutation by which queries and keys are rotated."""
-    c = denoiser.network.config
-    head = c.head_dim if denoiser is Z_IMAGE else c.attention_head_dim
-    names = {"layers": "n_layers", "transformer_blocks": "num_layers",
-             "single_transformer_blocks": "num_single_layers"}
-    return sum(
-        getattr(c, names.get(stack, "n_refiner_layers")) * 2 * 2 * length * c.dim * head
-        for stack, length in denoiser.passes(64, text).attends.items()
-    )
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_forward_pass_is_counted_as_xla_counts_it(name):
     denoiser, side = CASES[name], SIDE[name]
@@ -57,7 +45,6 @@ def test_the_forward_pass_is_counted_as_xla_counts_it(name):
     ).cost_analysis()["flops"]
     ours = flops.forward(denoiser, params, None, image=64, text=64)
     assert ours.lora == 0
-    counted -= swaps(denoiser, 64)
     assert ours.total == pytest.approx(counted, rel=0.03)
     assert ours.total < counted  # what is no product is left out
 
@@ -83,8 +70,6 @@ def test_a_step_is_counted_as_xla_counts_it(trainable, anchor):
     retained = flops.forward(Z_IMAGE, params, None, image=64, text=64) if anchor else None
     step = flops.train_step(student, teacher, 1, trainable, "none", retained)
     assert ("retained forward" in step.parts) == bool(anchor)
-    # Student and its gradient, and the model to be retained; teacher.
-    counted -= (2 + bool(anchor)) * swaps(Z_IMAGE, 64) + swaps(Z_IMAGE, 96)
     # Nothing needs the gradient of the first layers' inputs, which a formula per layer counts.
     assert step.useful == step.computed == pytest.approx(counted, rel=0.08)
 

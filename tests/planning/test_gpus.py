@@ -79,8 +79,9 @@ def test_a_plan_says_what_fits_a_card_and_what_its_time_rests_on(config, monkeyp
     p = plan.plan(config, "4090")
     assert p.fits and p.chips == 1 and asked[0]["topology"] == "4090"
     chip = CHIPS["4090"]
-    linear = (p.flops.computed - p.flops.attention) / (chip.peak * chip.linear)
-    assert p.compute_seconds == linear + p.flops.attention / (chip.peak * chip.attention)
+    attention = p.batch * p.flops.attention
+    linear = (p.batch * p.flops.computed - attention) / (chip.peak * chip.linear)
+    assert p.compute_seconds == linear + attention / (chip.peak * chip.attention)
     text = plan.report(config, p)
     assert "FITS: 20.00 of 22.07 GiB" in text and "measured on an H100, assumed of this" in text
     monkeypatch.setitem(CHIPS, "4090", dataclasses.replace(chip, memory=19 * GIB))

@@ -27,9 +27,11 @@ class TwoImages:
 
 def entries(monkeypatch, **changes):
     """The entries of a run on models whose weights are known by their folders' names."""
-    monkeypatch.setattr(
-        features, "fingerprint", lambda folder, parts=(): f"{folder} {' '.join(parts)}"
-    )
+    def named(folder, parts=()):
+        return f"{folder} {' '.join(parts)}"
+
+    monkeypatch.setattr(features, "fingerprint", named)
+    monkeypatch.setattr(features.model, "fingerprint", lambda c, parts: named(c.model, parts))
     config = tiny_config.get_config()
     config.model, config.vlm = "pipeline", "qwen"
     config.update_from_flattened_dict(changes)
