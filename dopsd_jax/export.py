@@ -17,6 +17,7 @@ from dopsd_jax.core import cli, mirror, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.method import lora as lora_lib
+from dopsd_jax.models import adapters
 from dopsd_jax.run import loras as loras_lib
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import lora_files
@@ -87,13 +88,18 @@ def export_loras(
         raise ValueError("rank: expected none with full weights, which have no rank")
     cli.check_directory(Path(out).parent)
     pipe = load_pipeline(model, parts=())
-    # What is reduced, or merged, may have any rank in between.
-    tree = loras_lib.take_loras(loras, pipe, any_rank=full or rank is not None)
     if full:
-        _write_merged(pipe, tree, out, overwrite)
+        _write_merged(pipe, loras, out, overwrite)
         return 0.0
-    cost = 0.0
-    if rank is None:
+    # What is reduced may have any rank in between.
+    tree = loras_lib.take_trainable(loras, pipe, any_rank=rank is not None)
+    kind, cost = adapters.kind_of(tree), 0.0
+    if kind != "lora":
+        if rank is not None:
+            raise ValueError(f"rank: expected none with a {lora_lib.WORDS[kind]}, which is written "
+                             "as it is; only LoRAs are reduced to another rank")
+        rank = lora_lib.max_rank(tree)
+    elif rank is None:
         rank = lora_lib.max_rank(tree)
         tree = lora_lib.padded(tree, rank)
     else:
@@ -103,12 +109,14 @@ def export_loras(
     return cost
 
 
-def _write_merged(pipe: Pipeline, tree: Tree, out: str, overwrite: bool) -> None:
-    """The pipeline's transformer with a LoRA in it, in the dtype of its files."""
+def _write_merged(pipe: Pipeline, loras: list, out: str, overwrite: bool) -> None:
+    """The pipeline's transformer with LoRAs in it, in the dtype of its files."""
+    loras_lib.take_loras(loras, pipe, any_rank=True)  # what is wrong is said before weights load
     with jax.default_device(jax.devices("cpu")[0]):
         params = load_transformer(pipe.directory)
+        tree = loras_lib.take_loras(loras, pipe, any_rank=True, params=params)
         merged = jax.tree.map(np.asarray, lora_lib.merge(params, tree, 1.0))
-    changed, error = lora_lib.rounding(params, merged, tree)
+        changed, error = lora_lib.rounding(params, merged, tree)
     dtype = next(x.dtype for n, x in trees.flatten(merged).items() if n.endswith("/kernel"))
     log.info("merged in %s: %.1f%% of the elements of adapted layers changed; what was added is "
              "off by %.2g of it, which as a LoRA it would not be", dtype, 100 * changed, error)

@@ -11,6 +11,11 @@ alpha / rank (x a) b. Torch tools keep one transposed pair per layer, `lora_A (r
 
 X is the module path in diffusers' layout. ComfyUI maps it to its own fused layout while loading;
 for FLUX.2 it knows such paths behind `transformer.` only, and skips others without an error.
+
+A DoRA has `X.lora_magnitude_vector` beside these. It has no ComfyUI file: there a row of the tuned
+weight is divided by the length of the untuned one, so another picture would come of it. A LoKr has
+`X.lokr_w1` and `X.lokr_w2`, or `X.lokr_w2_a` and `X.lokr_w2_b`, with alpha / rank in lokr_w2_a
+unless ComfyUI reads it: PEFT would scale whole factors too.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dopsd_jax.core import trees
+from dopsd_jax.models import adapters
+from dopsd_jax.weights import lokr_files
 from dopsd_jax.weights.load import open_safetensors
 from dopsd_jax.weights.lora_reader import (
     OUR_METADATA,
@@ -45,6 +52,15 @@ __all__ = [
     "FORMATS", "LoraFileError", "LoraSpec", "check_replaceable", "read_lora",
     "save_comfyui", "save_diffusers", "save_peft",
 ]
+
+# What torch calls the leaves, which are transposed there.
+TORCH_NAMES = {
+    "a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector",
+    "w1": "lokr_w1", "w2": "lokr_w2", "w2_up": "lokr_w2_a", "w2_down": "lokr_w2_b",
+}
+SCALED = ("b", "w2_up")  # where alpha / rank stands
+KINDS = (set(adapters.LORA), set(adapters.DORA), {"w1", "w2"}, {"w1", "w2_down", "w2_up"})
+
 
 def check_replaceable(path: str | Path, *, overwrite: bool = False) -> None:
     """Refuses to replace a LoRA file or PEFT directory that was not written here.
@@ -81,7 +97,8 @@ def save_peft(
 
     Args:
         path: Directory, made if missing; an earlier adapter of ours there is replaced.
-        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`, or a DoRA or LoKr,
+            see models/adapters.py.
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace an adapter of another origin too; never anything else.
@@ -90,7 +107,7 @@ def save_peft(
         LoraFileError: All that is wrong with the tree, or `path` holds something else.
     """
     path, modules = Path(path), list(modules)
-    pairs = _torch_pairs(path, lora, spec, modules)
+    parts = _torch_parts(path, lora, spec, modules)
     held = {p.name for p in path.iterdir()} if path.is_dir() else set()
     others = sorted(held - {PEFT_WEIGHTS, PEFT_CONFIG})
     if path.suffix == ".safetensors":
@@ -102,27 +119,20 @@ def save_peft(
             f"{what}; choose another name"
         )
     check_replaceable(path, overwrite=overwrite)
-    config = {
-        "base_model_name_or_path": spec.base_model or None,
-        "bias": "none",
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": spec.rank,
-        "target_modules": _target_modules(lora, pairs, modules),
-        "task_type": None,
+    is_lokr = any("w1" in leaves for leaves in parts.values())
+    targets = _target_modules(lora, parts, modules)
+    config = _lokr_config(path, lora, spec) if is_lokr else _lora_config(lora, spec)
+    config |= {
+        "base_model_name_or_path": spec.base_model or None, "inference_mode": True,
+        "target_modules": targets, "task_type": None,
     }
-    tensors = {}
-    for module, (a, b) in pairs.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    tensors = _named(parts, "base_model.model.", spec if is_lokr else None)
+    ours = {**asdict(spec), "scale_in_b": True} if is_lokr else asdict(spec)
     with _new_sibling(path) as temporary:
         temporary.mkdir(parents=True)
         # PEFT itself reads no metadata; it is how `check_replaceable` knows its own.
-        ours = {"format": "pt", OUR_METADATA: json.dumps(asdict(spec))}
-        save_file(tensors, temporary / PEFT_WEIGHTS, ours)
+        metadata = {"format": "pt", OUR_METADATA: json.dumps(ours)}
+        save_file(tensors, temporary / PEFT_WEIGHTS, metadata)
         (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in (PEFT_WEIGHTS, PEFT_CONFIG):
             _finish(temporary / file)
@@ -150,7 +160,8 @@ def save_diffusers(
 
     Args:
         path: File, must end in .safetensors.
-        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`, or a DoRA or LoKr,
+            see models/adapters.py.
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
@@ -158,11 +169,10 @@ def save_diffusers(
     Raises:
         LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
     """
-    tensors = {}
-    for module, (a, b) in _torch_pairs(path, lora, spec, list(modules)).items():
-        tensors[f"transformer.{module}.lora_A.weight"] = a
-        baked = (b.astype(np.float64) * spec.scale).astype(np.float32)
-        tensors[f"transformer.{module}.lora_B.weight"] = baked
+    parts = _torch_parts(path, lora, spec, list(modules))
+    if any("w1" in leaves for leaves in parts.values()):
+        _factor_of(path, lora, spec)
+    tensors = _named(parts, "transformer.", spec)
     _save_one(path, tensors, {**asdict(spec), "scale_in_b": True}, overwrite)
 
 
@@ -176,7 +186,8 @@ def save_comfyui(
 
     Args:
         path: File, must end in .safetensors.
-        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`, or a DoRA or LoKr,
+            see models/adapters.py.
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
@@ -184,73 +195,149 @@ def save_comfyui(
     Raises:
         LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
     """
-    tensors = {}
-    for module, (a, b) in _torch_pairs(path, lora, spec, list(modules)).items():
-        key = f"{modules.comfyui}{module}"
-        tensors[f"{key}.lora_A.weight"] = a
-        tensors[f"{key}.lora_B.weight"] = b
-        tensors[f"{key}.alpha"] = np.asarray(spec.alpha, np.float32)
+    parts = _torch_parts(path, lora, spec, list(modules))
+    if any("m" in leaves for leaves in parts.values()):
+        raise LoraFileError(
+            f"{path}: a DoRA has no ComfyUI file: ComfyUI divides by the lengths of the untuned "
+            "weight's rows, others by those of the tuned one, so it would draw something else; "
+            "write peft or diffusers, or the model with it (export --lora .. --full)"
+        )
+    tensors = _named(parts, modules.comfyui, None)
+    for module in parts:
+        tensors[f"{modules.comfyui}{module}.alpha"] = np.asarray(spec.alpha, np.float32)
     _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite)
 
 
 FORMATS = {"peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui}
 
 
-def _torch_pairs(
+def _torch_parts(
     where: str | Path, lora: trees.Tree, spec: LoraSpec, modules: list[Rule]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The tree as torch names it, {module path: (A (r, in), B (out, r))}, contiguous float32."""
+) -> dict[str, dict[str, np.ndarray]]:
+    """The tree by torch's modules, {module path: leaves}, each transposed, contiguous float32."""
     templates = {r.target: r.template for r in modules if r.target is not None}
     problems: list[str] = []
-    leaves: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    for name, leaf in trees.flatten(lora).items():
-        target, _, part = name.rpartition("/")
-        if target not in templates or part not in ("a", "b"):
-            problems.append(f"{name}: no a or b of a module this network's LoRA files can name")
-            continue
-        leaves[target][part] = np.asarray(leaf).astype(np.float32, copy=False)
-    if not leaves and not problems:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for target, leaves in adapters.sites(lora).items():
+        for part, leaf in leaves.items():
+            if target not in templates or part not in TORCH_NAMES:
+                problems.append(
+                    f"{target}/{part}: no a or b of a module this network's LoRA files can name"
+                )
+                continue
+            found.setdefault(target, {})[part] = np.asarray(leaf).astype(np.float32, copy=False)
+    if not found and not problems:
         problems.append("the LoRA is empty")
-    pairs, layers = {}, defaultdict(set)
-    for target, pair in leaves.items():
-        if set(pair) != {"a", "b"}:
-            problems.append(f"{target}: expected a and b, got only {', '.join(pair)}")
-            continue
-        a, b = pair["a"], pair["b"]
+    if len({"w1" in leaves for leaves in found.values()}) > 1:
+        problems.append("expected one kind of adapter, got LoRA and LoKr")
+    parts, layers = {}, defaultdict(set)
+    for target, leaves in found.items():
         stacked = "{layer}" in templates[target]
-        fits = a.ndim == b.ndim == 2 + stacked and a.shape[:-2] == b.shape[:-2]
-        if not fits or a.shape[-1] != spec.rank or b.shape[-2] != spec.rank:
-            axis = "layers, " if stacked else ""
-            problems.append(
-                f"{target}: expected a [{axis}in, {spec.rank}] and b [{axis}{spec.rank}, out], "
-                f"got {a.shape} and {b.shape}"
-            )
+        if wrong := _break_leaves(leaves, spec, stacked):
+            problems.append(f"{target}: {wrong}")
             continue
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        if not all(np.isfinite(x).all() for x in leaves.values()):
             problems.append(f"{target}: holds NaN or infinity; export an earlier checkpoint")
+        count = len(next(iter(leaves.values())))
         if stacked:
-            layers[stack_of(templates[target])].add(len(a))
-        for layer in range(len(a)) if stacked else [None]:
+            layers[stack_of(templates[target])].add(count)
+        for layer in range(count) if stacked else [None]:
             module = templates[target].format(layer=layer)
-            pairs[module] = tuple(
-                np.ascontiguousarray((x if layer is None else x[layer]).T) for x in (a, b)
-            )
+            parts[module] = {
+                part: np.ascontiguousarray((x if layer is None else x[layer]).T)
+                for part, x in leaves.items()
+            }
     problems += [
         f"{stack}: expected one number of layers, got {sorted(lengths)}"
         for stack, lengths in layers.items() if len(lengths) > 1
     ]
     raise_all(where, problems)
-    return pairs
+    return parts
 
 
-def _target_modules(lora: trees.Tree, pairs: Iterable[str], modules: list[Rule]) -> list[str]:
-    """PEFT's target_modules that hit exactly the modules called `pairs`.
+def _break_leaves(leaves: dict[str, np.ndarray], spec: LoraSpec, stacked: bool) -> str:
+    """What is wrong with the leaves of one linear, or of a stack of them; "" for nothing."""
+    if set(leaves) not in KINDS:
+        return f"expected a and b, got only {', '.join(leaves)}"
+    shapes = {part: x.shape for part, x in leaves.items()}
+    if len({shape[:stacked] for shape in shapes.values()}) > 1:
+        pass
+    elif "w1" in leaves:
+        low, up = shapes.get("w2_down"), shapes.get("w2_up")
+        if low is None or (low[-1], up[-2]) == (spec.rank, spec.rank):
+            return ""
+    elif (shapes["a"][-1], shapes["b"][-2]) == (spec.rank, spec.rank) and all(
+        len(shapes[part]) == 2 + stacked for part in "ab"
+    ) and shapes.get("m", shapes["b"])[-1] == shapes["b"][-1]:
+        return ""
+    axis = "layers, " if stacked else ""
+    if "w1" in leaves:
+        return f"expected factors of rank {spec.rank}, got {shapes}"
+    lengths = f" and m [{axis}out]" if "m" in leaves else ""
+    return (
+        f"expected a [{axis}in, {spec.rank}] and b [{axis}{spec.rank}, out]{lengths}, got "
+        + " and ".join(map(str, shapes.values()))
+    )
+
+
+def _named(
+    parts: dict[str, dict[str, np.ndarray]], prefix: str, baked: LoraSpec | None
+) -> dict[str, np.ndarray]:
+    """The tensors by their names in a file.
+
+    Args:
+        parts: From `_torch_parts`.
+        prefix: Of every name.
+        baked: Whose alpha / rank to multiply in; None where it stands elsewhere.
+    """
+    tensors = {}
+    for module, leaves in parts.items():
+        for part, x in leaves.items():
+            if baked is not None and part in SCALED:
+                x = (x.astype(np.float64) * baked.scale).astype(np.float32)
+            tensors[f"{prefix}{module}.{TORCH_NAMES[part]}"] = x
+    return tensors
+
+
+def _lora_config(lora: trees.Tree, spec: LoraSpec) -> dict:
+    """What PEFT's config of a LoRA or DoRA says of it."""
+    is_dora = any("m" in leaves for leaves in adapters.sites(lora).values())
+    return {
+        "bias": "none", "init_lora_weights": True, "lora_dropout": 0.0, "peft_type": "LORA",
+        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "r": spec.rank,
+    } | ({"use_dora": True} if is_dora else {})
+
+
+def _lokr_config(where: Path, lora: trees.Tree, spec: LoraSpec) -> dict:
+    """What PEFT's config of a LoKr says of it; its scale is 1, as it stands in the tensors."""
+    return {
+        "alpha": spec.rank, "decompose_both": False,
+        "decompose_factor": _factor_of(where, lora, spec), "init_weights": True,
+        "module_dropout": 0.0, "peft_type": "LOKR", "r": spec.rank, "rank_dropout": 0.0,
+    }
+
+
+def _factor_of(where: str | Path, lora: trees.Tree, spec: LoraSpec) -> int:
+    """PEFT's decompose_factor, from which it and diffusers derive the shapes of all factors."""
+    factor = lokr_files.decompose_factor(list(adapters.sites(lora).values()), spec.rank)
+    if factor is None:
+        raise LoraFileError(
+            f"{where}: PEFT and diffusers derive the sizes of all factors from one factor and one "
+            "rank, and this LoKr's follow from none; write comfyui, or the model with it (export "
+            "--lora .. --full)"
+        )
+    return factor
+
+
+def _target_modules(lora: trees.Tree, names: Iterable[str], modules: list[Rule]) -> list[str]:
+    """PEFT's target_modules that hit exactly the modules called `names`.
 
     PEFT adapts every module that is called or ends in a target. So a suffix may stand for its
     modules only if every known module with that ending is in the LoRA; others are named in full.
     """
-    paths = {name.rpartition("/")[0] for name in trees.flatten(lora)}
-    slots, _ = resolve(modules, pairs)
+    paths = set(adapters.sites(lora))
+    slots, _ = resolve(modules, names)
     templates = {r.target: r.template for r in modules}
     targets = set()
     for module, slot in slots.items():

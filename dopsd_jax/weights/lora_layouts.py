@@ -2,7 +2,8 @@
 
 There the projections to q, k and v are one module, whose lora_B has the rows of all three, and
 other modules have other names. A LoRA on such a module is three on the parts, with the same lora_A
-each: what they add is exactly the same.
+each: what they add is exactly the same. The factors of a LoKr are left whole, as only both together
+say what the rows of a part are: see `lokr_files.leaves`.
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ from typing import Any
 
 import numpy as np
 
+from dopsd_jax.weights import lokr_files
+from dopsd_jax.weights.lora_names import is_underscored
 from dopsd_jax.weights.names import Modules, resolve, rule
-
-KOHYA = "lora_unet_"
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a tensor stands: part `index` of `count` equal parts of a tensor's rows."""
+    """Where a tensor stands: for part `index` of `count` equal parts of a module's rows.
+
+    Attributes:
+        splits: Whether only these rows of the tensor count.
+    """
 
     key: str
     index: int = 0
     count: int = 1
+    splits: bool = True
 
 
 class _Rows:
@@ -48,7 +54,7 @@ class DiffusersView:
 
     Args:
         handle: From `open_safetensors`.
-        pattern: Takes a tensor's name apart: groups prefix, module, and a, b or alpha.
+        pattern: From `lora_names.key_pattern`.
         modules: Of the network.
 
     Attributes:
@@ -68,12 +74,17 @@ class DiffusersView:
     def get_slice(self, key: str) -> Any:
         source = self._sources[key]
         whole = self._handle.get_slice(source.key)
-        return whole if source.count == 1 else _Rows(whole, source.count)
+        return _Rows(whole, source.count) if source.splits and source.count > 1 else whole
 
     def get_tensor(self, key: str) -> np.ndarray:
         source = self._sources[key]
         whole = self._handle.get_tensor(source.key)
-        return np.split(whole, source.count)[source.index] if source.count > 1 else whole
+        splits = source.splits and source.count > 1
+        return np.split(whole, source.count)[source.index] if splits else whole
+
+    def part(self, key: str) -> tuple[int, int]:
+        """(index, count): of which of equal parts of a module's rows a tensor is."""
+        return self._sources[key].index, self._sources[key].count
 
 
 def _sources(
@@ -84,18 +95,18 @@ def _sources(
     matches = {name: m for name in names if (m := pattern.fullmatch(name))}
     found = {name: _Source(name) for name in names}
     parts: dict[tuple[bool, str], tuple[str, ...]] = {}
-    for kohya in (False, True):
-        wanted = {m["module"] for m in matches.values() if (m["prefix"] == KOHYA) == kohya}
+    for joined in (False, True):
+        wanted = {m["module"] for m in matches.values() if is_underscored(m) == joined}
         for i, (module, diffusers) in enumerate(modules.makers):
-            template = module.replace(".", "_") if kohya else module
+            template = module.replace(".", "_") if joined else module
             for name, slot in resolve([rule(template, str(i))], sorted(wanted))[0].items():
                 filled = (d.replace("{layer}", str(slot.layer)) for d in diffusers)
-                parts[kohya, name] = tuple(
-                    d.replace(".", "_") if kohya else d for d in filled
+                parts[joined, name] = tuple(
+                    d.replace(".", "_") if joined else d for d in filled
                 )
     for name in names:
         match = matches.get(name)
-        split = match and parts.get((match["prefix"] == KOHYA, match["module"]))
+        split = match and parts.get((is_underscored(match), match["module"]))
         if not split:
             continue
         del found[name]
@@ -106,5 +117,7 @@ def _sources(
             continue
         for i, part in enumerate(meant):
             # Of what lora_A reads, and of alpha, all parts have the same.
-            found[part] = _Source(name, i, len(split) if match["b"] else 1)
+            whole = match.lastgroup in lokr_files.PARTS
+            count = len(split) if whole or match.lastgroup in ("b", "m") else 1
+            found[part] = _Source(name, i, count, splits=not whole)
     return found, problems

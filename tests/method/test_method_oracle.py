@@ -1,4 +1,5 @@
-"""The method on Z-Image beside a plain torch loop of it: diffusers' transformer, peft, AdamW.
+"""The method on Z-Image beside a plain torch loop of it: diffusers' transformer, AdamW, and as
+adapters peft's LoRA and DoRA, and lycoris' LoKr.
 
 There t = 1 - sigma runs from 0 to 1 and the output points from noise to data. The weights travel
 through save_pretrained and our loader.
@@ -42,6 +43,8 @@ CASES = {
     "x0, an anchor and a row that keeps": Case(
         "x0", "ema", 3, 0.01, 3, 0.01, anchor=0.5, kept=(False, True)
     ),
+    "DoRA": Case("x0", "ema", 2, 1e3, 0, 0.01, kind="dora"),
+    "LoKr": Case("x0", "ema", 2, 1e3, 0, 0.01, kind="lokr"),
 }
 
 
@@ -117,5 +120,6 @@ def test_five_updates_equal_plain_torch(base, name):
     }
     ours = OurRun(denoiser.velocity, params, case, start, sigmas_shifted(case.num_steps, 3.0),
                   context)
-    # Two leaves, seven linears, three stacks.
-    compare(name, case, theirs, ours, start, make_data(), 2 * 7 * 3)
+    # Seven linears, three stacks; a LoKr's second factor is whole in four of the seven.
+    leaves = {"lora": 2 * 7, "dora": 3 * 7, "lokr": 2 * 4 + 3 * 3}[case.kind]
+    compare(name, case, theirs, ours, start, make_data(), leaves * 3)
