@@ -115,5 +115,12 @@ def decompose_factor(found: Collection[adapters.Leaves], rank: int) -> int | Non
         factors |= set(zip(term["w1"].shape[-2:], second, strict=True))
     candidates = sorted({first for first, _ in factors}) + [-1]
     return next((f for f in candidates if all(
-        factorization(first * rest, f) == (first, rest) for first, rest in factors
+        _peft_factorization(first * rest, f) == (first, rest) for first, rest in factors
     )), None)
+
+
+def _peft_factorization(size: int, factor: int) -> tuple[int, int]:
+    """PEFT's copy of LyCORIS' rule, where a factor that divides comes first even if it is larger."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    return factorization(size, factor)

@@ -128,7 +128,6 @@ def test_rows_that_cannot_be_three_parts_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("tensor, kind", [
-    ("layers.0.attention.to_q.lokr_w1", "LoKr (LyCORIS)"),
     ("lora_unet_layers_0_attention_to_q.hada_w1_a", "LoHa (LyCORIS)"),
     ("layers.0.attention.to_q.oft_R.weight", "OFT"),
 ])
@@ -137,18 +136,3 @@ def test_other_kinds_of_adapters_are_named(tmp_path, tensor, kind):
     with pytest.raises(LoraFileError) as caught:
         read_lora(tmp_path / "x.safetensors", Z_IMAGE_MODULES)
     assert f"this is {kind}, which is not read here" in str(caught.value)
-
-
-@pytest.mark.parametrize("name, kind", [
-    ("dora_scale", "DoRA"), ("lora_magnitude_vector.weight", "DoRA (PEFT)"),
-])
-def test_dora_is_named_and_not_taken_for_a_lora(tmp_path, name, kind):
-    module = "layers.0.attention.to_q"
-    save_file({
-        f"{module}.lora_A.weight": np.zeros((2, DIM), np.float32),
-        f"{module}.lora_B.weight": np.zeros((DIM, 2), np.float32),
-        f"{module}.{name}": np.ones(DIM, np.float32),
-    }, tmp_path / "dora.safetensors")
-    with pytest.raises(LoraFileError) as caught:
-        read_lora(tmp_path / "dora.safetensors", Z_IMAGE_MODULES)
-    assert f"{module}.{name}: unknown key, of {kind}, which is not read here" in str(caught.value)
