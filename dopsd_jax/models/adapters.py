@@ -86,6 +86,8 @@ def problem(leaves: Leaves, kernel: Any) -> str:
         folder = name.removesuffix("w1")
         if name == f"{folder}w1":
             expected |= _expected_lokr(folder, shapes, size_in, size_out)
+    if missing := sorted(expected.keys() - shapes.keys()):
+        return f"{', '.join(missing)}: missing beside {', '.join(shapes)}"
     for name, shape in shapes.items():
         if name not in expected:
             return f"{name}: belongs to no whole adapter; found {', '.join(shapes)}"

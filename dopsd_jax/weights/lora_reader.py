@@ -183,7 +183,7 @@ def _read_leaves(
             leaves = {name: tensors[name].T for name in ("a", "b")}
             leaves |= {"m": tensors["m"].ravel()} if "m" in parts else {}
         else:
-            index, count = handle.part(next(iter(parts.values())))
+            index, count = handle.part(_key_of(parts))
             leaves = lokr_files.leaves(tensors, scale.whole.get(module, 1.0), index, count)
         target, layer = module
         for leaf, value in leaves.items():
@@ -233,6 +233,11 @@ def _locate(path: Path) -> Path:
     )
 
 
+def _key_of(parts: Mapping[str, str]) -> str:
+    """The key of a module's first factor, which stands for the module in messages."""
+    return next(parts[part] for part in ("a", *lokr_files.PARTS) if part in parts)
+
+
 def _check_dims(keys: Keys, dims: dict) -> tuple[dict, list[str]]:
     """The rank of every module, 0 without one, and what is wrong with the shapes by themselves."""
     problems, ranks, listed = [], {}, defaultdict(list)
@@ -242,7 +247,7 @@ def _check_dims(keys: Keys, dims: dict) -> tuple[dict, list[str]]:
                         "file")
     for module, parts in keys.items():
         shapes, wrong = dims[module], ""
-        first = parts.get("a", next(iter(parts.values())))
+        first = _key_of(parts)
         if "a" in parts:
             a, b = shapes["a"], shapes["b"]
             if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
@@ -281,7 +286,7 @@ def _ends(
             f"{parts['a']}: expected (r, {size_in}) and (out, r) = ({size_out}, r), got {a} "
             f"and {b}; is it of another model size?"
         )
-    first = next(iter(parts.values()))
+    first = _key_of(parts)
     count = handle.part(first)[1]
     (out_1, out_2), (in_1, in_2) = lokr_files.sizes(shapes) or ((0, 0), (0, 0))
     rows = out_1 * out_2
@@ -307,7 +312,7 @@ def _check_layers(
             highest[stacks[target]] = max(highest[stacks[target]], layer + 1)
         if params is None:
             continue
-        first = parts.get("a", next(iter(parts.values())))
+        first = _key_of(parts)
         if f"{target}/kernel" not in params:
             problems.append(f"{first}: the network has no parameter {target}/kernel")
             continue
