@@ -34,7 +34,7 @@ OTHER_KEYS = {
     "model", "vlm", "data", "data_weights", "data_root", "cache", "encode",
     "resolution", "buckets", "small_buckets",
     "trainable", "num_steps", "schedule", "shift", "loss", "teacher", "ema_decay", "lora.rank",
-    "lora.alpha", "lora.targets", "num_train_steps", "batch_size", "accumulation",
+    "lora.alpha", "lora.targets", "lora.kind", "lora.factor", "num_train_steps", "batch_size", "accumulation",
     "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm", "seed",
     "objective", "states", "teacher_words", "base_lora", "init_lora", "init_full",
     "keep_prompts", "keep_share", "anchor", "retain", "earlier_data", "caption_key", "remat",

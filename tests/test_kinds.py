@@ -12,7 +12,6 @@ from dopsd_jax.core import sharding, trees
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.models import adapters
-from dopsd_jax.models.denoiser import Context
 from dopsd_jax.planning import flops
 from dopsd_jax.run import loras
 from dopsd_jax.run import workdir as workdir_lib
@@ -31,11 +30,16 @@ def pipe(tiny):
 
 @pytest.fixture(scope="module")
 def make_config(make_short_run):
-    """(kind, **changes) -> a run of two updates that draws nothing."""
+    """(kind, **changes) -> a run of two updates that draws nothing.
+
+    Of the objective that compiles fastest; tests/method compares D-OPSD itself.
+    """
     def make(kind, **changes):
         config = make_short_run()
+        config.objective, config.vlm = "sft", ""
         config.sample_every, config.preflight, config.checkpoint_every = 0, "off", 1
-        config.lora.kind, config.lora.factor, config.learning_rate = kind, 4, 5e-2
+        config.lora.kind, config.lora.factor, config.learning_rate = kind, 4, 2e-1
+        config.lora.targets = "layers/attention/to_v/kernel,layers/feed_forward/w2/kernel"
         config.update_from_flattened_dict(changes)
         return config
 
@@ -80,35 +84,38 @@ def test_a_resumed_dora_is_that_of_a_run_without_a_stop(runs, make_config, tmp_p
         np.testing.assert_array_equal(x, want[name])
 
 
-def velocity_of(pipe):
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((1, 8, 4, pipe.denoiser.latent_shape(32, 32)[2])).astype(np.float32)
-    ctx = Context(rng.standard_normal((1, 64, pipe.denoiser.text_width)).astype(np.float32),
-                  np.ones((1, 64), bool))
-    return jax.jit(lambda variables: pipe.denoiser.velocity(variables, x, 0.7, ctx))
+def test_the_first_student_changes_nothing_at_all(pipe, make_config):
+    for kind, still in (("dora", ("b", "g")), ("lokr", ("w2_down",))):
+        step = Step(make_config(kind), pipe.denoiser, pipe.lora.targets, sharding.make_mesh())
+        base, state = step.init(pipe.params)
+        tree = jax.jit(step.method.assemble)(base, state.student)["lora"]
+        for leaves in adapters.sites(tree).values():
+            assert all(not np.any(leaves[name]) for name in still)
+        # What trains is freed by the step, the norms must outlive it.
+        norms = {id(x) for x in jax.tree.leaves(base.get("norms", {}))}
+        assert not norms & {id(x) for x in jax.tree.leaves(state)}
 
 
-def test_the_first_student_is_the_model_bit_for_bit_and_the_next_run_starts_where_one_ended(
-    pipe, runs, make_config
-):
-    velocity, params = velocity_of(pipe), pipe.params
-    untouched = velocity({"params": params})
-    mesh = sharding.make_mesh()
-    for kind in KINDS:
-        step = Step(make_config(kind), pipe.denoiser, pipe.lora.targets, mesh)
-        base, state = step.init(params)
-        got = velocity(step.method.assemble(base, state.student))
-        np.testing.assert_array_equal(got, untouched)
-    config = make_config("dora", init_lora=str(runs / "dora"), **{"lora.rank": 6, "anchor": 1.0,
-                                                                    "retain": "start"})
-    step = Step(config, pipe.denoiser, pipe.lora.targets, mesh, *loras.stands_on(config, pipe))
-    base, state = step.init(params)
-    drawn = loras.take_loras(str(runs / "dora"), pipe)
-    want = velocity({"params": params, "lora": drawn})
+def test_a_run_goes_on_from_a_dora_and_can_hold_on_to_it(pipe, runs, make_config):
+    config = make_config("dora", **{
+        "objective": "dopsd", "init_lora": str(runs / "dora"), "lora.rank": 6, "anchor": 1.0,
+        "retain": "start",
+    })
+    step = Step(config, pipe.denoiser, pipe.lora.targets, sharding.make_mesh(),
+                *loras.stands_on(config, pipe))
+    base, state = step.init(pipe.params)
+    want = changes(loras.take_loras(str(runs / "dora"), pipe), pipe)
     for tree in (step.method.assemble(base, state.student)["lora"], base["start"]["lora"]):
-        got = velocity({"params": params, "lora": tree})
-        assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
-    assert np.abs(untouched - want).max() > 0.01 * np.abs(want).max()
+        got = changes(tree, pipe)
+        assert got.keys() == want.keys()
+        for path, x in want.items():
+            np.testing.assert_allclose(got[path], x, atol=1e-5 * np.abs(x).max(), err_msg=path)
+
+
+def changes(tree, pipe):
+    kernels = trees.flatten(pipe.params)
+    return {path: np.asarray(adapters.delta(leaves, kernels[f"{path}/kernel"]))
+            for path, leaves in adapters.sites(tree).items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,16 +139,14 @@ def test_what_is_exported_draws_the_same(pipe, runs, tiny, tmp_path, kind):
 
 
 def test_a_lokr_adds_up_with_others_and_a_dora_is_refused_beside_them(pipe, runs, tiny):
-    tree = loras.take_loras([str(runs / "lokr"), (str(runs / "lokr") + "/.", 1.0)][:1], pipe)
     lora = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), lora_lib.init(
-        jax.random.key(0), pipe.params, [".*attention/to_q/kernel"], 2
+        jax.random.key(0), pipe.params, ["layers/attention/to_v/kernel"], 2
     ))
-    both = loras.take_loras([(str(runs / "lokr"), 0.5), (lora, 1.0)], pipe)
-    velocity = velocity_of(pipe)
-    merged = lora_lib.merge(pipe.params, lora_lib.weakened(tree, 0.5), 1.0)
-    want = velocity({"params": lora_lib.merge(merged, lora, 1.0)})
-    got = velocity({"params": pipe.params, "lora": both})
-    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+    alone = changes(loras.take_loras(str(runs / "lokr"), pipe), pipe)
+    both = changes(loras.take_loras([(str(runs / "lokr"), 0.5), (lora, 3.0)], pipe), pipe)
+    for path, x in alone.items():
+        added = 0.06 if path.endswith("to_v") else 0.0
+        np.testing.assert_allclose(both[path], 0.5 * x + added, atol=1e-6, err_msg=path)
     with pytest.raises(ValueError, match="a DoRA and another adapter at .*draw it alone"):
         loras.take_loras([str(runs / "dora"), str(runs / "lokr")], pipe)
     with pytest.raises(ValueError, match="got DoRA x 0.5; such a sum is no adapter of one kind"):

@@ -120,7 +120,7 @@ def decompose_factor(found: Collection[adapters.Leaves], rank: int) -> int | Non
 
 
 def _peft_factorization(size: int, factor: int) -> tuple[int, int]:
-    """PEFT's copy of LyCORIS' rule, where a factor that divides comes first even if it is larger."""
+    """PEFT's copy of LyCORIS' rule, where a factor that divides comes first whatever its size."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     return factorization(size, factor)

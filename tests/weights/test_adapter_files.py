@@ -24,8 +24,8 @@ from test_lora_files_flux2 import base as flux2_model  # noqa: F401 (a fixture)
 from test_lora_files_flux2 import run as run_flux2
 
 from dopsd_jax.core import trees
-from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.method import lokr
+from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.models import adapters
 from dopsd_jax.weights.lora_files import (
     FORMATS,
