@@ -4,7 +4,8 @@
 
 No gradient passes through n, as the paper (arXiv 2402.09353, section 4.3) and PEFT have it. The
 networks are given W' as W (1 + g) + a b', with g = (m - n) / n and b' = b (1 + g). So W' - W is
-exactly 0 where m is n, and a strength s, as in ComfyUI, means W + s (W' - W).
+exactly 0 where m is n, and a strength s, as in ComfyUI, means W + s (W' - W). In a train step n is
+the same for the whole rollout, and XLA computes it once, before.
 """
 
 from __future__ import annotations
