@@ -36,6 +36,7 @@ from dopsd_jax.core import trees
 from dopsd_jax.models import adapters
 from dopsd_jax.weights import lokr_files
 from dopsd_jax.weights.load import open_safetensors
+from dopsd_jax.weights.lora_checks import stack_of
 from dopsd_jax.weights.lora_reader import (
     OUR_METADATA,
     PEFT_CONFIG,
@@ -44,7 +45,6 @@ from dopsd_jax.weights.lora_reader import (
     LoraSpec,
     raise_all,
     read_lora,
-    stack_of,
 )
 from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve
 
