@@ -37,18 +37,12 @@ FAMILY_PLACES = (
 )
 FAMILY_NAMES = r"z_?-?image|flux_?-?\.?2|klein"
 TRAINING_WORDS = r"student|teacher|(\b|_)loss(es)?(\b|_)"
-<<<<<<< HEAD
-FOREIGN = {"torch", "tensorflow", "diffusers", "peft", "torchvision", "accelerate"}
-# Metrics of real models run in torch; scores.py is the only way to them, for two commands.
-TORCH_FILES = {"compare/features.py", "compare/lpips.py", "compare/hpsv2.py",
-               "compare/image_reward.py"}
-=======
 FOREIGN = {
     "torch", "tensorflow", "diffusers", "peft", "lycoris", "torchvision", "accelerate",
 }
-# Metrics of real models run in torch; score.py, which nothing imports, is the only way to them.
-TORCH_FILES = {"compare/features.py", "compare/lpips.py"}
->>>>>>> 7ecc593 (DoRA and LoKr in docs and in sequences of tasks)
+# Metrics of real models run in torch; scores.py is the only way to them, for two commands.
+TORCH_FILES = {"compare/features.py", "compare/lpips.py", "compare/hpsv2.py",
+               "compare/image_reward.py"}
 TORCH_LOOP = "bench/torch_loop.py"  # what the package's speed is compared with
 TORCH_WAY = "compare/scores.py"
 TORCH_COMMANDS = {"score.py", "paired.py"}
