@@ -11,7 +11,7 @@ from pathlib import Path
 
 COMMANDS = (
     "train", "data", "tasks", "sample", "encode", "export", "evaluate", "score", "paired", "plan",
-    "report", "quickstart",
+    "report", "demo", "quickstart",
 )
 
 

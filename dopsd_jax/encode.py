@@ -26,9 +26,7 @@ from dopsd_jax.run.config import (
     needs_of_rows,
 )
 from dopsd_jax.run.features import Entries, encode_all, load_encoders
-from dopsd_jax.weights.pipeline import (
-    load_pipeline,
-)
+from dopsd_jax.run.model import load_model
 
 FLAGS = flags.FLAGS
 
@@ -59,9 +57,9 @@ def encode(config: ConfigDict) -> tuple[int, int]:
              len(wanted))
     if missing:
         writer = CacheWriter(config.cache)
-        pipe = load_pipeline(config.model, dtype=config.dtype, vae_dtype=config.vae_dtype,
-                             parts=("text_encoder", *(["vae"] if needs_latents(config) else [])),
-                             encoder_mesh=sharding.own_mesh())
+        pipe = load_model(config, dtype=config.dtype, vae_dtype=config.vae_dtype,
+                          parts=("text_encoder", *(["vae"] if needs_latents(config) else [])),
+                          encoder_mesh=sharding.own_mesh())
         try:
             encode_all(missing, load_encoders(config, pipe, data), writer.add)
         finally:

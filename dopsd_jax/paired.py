@@ -36,7 +36,8 @@ from dopsd_jax.data.keeping import read_prompts
 from dopsd_jax.method.sampling import draw_noise
 from dopsd_jax.run import gauges, loras, previews
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.weights.pipeline import DTYPES, Pipeline, fingerprint, load_pipeline
+from dopsd_jax.weights.fingerprints import fingerprint
+from dopsd_jax.weights.pipeline import DTYPES, Pipeline, load_pipeline
 from dopsd_jax.weights.shipped import pipeline_directory
 
 FLAGS = flags.FLAGS

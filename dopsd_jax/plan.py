@@ -59,7 +59,9 @@ class Plan:
         remat: Policy that was asked for or found.
         limit: Bytes that a chip has.
         weights, state: Bytes per chip of the frozen base, and of all that trains.
-        total: Bytes per chip of the whole program; None where the compiler did not say.
+        preview: Bytes per chip of preview_model, which stays beside them.
+        total: Bytes per chip of the whole program and of preview_model; None where the compiler
+            did not say.
         largest: (bytes, arrays), largest first.
         collectives: One step's, each with how often it runs.
         flops: Of one picture's step.
@@ -76,6 +78,7 @@ class Plan:
     weights: int
     state: int
     flops: flops.Step
+    preview: int = 0
     total: float | None = None
     largest: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     collectives: list[hlo.Collective] = dataclasses.field(default_factory=list)
@@ -236,7 +239,7 @@ def _plan(
     found = Plan(
         topology, chips, batch, config.remat, chip.memory,
         lowering.bytes_per_device(shapes.base or {}), lowering.bytes_per_device(shapes.state),
-        step_flops(config, step),
+        step_flops(config, step), lowering.preview_bytes(config, shapes),
     )
     asked = {"config": config.to_dict(), "topology": topology, "full": full}
     kind = "GPU" if chip.target else "TPU"
@@ -250,14 +253,14 @@ def _plan(
             else:
                 dump = compiler.compile_in_child(command, "train_step", full=full)
         except compiler.DoesNotFit as e:
-            found.total = e.needed
+            found.total = None if e.needed is None else e.needed + found.preview
             return found
         except RuntimeError as e:
             raise ValueError(
                 f"{topology}: the {kind} compiler gave up; are there such chips, and does the step "
                 f"run elsewhere?\n  {e}"
             ) from e
-    found.total, found.largest = dump.memory.total, dump.memory.largest
+    found.total, found.largest = dump.memory.total + found.preview, dump.memory.largest
     found.collectives = hlo.collectives(hlo.parse(dump.text))
     found.cycles, found.seconds_compiling, found.text = dump.cycles, dump.seconds, dump.text
     return found
@@ -300,13 +303,18 @@ def report(config: ConfigDict, p: Plan) -> str:
 
 def _memory_lines(p: Plan) -> list[str]:
     lines = [f"  weights            {p.weights / GIB:8.2f} GiB",
-             f"  trained state      {p.state / GIB:8.2f} GiB"]
+             f"  trained state      {p.state / GIB:8.2f} GiB", *_preview_line(p.preview)]
     if p.text:
-        lines.append(f"  temporaries        {(p.total - p.weights - p.state) / GIB:8.2f} GiB")
+        temporaries = p.total - p.weights - p.state - p.preview
+        lines.append(f"  temporaries        {temporaries / GIB:8.2f} GiB")
     if p.largest:
         lines.append("largest buffers:")
         lines += [f"  {size / GIB:8.2f} GiB  {shapes[:60]}" for size, shapes in p.largest[:5]]
     return lines
+
+
+def _preview_line(size: int) -> list[str]:
+    return [f"  preview_model      {size / GIB:8.2f} GiB"] if size else []
 
 
 def rests_on(p: Plan) -> list[str]:
@@ -358,7 +366,8 @@ def plan_here(config: ConfigDict, batch: int = 0) -> str:
         config = with_remat(config, policy)
         lowered, shapes = lowering.lower(config, mesh)
         memory = lowered.compile().memory_analysis()
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        preview = lowering.preview_bytes(config, shapes)
+        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + preview
         if limit is None or total <= limit:
             break
     fits = "" if limit is None else ("FITS: " if total <= limit else "DOES NOT FIT: ")
@@ -370,6 +379,7 @@ def plan_here(config: ConfigDict, batch: int = 0) -> str:
         f"{fits}{total / GIB:.2f}{of} GiB per device",
         f"  weights            {lowering.bytes_per_device(shapes.base or {}) / GIB:8.2f} GiB",
         f"  trained state      {lowering.bytes_per_device(shapes.state) / GIB:8.2f} GiB",
+        *_preview_line(preview),
         f"  temporaries        {memory.temp_size_in_bytes / GIB:8.2f} GiB",
         f"FLOPs per picture    {step.useful / 1e12:.3g} T useful, {step.computed / 1e12:.3g} T "
         "computed",

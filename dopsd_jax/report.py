@@ -78,7 +78,7 @@ def _preflight(workdir: Path) -> str:
     return f"<h2>Preflight: has the teacher anything to teach?</h2><ul>{words}</ul>{shown}"
 
 
-def _checkpoints(workdir: Path) -> str:
+def _checkpoints(workdir: Path, *, moved: bool = False) -> str:
     rows = {r["step"]: r for r in read_metrics(workdir)}
     gauge_rows = {r["step"]: r for r in read_metrics(workdir, GAUGES)}
     saved = workdir_lib.saved_steps(workdir)
@@ -89,10 +89,11 @@ def _checkpoints(workdir: Path) -> str:
         [s, rows.get(s, {}).get("loss", ""), *(gauge_rows.get(s, {}).get(n, "") for n in names)]
         for s in saved
     ]
-    best = gauges.best_checkpoint(list(gauge_rows.values()), saved)
+    best = gauges.best_checkpoint(list(gauge_rows.values()), saved, moved=moved)
     note = "" if best is None else (
         "<p>Bold: the best one, whose style is nearest to the targets' among those with at least "
-        f" {gauges.MIN_SHARPNESS:g} of the untuned model's sharpness.</p>"
+        f" {gauges.MIN_SHARPNESS:g} of the untuned model's sharpness"
+        f"{', both on preview_model' if moved else ''}.</p>"
     )
     marked = None if best is None else saved.index(best["step"])
     return as_table(["step", "loss", *(n.replace("_", " ") for n in names)], table, marked) + note
@@ -135,10 +136,21 @@ def page(workdir: str | Path) -> str:
         "<h2>The trajectory: the clean estimate at every step</h2>", trajectory,
         "<h2>Retention: prompts that have nothing to do with the data</h2>", told_curves,
         _first_and_last(samples, "gauge"),
+        _moved(samples, config.get("preview_model", "")),
         "<h2>Curves</h2>", _curves(rows),
-        "<h2>Checkpoints</h2>", _checkpoints(workdir),
+        "<h2>Checkpoints</h2>", _checkpoints(workdir, moved=bool(config.get("preview_model"))),
         "<h2>Config</h2>", _config(config),
     ])
+
+
+def _moved(samples: Path, model: str) -> str:
+    """What was drawn on another model, if anything."""
+    shown = "".join(_first_and_last(samples, gauges.MOVED + name)
+                    for name in ("step", "prompts", "gauge"))
+    if not shown:
+        return ""
+    return (f"<h2>The same LoRA on preview_model, {html.escape(model)}</h2><p>Same noise and "
+            f"prompts, that model's own steps; base is that model without the LoRA.</p>{shown}")
 
 
 def _from_markdown(text: str) -> str:

@@ -22,13 +22,13 @@ from dopsd_jax.core import cli
 from dopsd_jax.core.checks import is_whole, noted
 from dopsd_jax.data.images import read_image, reference_image
 from dopsd_jax.data.prompts import encode_prompts, prompt_problems
-from dopsd_jax.method import flow
+from dopsd_jax.method import flow, sampling
 from dopsd_jax.method.contexts import text_context, with_references
-from dopsd_jax.method.sampling import decode, draw_noise, sample_trajectory
+from dopsd_jax.method.guidance import advise, check_guidance, scale_of, with_guidance
 from dopsd_jax.models.denoiser import Context
-from dopsd_jax.run import loras
+from dopsd_jax.run import loras, model
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.weights.pipeline import DTYPES, Pipeline, load_pipeline
+from dopsd_jax.weights.pipeline import DTYPES, Pipeline
 
 MAX_SEED = 2**31
 References = Sequence[Sequence[Image.Image | np.ndarray]]
@@ -42,12 +42,14 @@ def check_request(
     height: int,
     width: int,
     seed: int = 0,
+    guidance: float = 0.0,
+    negative: str = "",
     num_references: Sequence[int] = (),
 ) -> None:
     """Refuses what `generate` cannot draw; needs no weights (`load_pipeline(.., parts=())`).
 
     Args:
-        pipe, prompts, num_steps, height, width: As for `generate`.
+        pipe, prompts, num_steps, height, width, seed, guidance, negative: As for `generate`.
         num_references: References of each prompt; () is none.
 
     Raises:
@@ -56,9 +58,13 @@ def check_request(
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not len(prompts):
         raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r}")
     lengths = _text_lengths(pipe)
-    problems = prompt_problems(
-        pipe.tokenizer, prompts, lengths[-1], enable_thinking=pipe.text.enable_thinking
-    )
+    problems = []
+    for name, texts in (("", prompts), ("negative: ", [negative] if negative else [])):
+        problems += [name + problem for problem in prompt_problems(
+            pipe.tokenizer, texts, lengths[-1], enable_thinking=pipe.text.enable_thinking
+        )]
+    with noted(problems):
+        check_guidance(pipe, guidance, negative)
     sides = {"height": height, "width": width}
     wrong = [f"{name}: expected a whole number of pixels, got {side!r}"
              for name, side in sides.items() if not is_whole(side)]
@@ -162,6 +168,8 @@ def generate(
     noise: np.ndarray | None = None,
     lora: str | Path | tuple[Any, float] | list | None = None,
     references: References | None = None,
+    guidance: float = 0.0,
+    negative: str = "",
 ) -> np.ndarray:
     """Draws one picture per prompt.
 
@@ -179,6 +187,9 @@ def generate(
             rank), or a list of such, which add up without being merged.
         references: For each prompt its reference images, PIL or uint8 [H, W, 3], each as large as
             it is up to an area of 1024 x 1024; for models that edit.
+        guidance: Scale of classifier-free guidance, as guidance_scale of the model's pipeline in
+            diffusers, for models that are not step-distilled; 0 is none. It doubles the time.
+        negative: What guidance leads away from, in all pictures.
 
     Returns:
         uint8 [B, H, W, 3].
@@ -189,22 +200,29 @@ def generate(
     """
     images = read_references(pipe, [] if references is None else references)
     height, width = picture_size(pipe, height, width, images)
-    check_request(pipe, prompts, num_steps=num_steps, height=height, width=width,
-                  seed=seed, num_references=[len(row) for row in images])
+    check_request(pipe, prompts, num_steps=num_steps, height=height, width=width, seed=seed,
+                  guidance=guidance, negative=negative,
+                  num_references=[len(row) for row in images])
+    advise(pipe, guidance)
     shape = pipe.denoiser.latent_shape(height, width)
     if noise is None:
-        noise = draw_noise([seed + i for i in range(len(prompts))], shape)
+        noise = sampling.draw_noise([seed + i for i in range(len(prompts))], shape)
     else:
         noise = _check_noise(noise, (len(prompts), *shape))
     variables = {"params": pipe.params}
     if lora is not None:
         variables["lora"] = jax.tree.map(jnp.asarray, loras.take_loras(lora, pipe))
-    ctx = text_context(pipe, prompts, length=_padded_length(pipe, prompts))
+    length = _padded_length(pipe, [*prompts, negative])
+    ctx = text_context(pipe, prompts, length=length)
+    if guidance:
+        away = text_context(pipe, [negative], length=length, allow_empty=True)
     sigmas = flow.sigmas_shifted(num_steps, pipe.shift_at(num_steps, height, width))
     pixels = np.empty((len(prompts), height, width, 3), np.uint8)
     for rows, part in _alike(pipe, ctx, images):
-        latents, _ = sample_trajectory(pipe.denoiser, variables, noise[rows], part, sigmas)
-        pixels[rows] = decode(pipe, latents)
+        if guidance:
+            part = with_guidance(part, away, scale_of(pipe, guidance))
+        latents = sampling.sample(pipe.denoiser, variables, noise[rows], part, sigmas)
+        pixels[rows] = sampling.decode(pipe, latents)
     return pixels
 
 
@@ -241,7 +259,8 @@ def _padded_length(pipe: Pipeline, prompts: Sequence[str]) -> int:
     """The first of the lengths that holds every prompt."""
     lengths = _text_lengths(pipe)
     _, mask = encode_prompts(
-        pipe.tokenizer, prompts, lengths[-1], enable_thinking=pipe.text.enable_thinking
+        pipe.tokenizer, prompts, lengths[-1], enable_thinking=pipe.text.enable_thinking,
+        allow_empty=True,
     )
     longest = int(mask.sum(1).max())
     return next(length for length in lengths if length >= longest)
@@ -254,6 +273,7 @@ def define_flags() -> None:
     """The command's flags; a function, so that importing this module defines none."""
     flags.DEFINE_string("model", None, "Pipeline directory, name on the hub, or mini.",
                         required=True)
+    model.define_flags()
     flags.DEFINE_multi_string("lora", None, "Workdir of a run, LoRA file, or PEFT directory, with "
                               ":STRENGTH behind it if not 1; several add up.")
     flags.DEFINE_multi_string("prompt", None, "Prompt; may be given several times.", required=True)
@@ -265,6 +285,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("width", None, default)
     flags.DEFINE_integer("seed", 0, "Picture i starts from seed + i.",
                          lower_bound=0, upper_bound=MAX_SEED)
+    flags.DEFINE_float("guidance", 0.0, "Scale of classifier-free guidance, as guidance_scale in "
+                       "diffusers, for models that are not step-distilled; 0: none.")
+    flags.DEFINE_string("negative", "", "What guidance leads away from.")
     flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Dtype of transformer and text encoder.")
     flags.DEFINE_string("out", "samples", "Directory for the pictures.")
 
@@ -274,24 +297,28 @@ def main() -> None:
     cli.check_directory(out)
     workdir_lib.enable_compilation_cache()
     # Whatever can be wrong is found before gigabytes of weights are read.
-    pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype, parts=())
+    chosen = {name: FLAGS[name].value for name in ("model", *model.FILES)}
+    pipe = model.load_model(chosen, dtype=FLAGS.dtype, parts=())
     references = [[read_image(path) for path in FLAGS.reference or ()]] * len(FLAGS.prompt)
     images = read_references(pipe, references)
     sides = picture_size(pipe, FLAGS.height, FLAGS.width, images)
-    size = dict(zip(("height", "width"), sides, strict=True), num_steps=FLAGS.num_steps)
-    check_request(pipe, FLAGS.prompt, **size, num_references=[len(row) for row in images])
-    lora = None
-    if FLAGS.lora:
-        lora = loras.take_loras([loras.parse(text) for text in FLAGS.lora], pipe), 1.0
-    pipe = load_pipeline(FLAGS.model, dtype=FLAGS.dtype)
-    pixels = generate(pipe, FLAGS.prompt, **size, seed=FLAGS.seed, lora=lora, references=references)
+    how = dict(zip(("height", "width"), sides, strict=True), num_steps=FLAGS.num_steps,
+               guidance=FLAGS.guidance, negative=FLAGS.negative)
+    check_request(pipe, FLAGS.prompt, **how, num_references=[len(row) for row in images])
+    lora = [loras.parse(text) for text in FLAGS.lora or ()] or None
+    if lora:
+        loras.take_loras(lora, pipe)
+    pipe = model.load_model(chosen, dtype=FLAGS.dtype)
+    pixels = generate(pipe, FLAGS.prompt, **how, seed=FLAGS.seed, lora=lora, references=references)
     out.mkdir(parents=True, exist_ok=True)
     for i, (prompt, image) in enumerate(zip(FLAGS.prompt, pixels, strict=True)):
         words = re.sub(r"\W+", "-", prompt).strip("-")[:60]
         path = out / f"{FLAGS.seed + i:04d}-{words}.png"
         Image.fromarray(image).save(path)
         made = {"prompt": prompt, "seed": FLAGS.seed + i, "num_steps": FLAGS.num_steps,
-                "model": FLAGS.model, "lora": FLAGS.lora or [],
+                **{name: value for name, value in chosen.items() if value},
+                "lora": FLAGS.lora or [],
+                "guidance": FLAGS.guidance, "negative": FLAGS.negative,
                 "references": FLAGS.reference or []}
         path.with_suffix(".json").write_text(json.dumps(made, indent=2, ensure_ascii=False))
         print(path)

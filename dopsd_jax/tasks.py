@@ -112,6 +112,9 @@ def planned(config: ConfigDict, workdir: Path) -> list[Task]:
             continue
         run.trainable = CARRIES[config.carry]
         _stand_on(run, config.carry, found)
+        if config.carry == "stack" and found and run.preview_model:
+            problems.append(f"task {i} ({task['name']}): preview_model: expected none with carry = "
+                            "stack; the LoRAs of earlier tasks are not moved to it")
         own_prompts = run.keep_prompts
         if config.keep_earlier and found:
             if not run.keep_share:

@@ -16,7 +16,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax.core import cli, distributed, mirror, sharding, trees
+from dopsd_jax.core import cli, distributed, mirror, sharding, trackers, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
 from dopsd_jax.core.trees import Tree
@@ -26,7 +26,16 @@ from dopsd_jax.data.datasets import Data, read_data
 from dopsd_jax.method import lora
 from dopsd_jax.method.train_step import Batch, TrainState
 from dopsd_jax.mini import stages
-from dopsd_jax.run import data_check, gauges, loop, loras, preflight, remat
+from dopsd_jax.run import (
+    data_check,
+    gauges,
+    loop,
+    loras,
+    model,
+    preflight,
+    preview_model,
+    remat,
+)
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.caption_check import check_captions
 from dopsd_jax.run.config import (
@@ -49,8 +58,9 @@ from dopsd_jax.run.features import (
 from dopsd_jax.run.keys import AUTO
 from dopsd_jax.run.pictures import Previews, run_preflight
 from dopsd_jax.run.step import Step
-from dopsd_jax.weights.pipeline import DECODER, Pipeline, fingerprint, load_pipeline
-from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
+from dopsd_jax.weights.fingerprints import fingerprint
+from dopsd_jax.weights.pipeline import DECODER, Pipeline
+from dopsd_jax.weights.shipped import vlm_directory
 
 FLAGS = flags.FLAGS
 
@@ -69,6 +79,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     # Act 1, the checks. All of the config and all of the data, before anything is written or
     # loaded: what is wrong is reported within seconds.
     check_config(config)
+    if config.preview_model and config.sample_every:
+        preview_model.check_weights(config)
     data = read_data(config, needs_of_rows(config))
     data_check.warn(config, data)
     if config.encode == "ahead":
@@ -98,6 +110,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
 
     # Act 4, the state at step 0, and pictures of what it can do untrained. What fits beside the
     # network is known now that the encoders are gone.
+    other = None
+    if config.preview_model and config.sample_every:
+        other = preview_model.load(config, pipe, mesh)
     if config.remat == AUTO:
         step = remat.fitted(step, data.largest_bucket(), workdir, pipe.params)
     base, state, untuned = first_state(config, pipe, step)
@@ -106,8 +121,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         run_preflight(config, workdir, pipe, data, features, variables, mesh)
     preview = None
     if config.sample_every:
+        moved = None if other is None else (other, state.student)
         preview = Previews(
-            config, workdir, pipe, data, features, step.method, base, untuned, mesh
+            config, workdir, pipe, data, features, step.method, base, untuned, mesh, moved
         ).save
 
     # Act 5, the updates, from the latest checkpoint on if there is one.
@@ -121,10 +137,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
 
     state = loop.run(config, workdir, loop.Task(
         state, lambda state, batch: step(state, base, batch), make_batch,
-        preview=preview, epochs=data.plan.epochs,
+        preview=preview, epochs=data.plan.epochs, trackers=trackers.parse(config.trackers),
     ))
     if config.sample_every:
-        distributed.on_main(lambda: choose_best(workdir))
+        distributed.on_main(lambda: choose_best(config, workdir))
     return state
 
 
@@ -134,8 +150,7 @@ def identify(config: ConfigDict, data: Data) -> dict[str, str]:
     Raises:
         ValueError: Processes of the run that do not see the same.
     """
-    identity = {"model": fingerprint(pipeline_directory(config.model)),
-                "data": data.fingerprint()}
+    identity = {"model": model.fingerprint(config), "data": data.fingerprint()}
     if data.index:
         identity[workdir_lib.IMAGES] = data.sampled_images()
     if needs_vlm(config):
@@ -189,8 +204,8 @@ def load_parts(config: ConfigDict, mesh: Mesh, *, draws_pictures: bool) -> Pipel
     elif draws_pictures:
         parts.append(DECODER)
     policy = "full" if config.remat == AUTO else config.remat  # only the train step asks it
-    return load_pipeline(
-        config.model, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=policy,
+    return model.load_model(
+        config, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=policy,
         parts=tuple(parts), mesh=mesh, encoder_mesh=sharding.own_mesh(),
     )
 
@@ -239,12 +254,13 @@ def send(workdir: Path) -> None:
         bucket.push(now=True)
 
 
-def choose_best(workdir: Path) -> None:
+def choose_best(config: ConfigDict, workdir: Path) -> None:
     """Writes best.json and says which checkpoint it is."""
     # By their names: opening them would wait for the other processes.
     saved = workdir_lib.saved_steps(workdir)
-    best = gauges.best_checkpoint(read_metrics(workdir, GAUGES), saved)
-    gauges.write_best(workdir, best)
+    moved = bool(config.preview_model)
+    best = gauges.best_checkpoint(read_metrics(workdir, GAUGES), saved, moved=moved)
+    gauges.write_best(workdir, best, moved=moved)
     log.info("best checkpoint: %s", "none is sharp enough, see gauges.jsonl" if best is None
              else f"step {best['step']}, by the rule in {workdir / gauges.BEST}")
     send(workdir)

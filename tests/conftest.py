@@ -43,7 +43,7 @@ def pytest_configure(config):
 LONGEST = (
     "test_train", "test_processes", "test_stages", "test_recipes", "test_shipped", "test_baselines",
     "test_mesh", "test_bucket", "test_readme", "test_denoiser", "test_step", "test_plan",
-    "test_encode",
+    "test_encode", "test_tasks", "test_continual", "test_paired",
 )
 
 

@@ -115,7 +115,7 @@ def test_all_weights_go_on_from_a_run(config, tiny, tmp_path):
     second = changed(full, init_full=str(tmp_path / "first"), learning_rate=1e-30,
                      sample_every=2, gauge_prompts=("a cat",))
     train_lib.train(second, tmp_path / "second")
-    (one, _), (two, _) = (workdir_lib.read_full(tmp_path / n) for n in ("first", "second"))
+    one, two = (workdir_lib.read_full(tmp_path / n) for n in ("first", "second"))
     for name, x in trees.flatten(one).items():
         np.testing.assert_array_equal(trees.flatten(two)[name], x, err_msg=name)
     metrics = read_metrics(tmp_path / "second")

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 # Keys that no context follows from, or that are in it by content (data, images, weights, bucket).
 OTHER_KEYS = {
     "model", "vlm", "data", "data_weights", "data_root", "cache", "encode",
+    "transformer_file", "vae_file", "text_encoder_file",
     "resolution", "buckets", "small_buckets",
     "trainable", "num_steps", "schedule", "shift", "loss", "teacher", "ema_decay", "lora.rank",
     "lora.alpha", "lora.targets", "lora.kind", "lora.factor", "num_train_steps", "batch_size",
@@ -40,8 +41,11 @@ OTHER_KEYS = {
     "objective", "states", "teacher_words", "base_lora", "init_lora", "init_full",
     "keep_prompts", "keep_share", "anchor", "retain", "earlier_data", "caption_key", "remat",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "published",
+    "sample_guidance", "sample_negative", "preview_model", "preview_model_steps",
+    "preview_model_shift",
     "log_every", "sample_every", "sample_steps", "preflight", "moments_dtype", "ema_dtype",
     "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every", "keep_checkpoints",
+    "trackers",
 }
 
 
@@ -208,7 +212,7 @@ def test_of_the_vae_only_the_decoder_is_read(tiny):
 
 def test_a_second_encode_makes_nothing_and_loads_nothing(config, cache, monkeypatch):
     before = {p.name: p.stat().st_mtime_ns for p in cache.iterdir()}
-    monkeypatch.setattr(encode_lib, "load_pipeline", None)
+    monkeypatch.setattr(encode_lib, "load_model", None)
     assert encode_lib.encode(config) == (0, 7)
     assert {p.name: p.stat().st_mtime_ns for p in cache.iterdir()} == before
 

@@ -74,7 +74,7 @@ def test_diffusers_computes_the_same_with_the_exported_weights(run, pipe, traine
 def test_shards_have_an_index_and_read_back_bit_for_bit(pipe, trained, tmp_path):
     out, table = tmp_path / "transformer", transformer_table(pipe.denoiser)
     files = write_component(
-        out, pipe.directory / "transformer", table, trained, shard_bytes=1_100_000
+        out, pipe.directory / "transformer" / "config.json", table, trained, shard_bytes=1_100_000
     )
     assert len(files) > 1 and all(f.stat().st_size < 1_200_000 for f in files)
     index = json.loads((out / "diffusion_pytorch_model.safetensors.index.json").read_text())
@@ -87,10 +87,11 @@ def test_shards_have_an_index_and_read_back_bit_for_bit(pipe, trained, tmp_path)
 
 def test_ours_is_replaced_and_others_only_when_told(pipe, trained, tmp_path):
     out, table = tmp_path / "transformer", transformer_table(pipe.denoiser)
-    source = pipe.directory / "transformer"
+    folder = pipe.directory / "transformer"
+    source = folder / "config.json"
     write_component(out, source, table, trained)
     write_component(out, source, table, trained)
-    ZImageTransformer2DModel.from_pretrained(source).save_pretrained(out)
+    ZImageTransformer2DModel.from_pretrained(folder).save_pretrained(out)
     with pytest.raises(WeightsError, match="not written here; --overwrite replaces them"):
         write_component(out, source, table, trained)
     write_component(out, source, table, trained, overwrite=True)
@@ -105,5 +106,6 @@ def test_what_cannot_be_exported_is_said(run, pipe, trained, tmp_path):
     del trained["x_embedder"]["kernel"]
     table = transformer_table(pipe.denoiser)
     with pytest.raises(WeightsError, match="x_embedder/kernel: the tree has no such parameter"):
-        write_component(tmp_path / "x", pipe.directory / "transformer", table, trained)
+        write_component(tmp_path / "x", pipe.directory / "transformer" / "config.json", table,
+                        trained)
     assert not (tmp_path / "x").exists()

@@ -1,19 +1,26 @@
 """Runs that train a DoRA or a LoKr: from the first state over a resume to what is exported."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from dopsd_jax import demo, paired, sample, weights
 from dopsd_jax import export as export_lib
-from dopsd_jax import sample, weights
 from dopsd_jax import train as train_lib
 from dopsd_jax.core import sharding, trees
 from dopsd_jax.core.metrics import read_metrics
+from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.method import lora as lora_lib
+from dopsd_jax.method import sampling
+from dopsd_jax.method.contexts import text_context
 from dopsd_jax.models import adapters
 from dopsd_jax.planning import flops
-from dopsd_jax.run import loras
+from dopsd_jax.run import loras, model, pictures
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.config import check_config
 from dopsd_jax.run.step import Step
@@ -136,6 +143,63 @@ def test_what_is_exported_draws_the_same(pipe, runs, tiny, tmp_path, kind):
     assert np.abs(draw(full, None) - draw(pipe, (file, 0.5))).max() <= 1
     with pytest.raises(ValueError, match="rank: expected none with a (DoRA|LoKr), which is writ"):
         export_lib.export_loras(str(tiny.pipeline), [file], "peft", "x", rank=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_previews_on_another_model_and_the_demo_draw_as_sample_does(
+    pipe, runs, make_config, kind
+):
+    """On other weights; of no strength both are the untouched model."""
+    other = dataclasses.replace(pipe, params=jax.tree.map(lambda x: 1.1 * x, pipe.params))
+    run = str(runs / kind)
+    without, half, full = (draw(other, lora) for lora in (None, (run, 0.5), run))
+    assert np.abs(half - without).mean() > 1 and np.abs(half - full).mean() > 1
+    player = demo.Player(other, [loras.Named(run)], 32, 32)
+    got = player.draw("a fox", seed=1, num_steps=2, strengths=[0.5])
+    for picture, want in zip(got, (without, half), strict=True):
+        assert np.abs(picture - want[0]).max() <= 1
+
+    config = make_config(kind, preview_model_steps=2)
+    step = Step(config, pipe.denoiser, pipe.lora.targets, sharding.make_mesh())
+    student = jax.tree.map(jnp.asarray, workdir_lib.read_lora(run)[0])
+    noise = sampling.draw_noise([1], pipe.denoiser.latent_shape(32, 32))
+    subjects = {"prompts": (noise, text_context(pipe, ["a fox"], length=pipe.text.lengths[0]))}
+    moved = pictures.Moved(config, other, sharding.make_mesh(), Bucket(32, 32), step.method,
+                           subjects, student)
+    for picture, want in ((moved.untuned, without), (moved.drawn(student), full)):
+        assert np.abs(picture["prompts"] - want).max() <= 1
+
+
+def test_the_commands_draw_with_a_dora(pipe, runs, tiny, tmp_path, monkeypatch):
+    """They look at LoRAs before weights are read, when a DoRA's norms are not known."""
+    lora = [str(runs / "dora")]
+    flagged = {"model": str(tiny.pipeline), "lora": lora, "prompt": ["a fox"], "reference": None,
+               **DRAW, "seed": 1, "guidance": 0.0, "negative": "", "dtype": "float32",
+               "out": str(tmp_path / "drawn"), **dict.fromkeys(model.FILES, "")}
+    monkeypatch.setattr(sample, "FLAGS", Flags(flagged))
+    sample.main()
+    (file,) = (tmp_path / "drawn").glob("*.png")
+    want = draw(pipe, lora[0])
+    assert np.abs(np.asarray(Image.open(file)).astype(int) - want[0]).max() <= 1
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    plan = paired.planned(
+        tmp_path / "paired", str(tiny.pipeline), None, lora, str(tmp_path / "prompts.txt"),
+        first_seed=1, seeds=1, **DRAW, dtype="float32",
+    )
+    paired.claim(plan)
+    paired.draw(plan, 1)
+    for side, expected in ((paired.TUNED, want), (paired.BASE, draw(pipe, None))):
+        drawn = np.asarray(Image.open(plan.file(side, (0, 1)))).astype(int)
+        assert np.abs(drawn - expected[0]).max() <= 1
+
+
+class Flags(dict):
+    """Parsed flags, by attribute, and by name with `.value`."""
+
+    __getattr__ = dict.__getitem__
+
+    def __getitem__(self, name):
+        return SimpleNamespace(value=getattr(self, name))
 
 
 def test_a_lokr_adds_up_with_others_and_a_dora_is_refused_beside_them(pipe, runs, tiny):

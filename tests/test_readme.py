@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
+from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.run.workdir import flat_config
-from tests.commands import environment
+from tests.commands import environment, wrong_flags
+from tests.weights.one_file_examples import example, z_image_of_its_makers
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -107,6 +109,22 @@ def test_the_commands_of_the_other_family_train_edit_and_export(tiny_flux2, tmp_
     assert (tmp_path / "runs/e/lora.safetensors").stat().st_size > 10_000
 
 
+def test_the_commands_train_and_sample_with_files_of_comfyui(home, tiny):
+    model = example(tiny.pipeline, z_image_of_its_makers, home)
+    (home / "Tongyi-MAI").mkdir()
+    model.small.rename(home / "Tongyi-MAI" / "Z-Image-Turbo")
+    files = model.files(home, "short")
+    for key, name in (("transformer_file", "z_image_turbo_bf16"), ("vae_file", "ae"),
+                      ("text_encoder_file", "qwen_3_4b")):
+        Path(files[key]).rename(home / f"{name}.safetensors")
+    run_block(home, "tested one file", SMALLER)
+    # The same weights as of the directory, so the same run, wherever it drew them from.
+    losses = [[row["loss"] for row in read_metrics(home / f"runs/{name}")] for name in "ac"]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    (made,) = (home / "runs/c/drawn").glob("*.json")
+    assert json.loads(made.read_text())["vae_file"] == "ae.safetensors"
+
+
 def test_the_python_lines_draw_with_the_lora(home):
     code = block("tested python").replace("512", "64") + "print(pixels.dtype, pixels.shape)"
     assert "uint8 (1, 64, 64, 3)" in run(home, "-c", code)
@@ -136,16 +154,7 @@ def test_every_page_is_listed_in_the_readme():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_has_a_module_and_its_flags_exist(page):
-    text = re.sub(r"\\\n\s*", " ", page.read_text())
-    for module, rest in re.findall(r"python -m (dopsd_jax[\w.]*)([^`\n]*)", text):
-        path = ROOT.joinpath(*module.split("."))
-        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-        assert file.is_file(), f"{page.name}: {module}"
-        shared = ("core/distributed.py", "compare/metric_weights.py")  # define flags of several
-        sources = "".join(p.read_text() for p in (file, *(ROOT / "dopsd_jax" / s for s in shared)))
-        for flag in re.findall(r"--([a-z]\w*)(?![\w.])", rest):
-            defined = re.search(rf'"(--)?{flag}"', sources)
-            assert defined, f"{page.name}: {module} has no --{flag}"
+    assert wrong_flags(page.read_text()) == []
 
 
 def test_the_map_names_every_module_and_no_other():
@@ -157,7 +166,8 @@ def test_the_map_names_every_module_and_no_other():
 
 
 def test_every_file_and_key_that_the_pages_name_exists():
-    text = "\n".join(page.read_text() for page in PAGES)
+    pages = [*PAGES, *sorted((ROOT / "docs").glob("*.ipynb"))]
+    text = "\n".join(page.read_text() for page in pages)
     for path in re.findall(r"(?:launch|configs)/\w+\.\w+", text):
         assert (ROOT / path).is_file(), path
     from configs import mini_claim

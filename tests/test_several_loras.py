@@ -17,7 +17,7 @@ from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import loras
 from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.pipeline import load_transformer, transformer_shapes
+from dopsd_jax.weights.pipeline import load_pipeline, load_transformer, transformer_shapes
 from tests.commands import ROOT, environment
 
 SIZE = dict(num_steps=2, height=32, width=32)
@@ -161,7 +161,7 @@ def test_full_weights_hold_both(pipe, two, tiny, tmp_path):
     for part in ("tokenizer", "text_encoder", "vae", "scheduler", "model_index.json"):
         (tmp_path / part).symlink_to(tiny.pipeline / part)
     (tmp_path / "full").rename(tmp_path / "transformer")
-    for name, x in trees.flatten(load_transformer(tmp_path)).items():
+    for name, x in trees.flatten(load_transformer(load_pipeline(tmp_path, parts=()))).items():
         np.testing.assert_allclose(x, want[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 

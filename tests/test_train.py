@@ -1,8 +1,10 @@
 """The training command on the tiny pipeline: artefacts, resume, signals, refusals."""
 
+import contextlib
 import json
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -71,15 +73,15 @@ def command(tiny, photos, workdir, **more):
             "--workdir", str(workdir), *(f"--config.{k}={v}" for k, v in values.items())]
 
 
-def start(args):
+def start(args, **variables):
     return subprocess.Popen(
-        args, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
+        args, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
     )
 
 
-def finish(args):
-    process = start(args)
+def finish(args, **variables):
+    process = start(args, **variables)
     output, _ = process.communicate(timeout=600)
     return process.returncode, output
 
@@ -110,8 +112,11 @@ def assert_same(one, two):
 @pytest.fixture(scope="module")
 def uninterrupted(tiny, photos, tmp_path_factory, compilation_cache):
     workdir = tmp_path_factory.mktemp("run") / "whole"
-    code, output = finish(command(tiny, photos, workdir, sample_every=15,
-                                  sample_prompts="('a fox','two dogs')"))
+    code, output = finish(
+        command(tiny, photos, workdir, sample_every=15, sample_prompts="('a fox','two dogs')",
+                trackers="trackio"),
+        TRACKIO_DIR=str(workdir.parent / "trackio"),
+    )
     assert code == 0, output
     return workdir, output
 
@@ -134,6 +139,22 @@ def test_a_run_leaves_pictures_curves_numbers_and_checkpoints(uninterrupted):
     assert "46 of 46 language tensors" in output and "images/s" in output and "left" in output
     config = json.loads((workdir / "config.json").read_text())
     assert config["lora"]["rank"] == 8
+
+
+def test_a_tracker_has_the_numbers_the_pictures_and_the_config(uninterrupted):
+    directory = uninterrupted[0].parent / "trackio"
+    with contextlib.closing(sqlite3.connect(directory / "dopsd_jax.db")) as database:
+        rows = database.execute("select step, metrics from metrics").fetchall()
+        ((config,),) = database.execute("select config from configs").fetchall()
+    rows = [(step, json.loads(values)) for step, values in rows]
+    assert [s for s, row in rows if "train/loss" in row] == [*range(1, STEPS + 1)]
+    drawn = {s: row for s, row in rows if "gauges/style" in row}
+    assert [*drawn] == [0, 15, 30]
+    for row in drawn.values():
+        for name in ("step", "trajectory", "prompts"):
+            file = directory / "media" / row[f"pictures/{name}"]["file_path"]
+            assert Image.open(file).size[0] > 64
+    assert json.loads(config)["lora.rank"] == 8
 
 
 def test_the_student_has_moved_and_the_teacher_follows(uninterrupted):
@@ -350,7 +371,7 @@ def test_full_fine_tuning_shows_the_base_as_the_base_after_a_resume(config, tmp_
 def test_a_finished_run_ends_before_its_weights_are_loaded(
     config, uninterrupted, monkeypatch, caplog
 ):
-    monkeypatch.setattr(train_lib, "load_pipeline", None)
+    monkeypatch.setattr(train_lib.model, "load_model", None)
     config.update({"sample_every": 15, "sample_prompts": ("a fox", "two dogs")})
     with caplog.at_level("INFO", "dopsd_jax"):
         assert train_lib.train(config, uninterrupted[0]) is None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dopsd_jax.compare.table import markdown_table
+from dopsd_jax.core.markdown import markdown_table
 from dopsd_jax.core.metrics import GAUGES, read_metrics
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from absl import flags
 
 from dopsd_jax.weights import hub
-from dopsd_jax.weights.load import PICKLES, open_safetensors, shard_names
+from dopsd_jax.weights.load import shard_names
+from dopsd_jax.weights.mapped import PICKLES, open_safetensors
 
 VGG, HEADS = "model.safetensors", "lpips_vgg.safetensors"
 # Colours that CLIP was trained with, and ImageReward after it.

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.core import cli
 from dopsd_jax.core.log import log
-from dopsd_jax.run import loras
+from dopsd_jax.run import loras, model
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.loras import Named
 
@@ -88,6 +88,9 @@ def own_runs(directories: str) -> list[Run]:
         first, *besides = (loras.parse(part.strip()) for part in text.split("+"))
         workdir = Path(first.path)
         config = workdir_lib.read_config(workdir)
+        if given := [f"{key}={file}" for key, file in model.files_of(config).items() if file]:
+            raise ValueError(f"checkpoints: {workdir} was trained with {', '.join(given)}, but "
+                             "pictures are drawn with the model that comes with the package")
         method = "+".join(
             Path(n.path).name + ("" if n.strength == 1 else f":{n.strength:g}")
             for n in (first, *besides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from dopsd_jax.compare.measures import NEW_SEEN, NEW_UNSEEN, OLD, CaseSet, Measured
 from dopsd_jax.compare.stats import Interval, interval, mean_interval, ratio_interval
 from dopsd_jax.core.files import write_atomic
+from dopsd_jax.core.markdown import markdown_table
 from dopsd_jax.mini.judge import frechet_distance, moments
 
 DRAWS = 200  # resamples of a Frechet distance, which is slow
@@ -154,13 +155,6 @@ def as_markdown(rows: dict[str, dict[str, Interval | str]]) -> str:
     return markdown_table(columns, {
         name: [str(row.get(c, "")) for c in columns] for name, row in rows.items()
     })
-
-
-def markdown_table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A Markdown table of named rows, a cell for each column."""
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
-    return "\n".join(lines) + "\n"
 
 
 def write_csv(path: Path, points: Sequence[Point], sets: dict[str, CaseSet]) -> None:

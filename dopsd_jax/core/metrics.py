@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, the terminal, curves.png."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, trackers, the terminal, curves.png."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,13 @@ from dopsd_jax.core.checks import is_whole
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.core.tensorboard import TensorBoard
+from dopsd_jax.core.trackers import Event, Tracker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS, GAUGES = "metrics.jsonl", "gauges.jsonl"
+GROUPS = {METRICS: "train", GAUGES: "gauges"}  # what stands before the names of their numbers
 RENAMED = {"look": "style", "teacher_look": "teacher_style"}  # what older runs wrote
 
 
@@ -33,7 +35,10 @@ class Metrics:
     so that every step stands in a file once.
     """
 
-    def __init__(self, workdir: str | Path, resume_step: int, *, redraws: bool = False):
+    def __init__(
+        self, workdir: str | Path, resume_step: int, *, redraws: bool = False,
+        trackers: Sequence[str] = (), settings: dict[str, Any] | None = None,
+    ):
         """Opens the files and drops what an earlier start wrote for steps that are done again.
 
         Args:
@@ -42,54 +47,81 @@ class Metrics:
             redraws: Whether the pictures of `resume_step` will be drawn again. Then its gauges and
                 pictures are dropped too. Its training metrics always stay: they were written
                 before the checkpoint, and the step itself is not repeated.
+            trackers: Names of the trackers that get the same, see core/trackers.py.
+            settings: The run's config for them, flat.
         """
-        self._streams = {}
+        workdir = Path(workdir)
         last = {METRICS: resume_step, GAUGES: resume_step - redraws}
-        for name in (METRICS, GAUGES):
-            kept = [r for r in read_metrics(workdir, name) if r["step"] <= last[name]]
-            file = Path(workdir) / name
-            write_atomic(file, "".join(json.dumps(r) + "\n" for r in kept))
+        rows = {name: read_metrics(workdir, name) for name in GROUPS}
+        kept = {name: [r for r in rows[name] if r["step"] <= last[name]] for name in GROUPS}
+        reached = {GROUPS[name]: max([-1, *(r["step"] for r in rows[name])]) for name in GROUPS}
+        self._trackers = [
+            Tracker(name, workdir, settings or {}, _events(workdir, kept), reached)
+            for name in trackers
+        ]
+        self._pictures: dict[int, dict[str, np.ndarray]] = {}
+        self._streams = {}
+        for name in GROUPS:
+            file = workdir / name
+            write_atomic(file, "".join(json.dumps(r) + "\n" for r in kept[name]))
             self._streams[name] = file.open("a", buffering=1)
-        self._tensorboard = TensorBoard(Path(workdir) / "tensorboard", first_step=last[GAUGES] + 1)
+        self._tensorboard = TensorBoard(workdir / "tensorboard", first_step=last[GAUGES] + 1)
         if redraws:  # TensorBoard hides a step as a whole, so what stays of it is written again
-            for row in read_metrics(workdir):
-                if row.pop("step") == resume_step:
-                    self._to_tensorboard("train", resume_step, row)
+            for row in kept[METRICS]:
+                if row["step"] == resume_step:
+                    self._to_tensorboard(resume_step, _tagged(METRICS, row))
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl; arrays become lists there and name/0, name/1.. elsewhere."""
-        self._write(METRICS, "train", step, values)
+        self._write(METRICS, step, values)
 
     def gauges(self, step: int, values: dict[str, Any]) -> None:
         """The same of gauges.jsonl."""
-        self._write(GAUGES, "gauges", step, values)
+        self._write(GAUGES, step, values)
 
-    def _write(self, file: str, group: str, step: int, values: dict[str, Any]) -> None:
+    def _write(self, file: str, step: int, values: dict[str, Any]) -> None:
         row = {k: np.asarray(v).tolist() for k, v in values.items()}
         self._streams[file].write(json.dumps({"step": step, **row}) + "\n")
-        self._to_tensorboard(group, step, row)
+        tagged = _tagged(file, row)
+        self._to_tensorboard(step, tagged)
+        pictures = self._pictures.pop(step, {}) if file == GAUGES else {}
+        self._to_trackers(Event(GROUPS[file], step, tagged, pictures))
 
-    def _to_tensorboard(self, group: str, step: int, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            for i, x in enumerate(value if isinstance(value, list) else [value]):
-                tag = f"{group}/{name}/{i}" if isinstance(value, list) else f"{group}/{name}"
-                self._tensorboard.scalar(step, tag, x)
+    def _to_tensorboard(self, step: int, tagged: dict[str, float]) -> None:
+        for tag, value in tagged.items():
+            self._tensorboard.scalar(step, tag, value)
+
+    def _to_trackers(self, event: Event) -> None:
+        for tracker in self._trackers:
+            tracker.put(event)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture [H, W, 3] uint8 for TensorBoard."""
+        """A picture [H, W, 3] uint8 for TensorBoard, and for trackers with the step's gauges."""
         self._tensorboard.image(step, name, pixels)
+        if self._trackers:
+            self._pictures.setdefault(step, {})[name] = pixels
 
     def flush(self) -> None:
         """Hands everything to the operating system, which keeps it if this process is killed."""
+        for step, pictures in self._pictures.items():  # of an objective without gauges
+            self._to_trackers(Event(GROUPS[GAUGES], step, {}, pictures))
+        self._pictures.clear()
         for stream in self._streams.values():
             stream.flush()
         self._tensorboard.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """Ends it all.
+
+        Args:
+            failed: Whether the run ended with an error, which trackers show.
+        """
         self.flush()
         for stream in self._streams.values():
             stream.close()
         self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close(failed=failed)
 
 
 class NoMetrics:
@@ -103,7 +135,31 @@ class NoMetrics:
 
     def flush(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool = False) -> None: ...
+
+
+def _tagged(file: str, row: dict[str, Any]) -> dict[str, float]:
+    """{"loss": 1, "step_loss": [2, 3]} -> {"train/loss": 1, "train/step_loss/0": 2, ..}."""
+    tagged = {}
+    for name, value in row.items():
+        tag = f"{GROUPS[file]}/{name}"
+        if isinstance(value, list):
+            tagged |= {f"{tag}/{i}": x for i, x in enumerate(value)}
+        elif name != "step":
+            tagged[tag] = value
+    return tagged
+
+
+def _events(workdir: Path, kept: dict[str, list[dict[str, Any]]]) -> list[Event]:
+    """What a run's files hold, in the order of its steps, gauges with the pictures drawn then."""
+    events = [
+        Event(GROUPS[name], row["step"], _tagged(name, row), {
+            file.stem.rpartition("_")[0]: file
+            for file in sorted((workdir / "samples").glob(f"*_{row['step']:06d}.png"))
+        } if name == GAUGES else {})
+        for name in GROUPS for row in kept[name]
+    ]
+    return sorted(events, key=lambda event: event.step)
 
 
 def read_metrics(workdir: str | Path, name: str = METRICS) -> list[dict[str, Any]]:

@@ -139,7 +139,8 @@ def _image_features(encoder: Qwen3, vision: VisionTower, static, params, vision_
 
 
 def text_context(
-    pipe: Pipeline, prompts: Sequence[str], *, length: int, truncate: bool = False
+    pipe: Pipeline, prompts: Sequence[str], *, length: int, truncate: bool = False,
+    allow_empty: bool = False,
 ) -> Context:
     """What the student sees, and what sampling uses.
 
@@ -149,6 +150,7 @@ def text_context(
         length: Padded text length L; of `pipe.text.lengths`, or any multiple of 32 where the
             denoiser does not attend to pads.
         truncate: Cut longer prompts as published; otherwise they are an error.
+        allow_empty: Take empty prompts too: what guidance leads away from.
 
     Returns:
         Context with text [B, L, D].
@@ -159,7 +161,8 @@ def text_context(
     text = pipe.text
     check_length(text, length)
     ids, mask = prompts_lib.encode_prompts(
-        pipe.tokenizer, prompts, length, enable_thinking=text.enable_thinking, truncate=truncate
+        pipe.tokenizer, prompts, length, enable_thinking=text.enable_thinking, truncate=truncate,
+        allow_empty=allow_empty,
     )
     features = _text_features(
         pipe.text_encoder, text, pipe.encoder_mesh, pipe.text_params, ids, mask

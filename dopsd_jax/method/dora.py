@@ -41,9 +41,9 @@ def begun(lora: Tree, norms: Tree) -> Tree:
     return trees.unflatten(flat)
 
 
-def is_dora(tree: Tree) -> bool:
-    """Whether any layer has an `m`, so that only `ready` makes it of use to the networks."""
-    return any("m" in leaves for leaves in adapters.sites(tree).values())
+def paths(tree: Tree) -> tuple[str, ...]:
+    """Of the layers that have an `m`, so that only `ready` makes them of use to the networks."""
+    return tuple(path for path, leaves in adapters.sites(tree).items() if "m" in leaves)
 
 
 def ready(tree: Tree, params: Tree, norms: Tree | None = None) -> Tree:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dopsd_jax.data.images import to_uint8
-from dopsd_jax.method import rollout
+from dopsd_jax.method import flow, rollout
+from dopsd_jax.method.guidance import guided
 from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.models.vae import Vae
 from dopsd_jax.weights.pipeline import Pipeline
@@ -18,8 +19,27 @@ from dopsd_jax.weights.pipeline import Pipeline
 
 @functools.partial(jax.jit, static_argnums=0)
 def sample_trajectory(denoiser: Denoiser, variables, noise, ctx, sigmas):
-    """`rollout.trajectory` under jit: the sample [B, h, w, C] and its x0 [S, B, h, w, C]."""
-    return rollout.trajectory(variables, noise, ctx, sigmas, velocity=denoiser.velocity)
+    """`rollout.trajectory` under jit: the sample [B, h, w, C] and its x0 [S, B, h, w, C].
+
+    `ctx` may be a `guidance.GuidedContext`.
+    """
+    return rollout.trajectory(variables, noise, ctx, sigmas, velocity=guided(denoiser.velocity))
+
+
+def sample(denoiser: Denoiser, variables, noise, ctx, sigmas: np.ndarray) -> jax.Array:
+    """The sample of `sample_trajectory` alone, by one program for every number of steps."""
+    filled = np.zeros(flow.MAX_STEPS + 1, np.float32)
+    filled[: len(sigmas)] = sigmas
+    return _sample(denoiser, variables, noise, ctx, filled, len(sigmas) - 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample(denoiser: Denoiser, variables, noise, ctx, sigmas, num_steps):
+    def step(s, x):
+        v = guided(denoiser.velocity)(variables, x, sigmas[s], ctx)
+        return flow.euler_step(x, v, sigmas[s], sigmas[s + 1])
+
+    return jax.lax.fori_loop(0, num_steps, step, noise.astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -25,13 +25,13 @@ from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
 from dopsd_jax.method import flow, sampling
 from dopsd_jax.method.baselines import flow_matching_loss
+from dopsd_jax.method.guidance import GuidedContext, guided
 from dopsd_jax.method.rollout import trajectory
 from dopsd_jax.method.train_step import Method, init_state, make_train_step
 from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini import encoding, ending
 from dopsd_jax.mini import rows as rows_lib
 from dopsd_jax.mini import world as world_lib
-from dopsd_jax.mini.guidance import GuidedContext, guided
 from dopsd_jax.mini.labels import WORLD
 from dopsd_jax.mini.model import fresh, save_models
 from dopsd_jax.mini.rows import Rows

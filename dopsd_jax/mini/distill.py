@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.method import flow
 from dopsd_jax.method.baselines import flow_matching_loss
+from dopsd_jax.method.guidance import GuidedContext, guided
 from dopsd_jax.method.rollout import Velocity, trajectory
-from dopsd_jax.mini.guidance import GuidedContext, guided
 from dopsd_jax.models.denoiser import Context
 
 STUDENT, CRITIC = "student", "critic"

@@ -13,9 +13,8 @@ import numpy as np
 
 from dopsd_jax.core import trees
 from dopsd_jax.method import flow, sampling
-from dopsd_jax.method.rollout import trajectory
+from dopsd_jax.method.guidance import with_guidance
 from dopsd_jax.mini import encoding, world
-from dopsd_jax.mini.guidance import GuidedContext, guided
 from dopsd_jax.mini.labels import Labels
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.weights.pipeline import Pipeline
@@ -94,14 +93,6 @@ def read_cases(labels: Labels, captions: Sequence[str], *, seed: int = 0) -> Cas
     )
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _trajectory(velocity, lead: bool, params, noise, ctx, empty, scale, sigmas):
-    if lead:
-        led = GuidedContext(ctx, empty, scale)
-        return trajectory(params, noise, led, sigmas, velocity=guided(velocity))[0]
-    return trajectory(params, noise, ctx, sigmas, velocity=velocity)[0]
-
-
 def draw(
     pipe: Pipeline, variables: trees.Tree, ctx: Context, seeds: Sequence[int], *, num_steps: int,
     guidance: float = 1.0, side: int = world.SIZE, batch: int = 100,
@@ -122,14 +113,13 @@ def draw(
     shape = pipe.denoiser.latent_shape(side, side)
     ids, mask = encoding.caption_ids(pipe.tokenizer, [""])
     empty = encoding.text_features(pipe, pipe.text_params, ids, mask)
-    empty = jax.tree.map(lambda x: jnp.repeat(x, batch, 0), empty)
     pictures = []
     for i in range(0, len(seeds), batch):
         rows = [min(j, len(seeds) - 1) for j in range(i, i + batch)]  # one shape for every batch
         part = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[np.asarray(rows)]), ctx)
         noise = sampling.draw_noise([int(seeds[j]) for j in rows], shape)
-        x = _trajectory(pipe.denoiser.velocity, guidance != 1.0, variables, noise, part, empty,
-                  jnp.float32(guidance), sigmas)
+        led = part if guidance == 1.0 else with_guidance(part, empty, guidance)
+        x, _ = sampling.sample_trajectory(pipe.denoiser, variables, noise, led, sigmas)
         pictures.append(sampling.decode(pipe, x)[: len(seeds) - i])
     return np.concatenate(pictures)
 

@@ -17,7 +17,8 @@ from dopsd_jax.data import prompts
 from dopsd_jax.mini.data import to_float
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.qwen3_vl import multimodal_features
-from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage, fingerprint
+from dopsd_jax.weights.fingerprints import fingerprint
+from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage
 
 TEXT_TOKENS = 32     # padded captions; with the template the longest has 26
 PAIR_TOKENS = 64     # padded captions with 16 tokens of a picture before them

@@ -11,7 +11,7 @@ from dopsd_jax.mini import data as data_lib
 from dopsd_jax.mini.model import PIPELINE
 from dopsd_jax.run import loop
 from dopsd_jax.run import workdir as workdir_lib
-from dopsd_jax.weights.pipeline import fingerprint
+from dopsd_jax.weights.fingerprints import fingerprint
 
 # Objective -> what prepares its task, and what its end leaves in the workdir.
 STAGES = {

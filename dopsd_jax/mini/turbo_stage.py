@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 from dopsd_jax.core import trees
 from dopsd_jax.core.log import log
 from dopsd_jax.method import lora
+from dopsd_jax.method.guidance import pad_context
 from dopsd_jax.method.train_step import Method, init_state, make_train_step
 from dopsd_jax.mini import encoding, ending
 from dopsd_jax.mini import rows as rows_lib
 from dopsd_jax.mini.base_stage import Gallery, context, load
 from dopsd_jax.mini.distill import CRITIC, STUDENT, DistillBatch, distill_loss_and_grad, segments
-from dopsd_jax.mini.guidance import pad_context
 from dopsd_jax.mini.model import save_models
 from dopsd_jax.mini.rows import Rows
 from dopsd_jax.run import loop, loras

@@ -74,6 +74,21 @@ class VaeKind:
     names: ParamNames = dataclasses.field(default_factory=ParamNames)
 
 
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """What others call a family's published checkpoints, by the names of `Family.published`.
+
+    Attributes:
+        hub: Repository on the hub.
+        spec: Architecture in Stability AI's model spec, as kohya-ss writes it.
+        arguments: What diffusers' pipeline is called with besides prompt, size and steps.
+    """
+
+    hub: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    spec: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    arguments: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """All facts of a model family; a `config` is the transformer's.
@@ -87,8 +102,8 @@ class Family:
             tokens for FLOPs, see `Denoiser.passes`.
         names: What sharding and rematerialisation need to know of the transformer.
         table: Name table of the transformer in diffusers' layout, in which it is written too.
-        other_tables: Name tables of other layouts that are read, such as its makers' single file;
-            no tensor name may be one of `table`.
+        other_tables: Name tables of other layouts that are read, such as its makers' single file,
+            as far as they name a tensor otherwise; no name may be one of `table`.
         modules: What LoRA files call its linear layers, see `weights.names.linear_modules`.
         targets: LoRA targets, regexes over parameter names by preset, see `lora.PRESETS`.
         text: Rules of its prompts, by the text encoder's config.
@@ -97,7 +112,11 @@ class Family:
             files; the first stands for the family where no model is at hand.
         shift: (steps, image tokens) -> the sampler's shift. None: one number, which
             scheduler_config.json holds.
-        is_distilled: Whether a model_index.json is of a step-distilled model; others need guidance.
+        is_distilled: (model_index.json, static shift) -> whether the model is step-distilled;
+            others are made for guidance.
+        unguided: The guidance scale at which its pipeline draws from the prompt alone, so that the
+            velocity is negative + (scale + 1 - unguided) (positive - negative).
+        elsewhere: What its checkpoints are called elsewhere, for what is exported.
     """
 
     pipeline: str
@@ -113,4 +132,6 @@ class Family:
     published: Mapping[str, Any]
     other_tables: tuple[Callable[[Any], list[Rule]], ...] = ()
     shift: Callable[[int, int], float] | None = None
-    is_distilled: Callable[[dict], bool] = lambda index: True
+    is_distilled: Callable[[dict, float | None], bool] = lambda index, shift: True
+    unguided: float = 1.0
+    elsewhere: Elsewhere = Elsewhere()

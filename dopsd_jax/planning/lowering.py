@@ -22,9 +22,9 @@ from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.planning import compiler
 from dopsd_jax.planning.chips import chip_of
 from dopsd_jax.run import loras
+from dopsd_jax.run.model import load_model
 from dopsd_jax.run.step import Shapes, Step
 from dopsd_jax.weights.families import find, published_denoiser
-from dopsd_jax.weights.pipeline import load_pipeline
 
 
 def buckets_of(config: ConfigDict) -> tuple[Bucket, ...]:
@@ -46,9 +46,7 @@ def planned_bucket(config: ConfigDict) -> Bucket:
 def denoiser_of(config: ConfigDict) -> Denoiser:
     """The network of config.model by its files; without a model the one of config.published."""
     if config.model:
-        return load_pipeline(
-            config.model, dtype=config.dtype, remat=config.remat, parts=()
-        ).denoiser
+        return load_model(config, dtype=config.dtype, remat=config.remat, parts=()).denoiser
     return published_denoiser(config.published, jnp.dtype(config.dtype), config.remat)
 
 
@@ -57,7 +55,7 @@ def step_of(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Step:
     denoiser = denoiser_of(config)
     before: tuple[Tree | None, Tree | None] = None, None
     if config.base_lora or config.init_lora or config.init_full:
-        before = loras.stands_on(config, load_pipeline(config.model, parts=()))
+        before = loras.stands_on(config, load_model(config, parts=()))
     return Step(config, denoiser, find(denoiser.network.config).targets, mesh, *before)
 
 
@@ -67,6 +65,13 @@ def bytes_per_device(tree: Tree) -> int:
         trees.num_bytes(jax.ShapeDtypeStruct(s.sharding.shard_shape(s.shape), s.dtype))
         for s in jax.tree.leaves(tree)
     )
+
+
+def preview_bytes(config: ConfigDict, shapes: Shapes) -> int:
+    """What the weights of config.preview_model take per device: as much as those of the model."""
+    if not (config.preview_model and config.sample_every and shapes.base):
+        return 0
+    return bytes_per_device(shapes.base["params"])
 
 
 def lower(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, Shapes]:

@@ -16,7 +16,8 @@ from dopsd_jax.data.rows import Row
 from dopsd_jax.method.contexts import RECIPES, STUDENT, TEACHER, vlm_ids
 from dopsd_jax.run.config import needs_teacher, needs_vlm
 from dopsd_jax.run.keys import MAX_TOKENS
-from dopsd_jax.weights.pipeline import Pipeline, load_pipeline, read_vl_config
+from dopsd_jax.run.model import load_model
+from dopsd_jax.weights.pipeline import Pipeline, read_vl_config
 from dopsd_jax.weights.shipped import vlm_directory
 
 MAX_LISTED = 20
@@ -33,7 +34,7 @@ class Captions:
     """
 
     def __init__(self, config: ConfigDict):
-        self._config, self._pipe = config, load_pipeline(config.model, parts=())
+        self._config, self._pipe = config, load_model(config, parts=())
         self._recipe = RECIPES[config.recipe]
         self._count: dict[str, Count] = {STUDENT: _student(self._pipe)}
         self.limits = {STUDENT: config.text_tokens}

@@ -13,20 +13,21 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import sharding, trees
+from dopsd_jax.core import sharding, trackers, trees
 from dopsd_jax.core.checks import noted
 from dopsd_jax.data import keeping, prompts
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.datasets import parse_data
 from dopsd_jax.data.drafts import Needs
 from dopsd_jax.method import contexts, flow, lora
+from dopsd_jax.method.guidance import check_guidance
 from dopsd_jax.method.train_step import Method, method_of
-from dopsd_jax.run import loras
+from dopsd_jax.run import loras, preview_model
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.keys import KEYS
+from dopsd_jax.run.model import FILES, load_model
 from dopsd_jax.weights.pipeline import (
     Pipeline,
-    load_pipeline,
     read_vl_config,
     transformer_shapes,
 )
@@ -101,6 +102,9 @@ def check_config(config: ConfigDict, *, starts: bool = True) -> Method:
     if good("data", "data_weights"):
         with noted(problems):
             parse_data(config.data, config.data_weights)
+    if good("trackers"):
+        with noted(problems, "trackers"):
+            trackers.check_installed(config.trackers)
     if good("encode", "cache") and config.encode == "online" and config.cache:
         problems.append("encode: expected ahead with a cache, which holds all that is encoded")
     if good("schedule", "num_steps", "shift"):
@@ -117,9 +121,9 @@ def check_config(config: ConfigDict, *, starts: bool = True) -> Method:
     if shown and good("vlm"):
         with noted(problems, "vlm"):
             read_vl_config(config.vlm)
-    if good("model"):
+    if good("model", *FILES):
         with noted(problems, "model"):
-            pipe = load_pipeline(config.model, parts=())
+            pipe = load_model(config, parts=())
             problems += _break_model(config, pipe, good)
     if problems:
         raise ValueError("config:\n  " + "\n  ".join(problems))
@@ -270,7 +274,16 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
                 max(h for h, _, _ in sizes), max(w for _, w, _ in sizes),
                 max(config[key] for key in lengths),
             )
+    if good("sample_guidance", "sample_negative"):
+        with noted(problems):
+            check_guidance(pipe, config.sample_guidance, config.sample_negative,
+                           names=("sample_guidance", "sample_negative"))
+    if good("preview_model", "trainable") and config.preview_model:
+        with noted(problems, "preview_model"):
+            preview_model.check_sibling(config, pipe)
     texts = {key: config[key] for key in ("sample_prompts", "gauge_prompts") if good(key)}
+    if good("sample_negative") and config.sample_negative:
+        texts["sample_negative"] = [config.sample_negative]
     if good("keep_prompts") and config.keep_prompts:
         with noted(problems):
             texts["keep_prompts"] = keeping.read_prompts(config.keep_prompts)

@@ -23,20 +23,20 @@ from dopsd_jax.data.datasets import Data
 from dopsd_jax.method import contexts
 from dopsd_jax.method.contexts import RECIPES, TEACHER
 from dopsd_jax.models.denoiser import Context
-from dopsd_jax.run import keys
+from dopsd_jax.run import keys, model
 from dopsd_jax.run.config import (
     needs_targets,
     needs_teacher,
     needs_vlm,
     roles,
 )
+from dopsd_jax.weights.fingerprints import fingerprint
 from dopsd_jax.weights.pipeline import (
     Pipeline,
     VisionLanguage,
-    fingerprint,
     load_vision_language,
 )
-from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
+from dopsd_jax.weights.shipped import vlm_directory
 
 FORMAT = 1  # raised when the encoders' code changes what they compute
 LISTED = 10
@@ -74,8 +74,9 @@ class Entries:
             for caption in earlier.captions(earlier.first_rows(config.sample_rows))
         ]}
         self._recipe = RECIPES[config.recipe]
-        model = pipeline_directory(config.model)
-        text = fingerprint(model, ("text_encoder", "tokenizer"))
+        if config.sample_guidance:
+            self._prompts["sample_negative"] = (config.sample_negative,)
+        text = model.fingerprint(config, ("text_encoder", "tokenizer"))
 
         def settings(*affected: str) -> dict[str, Any]:
             """Besides caption, image, bucket and weights: what their encoders depend on."""
@@ -93,7 +94,7 @@ class Entries:
         if looks:
             self._teacher["weights"].append(fingerprint(vlm_directory(config.vlm)))
         self._latents = {
-            "role": "target", "format": FORMAT, "weights": fingerprint(model, ("vae",)),
+            "role": "target", "format": FORMAT, "weights": model.fingerprint(config, ("vae",)),
             "settings": settings(keys.LATENTS),
         }
 
@@ -169,6 +170,7 @@ class Encoders:
                 ctx = contexts.text_context(
                     self._pipe, [entry.caption], truncate=c.truncate_prompts,
                     length=c.text_tokens if entry.role == "student" else c.teacher_tokens,
+                    allow_empty=not entry.caption,  # of sample_negative; others were checked
                 )
             else:
                 ctx = contexts.vlm_context(

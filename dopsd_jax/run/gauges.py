@@ -19,6 +19,7 @@ from dopsd_jax.core.files import write_atomic
 SCALES = (4, 8, 16)  # pixels per side of what `distance` compares
 MIN_SHARPNESS = 0.8  # of the untuned model's, below which a checkpoint is not the best one
 BEST = "best.json"
+MOVED = "preview_"  # before the names of gauges and pictures on preview_model
 
 
 @jax.jit
@@ -72,7 +73,9 @@ def retention(ours: np.ndarray, untuned: np.ndarray) -> dict[str, float]:
     }
 
 
-def best_checkpoint(rows: Sequence[dict[str, Any]], saved: Sequence[int]) -> dict[str, Any] | None:
+def best_checkpoint(
+    rows: Sequence[dict[str, Any]], saved: Sequence[int], *, moved: bool = False
+) -> dict[str, Any] | None:
     """The rule for the best checkpoint, of those that have gauges.
 
     Among the steps whose pictures of unrelated prompts keep at least MIN_SHARPNESS of the untuned
@@ -81,22 +84,25 @@ def best_checkpoint(rows: Sequence[dict[str, Any]], saved: Sequence[int]) -> dic
     Args:
         rows: Of gauges.jsonl: {step, style, sharpness_ratio, ..}.
         saved: Steps of the checkpoints.
+        moved: Go by the pictures on preview_model, which is where the LoRA will be used.
 
     Returns:
         The row; None if no checkpoint is sharp enough.
     """
+    kind = MOVED if moved else ""
     sharp = [
-        r for r in rows if r["step"] in set(saved) and r["step"] > 0
-        and r.get("sharpness_ratio", 1.0) >= MIN_SHARPNESS
+        r for r in rows if r["step"] in set(saved) and r["step"] > 0 and f"{kind}style" in r
+        and r.get(f"{kind}sharpness_ratio", 1.0) >= MIN_SHARPNESS
     ]
-    return min(sharp, key=lambda r: r["style"], default=None)
+    return min(sharp, key=lambda r: r[f"{kind}style"], default=None)
 
 
-def write_best(workdir: str | Path, best: dict[str, Any] | None) -> None:
+def write_best(workdir: str | Path, best: dict[str, Any] | None, *, moved: bool = False) -> None:
     """<workdir>/best.json: the rule, and the row of `best_checkpoint`."""
+    where = ", on preview_model" if moved else ""
     text = json.dumps({
         "rule": "nearest style to the targets among checkpoints with at least "
-                f"{MIN_SHARPNESS:g} of the untuned model's sharpness on unrelated prompts",
+                f"{MIN_SHARPNESS:g} of the untuned model's sharpness on unrelated prompts{where}",
         "best": best,
     }, indent=2)
     write_atomic(Path(workdir) / BEST, text + "\n")

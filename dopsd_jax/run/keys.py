@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dopsd_jax.core import trackers
 from dopsd_jax.core.checks import is_number, is_whole, path_problem
 from dopsd_jax.method import contexts, flow, lora, rollout
 from dopsd_jax.method.train_step import TEACHERS, TRAINABLE
@@ -73,6 +74,13 @@ def _is_path(x: Any) -> bool:
     return _is_text(x) and not path_problem(x)
 
 
+def _are_trackers(x: Any) -> bool:
+    try:
+        return _is_text(x) and trackers.parse(x) is not None
+    except ValueError:
+        return False
+
+
 _POSSIBLE = "of at most 3000 bytes, each name in it of at most 255"
 COUNT = whole(1, MAX_INT32)
 COUNT_OR_NONE = whole(0, MAX_INT32)
@@ -106,6 +114,8 @@ LORAS = Rule(
     f"nothing, or PATH or PATH:STRENGTH between commas, each a path {_POSSIBLE}",
     lambda x: _is_text(x) and all(map(_is_path, x.split(","))),
 )
+TRACKERS = Rule(f"nothing, or {' or '.join(trackers.TRACKERS)}, or both with a comma between",
+                _are_trackers)
 DTYPE = one_of(*DTYPES)
 KEPT_DTYPE = one_of("float32", "bfloat16")
 
@@ -137,6 +147,16 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "model": key("", PATH, PLACE,
         meaning="Pipeline directory (model_index.json, transformer/, vae/, ..), name on the hub "
         "(OWNER/NAME or OWNER/NAME@REVISION), or mini."),
+    "transformer_file": key("", ANY_PATH, PLACE,
+        meaning="A .safetensors file, as ComfyUI keeps it, whose weights replace those of model's "
+        "transformer; see models.md.",
+        resume="what it holds is part of the model's fingerprint"),
+    "vae_file": key("", ANY_PATH, PLACE,
+        meaning="The same for the VAE.",
+        resume="as transformer_file"),
+    "text_encoder_file": key("", ANY_PATH, PLACE,
+        meaning="The same for the text encoder.",
+        resume="as transformer_file"),
     "published": key(next(iter(PUBLISHED)), one_of(*PUBLISHED),
         meaning=f"The published model ({', '.join(PUBLISHED)}) whose sizes are planned for where "
         "no model is given.",
@@ -322,6 +342,25 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "sample_steps": key(4, NUM_STEPS, DISPLAY,
         meaning="Denoiser calls of preview pictures.",
         resume="gauges before and after the change cannot be compared"),
+    "sample_guidance": key(0.0, NOT_NEGATIVE, DISPLAY,
+        meaning="Scale of classifier-free guidance of the run's own pictures, the preflight's too, "
+        "as guidance_scale of the model's pipeline in diffusers; for models that are not "
+        "step-distilled; 0: none.",
+        resume="as sample_steps"),
+    "sample_negative": key("", TEXT, DISPLAY,
+        meaning="What sample_guidance leads away from; by default the empty prompt.",
+        resume="as sample_steps"),
+    "preview_model": key("", ANY_PATH, DISPLAY,
+        meaning="Another model, such as the step-distilled one of an undistilled model, on which "
+        "previews and gauges are drawn too, with the LoRA that trains and without guidance. It may "
+        "differ from model in the transformer's weights alone, and these stay in memory.",
+        resume="it only draws"),
+    "preview_model_steps": key(4, NUM_STEPS, DISPLAY,
+        meaning="Denoiser calls of pictures on preview_model.",
+        resume="as sample_steps"),
+    "preview_model_shift": key(0.0, NOT_NEGATIVE, DISPLAY,
+        meaning="Shift of its schedule; 0: its own sampler's.",
+        resume="as sample_steps"),
     "sample_rows": key(4, COUNT, DISPLAY,
         meaning="Training rows shown in previews.",
         resume="as sample_steps"),
@@ -338,6 +377,9 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "earlier_data": key("", DATA_SETS, PLACE, DISPLAY,
         meaning="Data of earlier tasks, `a.jsonl;b.jsonl,c.parquet` with ; between tasks, whose "
         "first prompts previews draw too; dopsd_jax.tasks sets it."),
+    "trackers": key("", TRACKERS, DISPLAY,
+        meaning="Where numbers and pictures go besides TensorBoard: wandb, trackio, or both as "
+        "wandb,trackio; see runs.md."),
     "checkpoint_every": key(500, COUNT, DISPLAY,
         meaning="Updates between two checkpoints."),
     "keep_checkpoints": key(5, COUNT, DISPLAY,

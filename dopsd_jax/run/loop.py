@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import distributed, mirror
+from dopsd_jax.core import cli, distributed, mirror
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
@@ -53,6 +53,7 @@ class Task:
         epochs: Step -> epochs done, logged; None: not logged.
         ending: (state before an update, its number) -> the same state, perhaps with an end brought
             forward, and the number of the last update; None: it is config.num_train_steps.
+        trackers: Names of the trackers that get the run's numbers and pictures.
     """
 
     state: S
@@ -61,6 +62,7 @@ class Task:
     preview: Callable[[int, S, Metrics], None] | None = None
     epochs: Callable[[int], float] | None = None
     ending: Callable[[S, int], tuple[S, int]] | None = None
+    trackers: Sequence[str] = ()
 
 
 class Stopper:
@@ -193,10 +195,12 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
         owed = distributed.any_process(
             _draws_at(config, start, total) and (start == 0 or _last_drawn(workdir) < start)
         )
-        metrics = Metrics(workdir, start, redraws=owed) if main else NoMetrics()
+        metrics = Metrics(
+            workdir, start, redraws=owed, trackers=task.trackers, settings=cli.config_keys(config)
+        ) if main else NoMetrics()
         if main:
             at_end.callback(save_curves, workdir)
-        at_end.callback(metrics.close)
+        at_end.push(lambda error, *_: metrics.close(failed=error is not None))
         progress = Progress(total, start, config.batch_size)
         at_end.callback(progress.close)
         stopper = Stopper()

@@ -190,7 +190,7 @@ def _ready(tree: Tree, strength: float, pipe: Pipeline, params: Tree | None) -> 
         tree = tree if params is None else dora.ready(tree, params)
         return tree if strength == 1 else lora_lib.weakened(tree, strength)
 
-    if not dora.is_dora(tree):
+    if not dora.paths(tree):
         return make(tree)
     params = pipe.params if params is None else params
     if params is None:
@@ -213,7 +213,7 @@ def stands_on(config: ConfigDict, pipe: Pipeline) -> tuple[Tree | None, Tree | N
         for key, take in (("base_lora", take_loras), ("init_lora", take_trainable))
     )
     if config.init_full:
-        start = workdir_lib.read_full(config.init_full)[0]
+        start = workdir_lib.read_full(config.init_full)
         workdir_lib.check_same_model(
             start, transformer_shapes(pipe.denoiser.network), config.init_full
         )

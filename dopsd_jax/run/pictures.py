@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -15,8 +17,10 @@ from dopsd_jax.data.batches import BatchRows
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.datasets import Data
 from dopsd_jax.data.images import to_uint8
-from dopsd_jax.method import flow, sampling
+from dopsd_jax.method import dora, flow, lora, sampling
+from dopsd_jax.method.guidance import advise, scale_of, with_guidance
 from dopsd_jax.method.train_step import Method, TrainState
+from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import gauges, preflight, previews
 from dopsd_jax.run.features import BatchFeatures
 from dopsd_jax.weights.pipeline import Pipeline
@@ -30,20 +34,34 @@ def have_pictures(data: Data, rows: BatchRows) -> bool:
 
 
 class Artist:
-    """Draws in the run's preview steps: (variables, noise, ctx) -> pictures, and x0 of row 0."""
+    """Draws on one schedule: (variables, noise, ctx) -> pictures, and x0 of row 0."""
 
-    def __init__(self, config, pipe: Pipeline, mesh: Mesh, bucket: Bucket):
+    def __init__(self, pipe: Pipeline, mesh: Mesh, bucket: Bucket, num_steps: int, shift: float,
+                 guidance: tuple[Context, float] | None = None):
+        """`shift` 0 is the sampler's own; `guidance`: a negative text and the scale, if any."""
         self._pipe, self._everywhere = pipe, sharding.replicated(mesh)
-        steps = config.sample_steps
-        shift = config.shift or pipe.shift_at(steps, bucket.height, bucket.width)
-        self._sigmas = flow.sigmas_shifted(steps, shift)
+        shift = shift or pipe.shift_at(num_steps, bucket.height, bucket.width)
+        self._sigmas, self._guidance = flow.sigmas_shifted(num_steps, shift), guidance
 
     def __call__(self, variables, noise, ctx) -> tuple[np.ndarray, np.ndarray]:
+        if self._guidance:
+            ctx = with_guidance(ctx, *self._guidance)
         noise, ctx, sigmas = sharding.place((noise, ctx, self._sigmas), self._everywhere)
         x, x0 = sharding.fetch(
             sampling.sample_trajectory(self._pipe.denoiser, variables, noise, ctx, sigmas)
         )
         return sampling.decode(self._pipe, jnp.asarray(x)), x0[:, 0]
+
+
+def own_artist(config, pipe: Pipeline, mesh: Mesh, bucket: Bucket, ctxs: BatchFeatures) -> Artist:
+    """Draws in the preview steps of a run's own model, and with its guidance if there is any."""
+    if not config.base_lora:  # which may undo a distillation
+        advise(pipe, config.sample_guidance)
+    guidance = None
+    if config.sample_guidance:
+        negative = ctxs.prompts([config.sample_negative])
+        guidance = negative, scale_of(pipe, config.sample_guidance)
+    return Artist(pipe, mesh, bucket, config.sample_steps, config.shift, guidance)
 
 
 def run_preflight(config, workdir: Path, pipe: Pipeline, data: Data, ctxs: BatchFeatures,
@@ -57,7 +75,7 @@ def run_preflight(config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Batch
     student_ctx, teacher_ctx, _ = ctxs.batch(rows)
     shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
     noise = sampling.draw_noise([config.seed + 3000 + i for i in range(len(rows.rows))], shape)
-    draw = Artist(config, pipe, mesh, rows.bucket)
+    draw = own_artist(config, pipe, mesh, rows.bucket, ctxs)
     student, teacher = (draw(variables, noise, ctx)[0] for ctx in (student_ctx, teacher_ctx))
     found = preflight.compare(student, teacher, targets)
     for words in found.words():
@@ -81,7 +99,7 @@ class EarlierRows:
         self._ctx = ctxs.prompts(data.captions(rows))
         shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
         self._noise = sampling.draw_noise([config.seed + i for i in range(len(rows.rows))], shape)
-        self._draw = Artist(config, pipe, mesh, rows.bucket)
+        self._draw = own_artist(config, pipe, mesh, rows.bucket, ctxs)
         self._base, _ = self._draw(untuned, self._noise, self._ctx)
 
     def drawn(self, student: trees.Tree) -> tuple[list[tuple[str, np.ndarray]], float | None]:
@@ -94,86 +112,137 @@ class EarlierRows:
         return [("target", self._targets), *columns], style
 
 
+Subjects = dict[str, tuple[jax.Array, Context]]  # what is drawn: name -> noise, ctx
+
+
+class Moved:
+    """What trains, on another model: that model without it and with it, on the same noise."""
+
+    def __init__(self, config, pipe: Pipeline, mesh: Mesh, bucket: Bucket, method: Method,
+                 subjects: Subjects, student: trees.Tree):
+        """Draws the model as it is; `pipe`: see `preview_model.load`; `student`: of any step."""
+        self._method, self._base, self._subjects = method, {"params": pipe.params}, subjects
+        if paths := dora.paths(student):
+            norms = jax.jit(lambda params: dora.column_norms(params, paths))
+            self._base["norms"] = norms(pipe.params)
+        self._draw = Artist(
+            pipe, mesh, bucket, config.preview_model_steps, config.preview_model_shift
+        )
+        variables = method.assemble(self._base, student)
+        variables |= {"lora": lora.weakened(variables["lora"], 0.0)}
+        self.untuned = {name: self._draw(variables, *s)[0] for name, s in subjects.items()}
+
+    def drawn(self, student: trees.Tree) -> dict[str, np.ndarray]:
+        """Pictures of every subject."""
+        variables = self._method.assemble(self._base, student)
+        return {name: self._draw(variables, *s)[0] for name, s in self._subjects.items()}
+
+
 class Previews:
     """Grids of base, student and any teacher, and their trajectories, of one bucket's rows."""
 
     def __init__(self, config, workdir: Path, pipe: Pipeline, data: Data, ctxs: BatchFeatures,
-                 method: Method, base: trees.Tree, untuned: trees.Tree, mesh: Mesh):
-        """`untuned`: variables of the model without any LoRA; drawn now, and not stored."""
+                 method: Method, base: trees.Tree, untuned: trees.Tree, mesh: Mesh,
+                 moved: tuple[Pipeline, trees.Tree] | None = None):
+        """Draws what never changes.
+
+        Args:
+            untuned: Variables of the model without any LoRA; drawn now, and not stored.
+            moved: The preview_model and a student, if previews are drawn on another model too.
+        """
         self._workdir, self._pipe, self._method, self._base = workdir, pipe, method, base
         rows = data.first_rows(config.sample_rows)
-        self._draw = Artist(config, pipe, mesh, rows.bucket)
+        self._draw = own_artist(config, pipe, mesh, rows.bucket, ctxs)
         self._targets, self._references = None, []
         if have_pictures(data, rows):
             *self._references, self._targets = (
                 to_uint8(np.stack([data.pixels(i, image) for i in rows.rows]))
                 for image in range(rows.bucket.references + 1)
             )
-        self._student_ctx, self._teacher_ctx, _ = ctxs.batch(rows)
+        student_ctx, self._teacher_ctx, _ = ctxs.batch(rows)
         shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
-        self._noise = sampling.draw_noise([config.seed + i for i in range(len(rows.rows))], shape)
-        self._prompt_ctx = self._gauge_ctx = None
-        if config.sample_prompts:
-            self._prompt_ctx = ctxs.prompts(config.sample_prompts)
-            seeds = [config.seed + 1000 + i for i in range(len(config.sample_prompts))]
-            self._prompt_noise = sampling.draw_noise(seeds, shape)
-        if config.gauge_prompts:
-            self._gauge_ctx = ctxs.prompts(config.gauge_prompts)
-            seeds = [config.seed + 2000 + i for i in range(len(config.gauge_prompts))]
-            self._gauge_noise = sampling.draw_noise(seeds, shape)
+
+        def noise(first: int, count: int) -> jax.Array:
+            return sampling.draw_noise([config.seed + first + i for i in range(count)], shape)
+
+        self._subjects = {"step": (noise(0, len(rows.rows)), student_ctx)}
+        for name, prompts, first in (("prompts", config.sample_prompts, 1000),
+                                     ("gauge", config.gauge_prompts, 2000)):
+            if prompts:
+                self._subjects[name] = noise(first, len(prompts)), ctxs.prompts(prompts)
         # Now, because full fine-tuning may keep no base and a resumed run's student has moved.
-        self._base_rows, _ = self._draw(untuned, self._noise, self._student_ctx)
+        self._untuned = {name: self._draw(untuned, *s)[0] for name, s in self._subjects.items()}
         self._target_name = "target"
         if self._targets is None:  # then what the untuned teacher draws is what to become
             self._target_name = "untuned teacher"
-            self._targets, _ = self._draw(untuned, self._noise, self._teacher_ctx)
-        self._untuned_style = gauges.style_distance(self._base_rows, self._targets).mean()
+            self._targets, _ = self._draw(untuned, self._subjects["step"][0], self._teacher_ctx)
         self._earlier = [
             EarlierRows(config, pipe, earlier, ctxs, untuned, mesh) for earlier in data.earlier
         ]
-        if self._prompt_ctx is not None:
-            self._base_prompts, _ = self._draw(untuned, self._prompt_noise, self._prompt_ctx)
-        if self._gauge_ctx is not None:
-            self._base_gauge, _ = self._draw(untuned, self._gauge_noise, self._gauge_ctx)
+        self._moved = None
+        if moved:
+            other, student = moved
+            self._moved = Moved(config, other, mesh, rows.bucket, method, self._subjects, student)
 
     def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
-        """Writes step_N, trajectory_N, prompts_N and gauge_N.png in samples/, and the gauges."""
+        """Writes step_N, trajectory_N, prompts_N and gauge_N.png in samples/, and the gauges; with
+        a preview_model also preview_step_N, preview_prompts_N and preview_gauge_N.png."""
         student = self._method.assemble(self._base, state.student)
-        ours, trajectory = self._draw(student, self._noise, self._student_ctx)
-        shown, trajectories = [("student", ours)], [trajectory]
-        values = {"style": gauges.style_distance(ours, self._targets).mean(),
-                  "untuned_style": self._untuned_style}
+        drawn, trajectories = {}, []
+        for name, subject in self._subjects.items():
+            drawn[name], trajectory = self._draw(student, *subject)
+            trajectories = trajectories or [trajectory]
+        values, beside = self._values(drawn, self._untuned), []
         if self._teacher_ctx is not None:
             teacher = self._method.assemble(
                 self._base, state.student if self._method.teacher == "live" else state.teacher
             )
-            theirs, trajectory = self._draw(teacher, self._noise, self._teacher_ctx)
-            shown.append(("teacher", theirs))
+            theirs, trajectory = self._draw(teacher, self._subjects["step"][0], self._teacher_ctx)
+            beside.append(("teacher", theirs))
             values["teacher_style"] = gauges.style_distance(theirs, self._targets).mean()
             trajectories.append(trajectory)
-        self._write(metrics, step, "step", previews.grid(
-            [*((f"reference {i}", pictures) for i, pictures in enumerate(self._references, 1)),
-             (self._target_name, self._targets), ("base", self._base_rows), *shown]
-        ))
-        drawn = [sampling.decode(self._pipe, jnp.asarray(x0)) for x0 in trajectories]
-        columns = [(f"x0, s = {s}", np.stack(at)) for s, at in enumerate(zip(*drawn, strict=True))]
+        self._write_all(metrics, step, drawn, self._untuned, beside)
+        shown = [sampling.decode(self._pipe, jnp.asarray(x0)) for x0 in trajectories]
+        columns = [(f"x0, s = {s}", np.stack(at)) for s, at in enumerate(zip(*shown, strict=True))]
         self._write(metrics, step, "trajectory", previews.grid(columns))
-        if self._prompt_ctx is not None:
-            ours, _ = self._draw(student, self._prompt_noise, self._prompt_ctx)
-            columns = [("base", self._base_prompts), ("student", ours)]
-            self._write(metrics, step, "prompts", previews.grid(columns))
-        if self._gauge_ctx is not None:
-            ours, _ = self._draw(student, self._gauge_noise, self._gauge_ctx)
-            values |= gauges.retention(ours, self._base_gauge)
-            columns = [("base", self._base_gauge), ("student", ours)]
-            self._write(metrics, step, "gauge", previews.grid(columns))
         for number, earlier in enumerate(self._earlier, 1):
             columns, style = earlier.drawn(student)
             self._write(metrics, step, f"earlier{number}", previews.grid(columns))
             if style is not None:
                 values[f"style_{number}"] = style
+        if self._moved:
+            drawn, untuned = self._moved.drawn(state.student), self._moved.untuned
+            self._write_all(metrics, step, drawn, untuned, kind=gauges.MOVED)
+            values |= {gauges.MOVED + k: v for k, v in self._values(drawn, untuned).items()}
         metrics.gauges(step, values)
         log.info("gauges: %s", ", ".join(f"{k} {v:.3g}" for k, v in values.items()))
+
+    def _values(
+        self, drawn: dict[str, np.ndarray], untuned: dict[str, np.ndarray]
+    ) -> dict[str, float]:
+        """The gauges of a model's pictures beside the untuned one's."""
+        values = {
+            name: gauges.style_distance(pictures["step"], self._targets).mean()
+            for name, pictures in (("style", drawn), ("untuned_style", untuned))
+        }
+        if "gauge" in drawn:
+            values |= gauges.retention(drawn["gauge"], untuned["gauge"])
+        return values
+
+    def _write_all(
+        self, metrics: Metrics, step: int, drawn: dict[str, np.ndarray],
+        untuned: dict[str, np.ndarray], beside: Sequence[tuple[str, np.ndarray]] = (),
+        kind: str = "",
+    ) -> None:
+        """A grid for every subject; `beside`: further columns of the training rows."""
+        for name, pictures in drawn.items():
+            columns = [("base", untuned[name]), ("student", pictures)]
+            if name == "step":
+                columns = [
+                    *((f"reference {i}", p) for i, p in enumerate(self._references, 1)),
+                    (self._target_name, self._targets), *columns, *beside,
+                ]
+            self._write(metrics, step, kind + name, previews.grid(columns))
 
     def _write(self, metrics: Metrics, step: int, name: str, pixels: np.ndarray) -> None:
         if distributed.is_main():

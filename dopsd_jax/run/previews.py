@@ -39,6 +39,22 @@ def grid(columns: Sequence[tuple[str, np.ndarray]], enlarged: int = 1) -> np.nda
     return np.asarray(canvas)
 
 
+def columns_of(picture: np.ndarray, count: int, first: int, last: int) -> np.ndarray:
+    """A part of a grid that has `count` columns: those from `first` to `last`, with their labels.
+
+    All pictures of a grid must be of one width.
+    """
+    step = (picture.shape[1] - GAP) // count
+    return picture[:, first * step:(last + 1) * step + GAP]
+
+
+def column_of(picture: np.ndarray, count: int, column: int, rows: int) -> list[np.ndarray]:
+    """The single pictures of a column of a grid of `count` columns, from top to bottom."""
+    width, height = (picture.shape[1] - GAP) // count, (picture.shape[0] - HEADER - GAP) // rows
+    part = picture[HEADER:, column * width + GAP:(column + 1) * width]
+    return [part[row * height:(row + 1) * height - GAP] for row in range(rows)]
+
+
 def save(path: str | Path, pixels: np.ndarray) -> Path:
     """Writes a PNG, whole or not at all."""
     path = Path(path)

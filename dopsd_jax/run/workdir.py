@@ -186,7 +186,7 @@ def _same(name: str, old: str | None, new: str | None) -> bool:
 
 def _check_free(workdir: Path, config: dict[str, Any]) -> None:
     """Raises ValueError if the workdir holds files of others, or lies in a model or the data."""
-    for key in ("model", "vlm", "data"):
+    for key in ("model", "vlm", "data", "preview_model"):
         given = Path(config.get(key) or "")
         place = workdir.resolve()
         if config.get(key) and given.is_dir() and given.resolve() in (place, *place.parents):
@@ -275,8 +275,8 @@ def read_lora(
 
 def read_full(
     workdir: str | Path, *, step: int | None = None, role: str = "student"
-) -> tuple[trees.Tree, str]:
-    """All weights that a run of full fine-tuning trains, as NumPy, and the model it began with.
+) -> trees.Tree:
+    """All weights that a run of full fine-tuning trains, as NumPy.
 
     Raises:
         ValueError: Not a run's directory, no such checkpoint, a run that trains a LoRA, or the
@@ -288,7 +288,7 @@ def read_full(
             f"{workdir}: expected a run with trainable=full, got {config['trainable']!r}"
         )
     _check_role(workdir, config, role)
-    return _restore_role(workdir, step, role), config["model"]
+    return _restore_role(workdir, step, role)
 
 
 def _check_role(workdir: str | Path, config: dict[str, Any], role: str) -> None:

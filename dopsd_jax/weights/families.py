@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from dopsd_jax.core import sharding
 from dopsd_jax.core.checks import POSITIVE, value_problems
-from dopsd_jax.core.log import log
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.models import adapters, qwen3, qwen3_vl
 from dopsd_jax.models.denoiser import Denoiser
@@ -129,6 +128,7 @@ class Networks:
         denoiser, vae, text_encoder: See `Pipeline`.
         text: Rules of its prompts.
         shift: The scheduler's static shift, or None where it depends on the picture's size.
+        distilled: Whether the model is step-distilled.
         tables: Name table of each part.
         lora: Targets and names of its LoRA.
     """
@@ -139,6 +139,7 @@ class Networks:
     text_encoder: Qwen3
     text: TextRules
     shift: float | None
+    distilled: bool
     tables: dict[str, list[Rule]]
     lora: LoraRules
 
@@ -188,25 +189,35 @@ def open_networks(source: Source) -> Networks:
             f"{source.directory}: the text encoder has {text_config.num_layers} layers, its "
             f"features are taken after layers {text.taps}"
         )
-    if not family.is_distilled(source.index):
-        log.warning("%s: not step-distilled, so made for guidance, which is not done here",
-                    source.directory)
     dynamic = family.shift is not None
+    shift = source.read("scheduler", lambda values: _shift(values, dynamic=dynamic))
     return Networks(
         family=family,
         denoiser=denoiser,
         vae=family.vae.network(vae_config, source.vae_dtype),
         text_encoder=Qwen3(text_config, depth, source.dtype),
         text=text,
-        shift=source.read("scheduler", lambda values: _shift(values, dynamic=dynamic)),
+        shift=shift,
+        distilled=family.is_distilled(source.index, shift),
         tables={
-            "transformer": [r for t in (family.table, *family.other_tables) for r in t(config)],
+            "transformer": _every_layout(family, config),
             "vae": family.vae.table(vae_config),
             DECODER: family.vae.decoder_table(vae_config),
             "text_encoder": qwen3_table(text_config, depth),
         },
         lora=LoraRules(family.targets, family.modules(config)),
     )
+
+
+def _every_layout(family: Family, config: Any) -> list[Rule]:
+    """The name table of a transformer in all layouts that are read."""
+    return [r for table in (family.table, *family.other_tables) for r in table(config)]
+
+
+def other_transformers(family: Family) -> dict[str, list[Rule]]:
+    """Name tables of the transformers of all other families, by `pipeline`."""
+    return {name: _every_layout(other, example(other)) for name, other in FAMILIES.items()
+            if other is not family}
 
 
 def transformer_table(denoiser: Denoiser) -> list[Rule]:

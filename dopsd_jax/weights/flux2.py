@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dopsd_jax.models.family import Family, TextRules
+from dopsd_jax.models.family import Elsewhere, Family, TextRules
 from dopsd_jax.models.flux2 import NAMES, Flux2Config, Flux2Transformer
 from dopsd_jax.models.flux2_denoiser import Flux2Denoiser
 from dopsd_jax.weights.flux2_names import (
@@ -52,6 +52,12 @@ FLUX2 = Family(
     published={
         "flux2_klein_4b": Flux2Config.klein_4b(), "flux2_klein_9b": Flux2Config.klein_9b(),
     },
+    elsewhere=Elsewhere(
+        hub={"flux2_klein_4b": "black-forest-labs/FLUX.2-klein-4B",
+             "flux2_klein_9b": "black-forest-labs/FLUX.2-klein-9B"},
+        spec={"flux2_klein_4b": "Flux.2-klein-4b", "flux2_klein_9b": "Flux.2-klein-9b"},
+        arguments={"guidance_scale": 1.0},
+    ),
     shift=empirical_shift,
-    is_distilled=lambda index: index.get("is_distilled", False),
+    is_distilled=lambda index, shift: index.get("is_distilled", False),
 )

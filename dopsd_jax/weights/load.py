@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import functools
 import json
-import mmap
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from dopsd_jax.core import trees
-from dopsd_jax.core.files import lfs_advice
 from dopsd_jax.core.sharding import place
+from dopsd_jax.weights import quantized
+from dopsd_jax.weights.mapped import PICKLES, map_safetensors, read_metadata
 from dopsd_jax.weights.names import Rule, Slot, WeightsError, fused_parts, resolve
+from dopsd_jax.weights.quantized import Tensor
 
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
-}
 ALIGNMENT = 64  # bytes; the CPU backend takes such arrays over without a copy
 COLUMNS = 256  # of the last axis, copied at a time: a transposed copy stays in the cache
+SHOWN = 40  # problems of a file, in a message
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """What may stand before all names of a part of a model.
+
+    Attributes:
+        own: Regex of it; it is taken off.
+        others: Regex of what names of other parts begin with, in a file of a whole model; such
+            tensors are left out of a file that has names of its own with a prefix.
+    """
+
+    own: str
+    others: str
+
+
+# As ComfyUI writes them.
+_OF_PARTS = {
+    "transformer": r"(?:model\.)?diffusion_model\.",
+    "vae": r"(?:vae|first_stage_model)\.",
+    "text_encoder": r"(?:text_encoders\.)?(?:\w+\.)?transformer\.",
+}
+PREFIXES = {
+    part: Prefixes(own, "|".join(o for p, o in _OF_PARTS.items() if p != part)
+                   + r"|text_encoders\.\w+\.logit_scale")
+    for part, own in _OF_PARTS.items()
+}
 
 
 def weight_files(directory: str | Path) -> list[Path]:
@@ -86,88 +107,6 @@ def shard_names(index: Path) -> list[str]:
             f"{index}: expected a weight_map to plain file names beside it, found {names}"
         )
     return names
-
-
-def open_safetensors(path: str | Path):
-    """Opens a safetensors file, memory-mapped, as NumPy.
-
-    Raises:
-        WeightsError: A pickle by its suffix, or a file that is truncated or not safetensors.
-    """
-    path = Path(path)
-    if path.suffix in PICKLES:
-        raise WeightsError(
-            f"{path}: a pickled file can run code when opened and is never read here; "
-            "convert it to safetensors first"
-        )
-    try:
-        return safe_open(path, framework="np")
-    except FileNotFoundError as e:
-        raise WeightsError(f"{path}: no such file") from e
-    except SafetensorError as e:
-        wrong = lfs_advice(path) or f"truncated or not a safetensors file ({e})"
-        raise WeightsError(f"{path}: {wrong}") from e
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a mapped file; its bytes are read when `view` is used.
-
-    Attributes:
-        file: The mapping of the whole file.
-        dtype, shape: As stored.
-        start, stop: Its bytes in the file.
-    """
-
-    file: mmap.mmap
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    def view(self) -> np.ndarray:
-        """The tensor over the mapped pages, read-only, no copy."""
-        raw = np.frombuffer(self.file, np.uint8, self.stop - self.start, self.start)
-        return raw.view(self.dtype).reshape(self.shape)
-
-    def split(self, parts: int) -> list[Stored]:
-        """Equal parts along the first axis, which lie one after the other in the file."""
-        shape, size = (self.shape[0] // parts, *self.shape[1:]), (self.stop - self.start) // parts
-        starts = [self.start + i * size for i in range(parts)]
-        return [replace(self, shape=shape, start=start, stop=start + size) for start in starts]
-
-    def forget(self) -> None:
-        """Takes the pages out of this process; the system may still cache the file."""
-        if hasattr(self.file, "madvise") and self.stop > self.start:
-            start = self.start - self.start % mmap.PAGESIZE
-            self.file.madvise(mmap.MADV_DONTNEED, start, self.stop - start)
-
-
-def map_safetensors(path: str | Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, memory-mapped and not yet read.
-
-    The library's own reader copies every tensor once before a dtype or layout change copies it
-    again; these views spare the first copy.
-
-    Raises:
-        WeightsError: See `open_safetensors`, or a dtype that NumPy does not know.
-    """
-    path = Path(path)
-    with open_safetensors(path), path.open("rb") as f:  # the library validates header and length
-        length = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(length))
-        mapping = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    header.pop("__metadata__", None)
-    unknown = sorted({t["dtype"] for t in header.values()} - set(DTYPES))
-    if unknown:
-        raise WeightsError(f"{path}: expected dtypes among {sorted(DTYPES)}, found {unknown}")
-    return {
-        name: Stored(
-            mapping, np.dtype(DTYPES[t["dtype"]]), tuple(t["shape"]),
-            *(8 + length + offset for offset in t["data_offsets"]),
-        )
-        for name, t in header.items()
-    }
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -234,6 +173,52 @@ def _check_slots(
     return problems
 
 
+def open_tensors(
+    files: Iterable[str | Path], prefixes: Prefixes | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a model's files by name, mapped and not yet read.
+
+    Scales and markers of quantised weights are taken in by the weights they belong to.
+
+    Args:
+        files: Safetensors files that together hold the model.
+        prefixes: What may stand before the names.
+
+    Raises:
+        WeightsError: Unreadable files, tensors in more than one of them, and quantised weights
+            that are not read, together.
+    """
+    files = [Path(f) for f in files]
+    stored, problems = _map_all(files)
+    layers = {}
+    for file in files if not problems else ():
+        text = read_metadata(file).get(quantized.METADATA, "{}")
+        try:
+            layers |= json.loads(text)["layers"] if text != "{}" else {}
+        except (ValueError, KeyError, TypeError):
+            problems.append(f"{file}, {quantized.METADATA}: expected JSON with layers, got "
+                            f"{text:.60}")
+    if prefixes is not None:
+        stored, layers = (_without(prefixes, named) for named in (stored, layers))
+    tensors, unread = quantized.values(stored, layers)
+    problems += [f"{_where(files)}: {problem}" for problem in unread]
+    if problems:
+        raise WeightsError(_listed(problems))
+    return tensors
+
+
+def _without(prefixes: Prefixes, named: Mapping) -> dict:
+    """The same by names without the prefix; see `Prefixes`."""
+    own, others = re.compile(prefixes.own), re.compile(prefixes.others)
+    starts = {name: own.match(name) for name in named}
+    if not any(starts.values()):
+        return dict(named)
+    return {
+        name[start.end():] if start else name: named[name] for name, start in starts.items()
+        if start or not others.match(name)
+    }
+
+
 def load_tree(
     files: Iterable[str | Path],
     table: Iterable[Rule],
@@ -242,20 +227,23 @@ def load_tree(
     dtype=None,
     shardings: trees.Tree | None = None,
     report=None,
+    prefixes: Prefixes | None = None,
 ) -> trees.Tree:
     """Reads safetensors files into the parameter tree of a network.
 
-    Host memory above the final arrays is at most the largest single tensor in its final dtype:
-    files are mapped, not read, and stacked parameters are allocated on the device (on CPU: where
-    they stay) and filled layer by layer.
+    Host memory above the final arrays is at most the largest single tensor in its final dtype
+    (of quantised weights: in float32): files are mapped, not read, and stacked parameters are
+    allocated on the device (on CPU: where they stay) and filled layer by layer.
 
     Args:
         files: Safetensors files that together hold the model.
         table: Name table of the network.
         shapes: Tree of ShapeDtypeStruct, as `jax.eval_shape` of the network's init gives.
-        dtype: Dtype of the loaded floats; None keeps each file's own.
+        dtype: Dtype of the loaded floats; None keeps each file's own, bfloat16 for what is
+            quantised.
         shardings: Tree of shardings like `shapes`; None is the default device.
         report: Called with (tensors done, tensors in all) while loading.
+        prefixes: What may stand before the names in the files.
 
     Returns:
         Tree of jax arrays like `shapes`.
@@ -266,16 +254,13 @@ def load_tree(
     """
     flat_shapes = trees.flatten(shapes)
     flat_shardings = trees.flatten(shardings) if shardings is not None else {}
-    files = [Path(f) for f in files]
-    table = list(table)
-    stored = _split_fused(table, _map_all(files))
-    slots = _match(files, table, stored, flat_shapes)
+    stored, slots = _open(files, table, flat_shapes, prefixes)
     flat: dict[str, jax.Array | np.ndarray] = {}
     for done, (tensor, slot) in enumerate(slots.items()):
         name, sharding = slot.name, flat_shardings.get(slot.name)
         value = slot.transform.to_flax(stored[tensor].view())
         is_float = jnp.issubdtype(value.dtype, jnp.floating)
-        kind = np.dtype(dtype) if dtype is not None and is_float else value.dtype
+        kind = np.dtype(dtype) if dtype is not None and is_float else stored[tensor].kept
         if slot.layer is None:
             flat[name] = place(_fill(_aligned(value.shape, kind), value), sharding)
         elif _on_cpu(sharding):  # the stack is host memory anyway
@@ -299,9 +284,34 @@ def load_tree(
     return trees.unflatten(flat)
 
 
-def _map_all(files: list[Path]) -> dict[str, Stored]:
-    """Tensors of all files; duplicates and unreadable files are raised together."""
-    stored: dict[str, Stored] = {}
+def kept_dtypes(
+    files: Iterable[str | Path], table: Iterable[Rule], shapes: trees.Tree,
+    prefixes: Prefixes | None = None,
+) -> dict[tuple[str, int | None], np.dtype]:
+    """In which dtype files keep each parameter, by its name and layer; no weights are read.
+
+    Quantised ones count as bfloat16, as `load_tree` has them.
+
+    Raises:
+        WeightsError: See `load_tree`, so that this checks files too.
+    """
+    stored, slots = _open(files, table, trees.flatten(shapes), prefixes)
+    return {(slot.name, slot.layer): stored[tensor].kept for tensor, slot in slots.items()}
+
+
+def _open(
+    files: Iterable[str | Path], table: Iterable[Rule],
+    shapes: dict[str, jax.ShapeDtypeStruct], prefixes: Prefixes | None,
+) -> tuple[dict[str, Tensor], dict[str, Slot]]:
+    """All tensors, fused ones in parts, and where each goes."""
+    files, table = [Path(f) for f in files], list(table)
+    stored = _split_fused(table, open_tensors(files, prefixes))
+    return stored, _match(files, table, stored, shapes)
+
+
+def _map_all(files: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of all files, and which stand in two of them or cannot be read."""
+    stored: dict[str, Tensor] = {}
     origin: dict[str, Path] = {}
     problems = []
     for file in files:
@@ -316,12 +326,10 @@ def _map_all(files: list[Path]) -> dict[str, Stored]:
         ]
         stored |= tensors
         origin |= dict.fromkeys(tensors, file)
-    if problems:
-        raise WeightsError("\n".join(problems))
-    return stored
+    return stored, problems
 
 
-def _split_fused(table: list[Rule], stored: dict[str, Stored]) -> dict[str, Stored]:
+def _split_fused(table: list[Rule], stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same with every fused tensor in parts; one that cannot be stays, and fits no rule."""
     fused = fused_parts(table, stored)
     found = {}
@@ -335,7 +343,7 @@ def _split_fused(table: list[Rule], stored: dict[str, Stored]) -> dict[str, Stor
 
 
 def _match(
-    files: list[Path], table: Iterable[Rule], stored: dict[str, Stored],
+    files: list[Path], table: Iterable[Rule], stored: dict[str, Tensor],
     shapes: dict[str, jax.ShapeDtypeStruct],
 ) -> dict[str, Slot]:
     """Where every tensor goes, in the order of the files."""
@@ -350,14 +358,20 @@ def _match(
         and not jnp.issubdtype(stored[tensor].dtype, jnp.floating)
     ]
     if problems:
-        where = ", ".join(str(f) for f in files[:3]) + (" ..." if len(files) > 3 else "")
-        listed = "\n  ".join(problems[:40])
-        more = f"\n  ... and {len(problems) - 40} more" if len(problems) > 40 else ""
         raise WeightsError(
-            f"{where}: {len(problems)} tensors or parameters do not fit the network:\n  "
-            f"{listed}{more}"
+            f"{_where(files)}: {len(problems)} tensors or parameters do not fit the network:\n  "
+            + _listed(problems)
         )
     return slots
+
+
+def _where(files: list[Path]) -> str:
+    return ", ".join(str(f) for f in files[:3]) + (" ..." if len(files) > 3 else "")
+
+
+def _listed(problems: list[str]) -> str:
+    more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "\n  ".join(problems[:SHOWN] + more)
 
 
 def _on_cpu(sharding) -> bool:

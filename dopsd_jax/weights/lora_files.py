@@ -10,56 +10,51 @@ alpha / rank (x a) b. Torch tools keep one transposed pair per layer, `lora_A (r
     ComfyUI     diffusion_model.X.lora_A.weight         alpha in a scalar diffusion_model.X.alpha
 
 X is the module path in diffusers' layout. ComfyUI maps it to its own fused layout while loading;
-for FLUX.2 it knows such paths behind `transformer.` only, and skips others without an error.
+for FLUX.2 it knows such paths behind `transformer.` only, and skips others without an error. On the
+fused layout itself X is a module path of the network's makers (`save_comfyui_fused`).
 
 A DoRA has `X.lora_magnitude_vector` beside these. It has no ComfyUI file: there a row of the tuned
 weight is divided by the length of the untuned one, so another picture would come of it. A LoKr has
 `X.lokr_w1` and `X.lokr_w2`, or `X.lokr_w2_a` and `X.lokr_w2_b`, with alpha / rank in lokr_w2_a
-unless ComfyUI reads it: PEFT would scale whole factors too.
+unless ComfyUI reads it: PEFT would scale whole factors too. Neither has a file on the fused layout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from dopsd_jax.core import trees
 from dopsd_jax.models import adapters
 from dopsd_jax.weights import lokr_files
-from dopsd_jax.weights.load import open_safetensors
-from dopsd_jax.weights.lora_checks import stack_of
+from dopsd_jax.weights.lora_parts import Parts, fused_pairs, named, torch_parts
 from dopsd_jax.weights.lora_reader import (
     OUR_METADATA,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     LoraFileError,
     LoraSpec,
-    raise_all,
     read_lora,
 )
+from dopsd_jax.weights.mapped import open_safetensors
 from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve
+from dopsd_jax.weights.save import CARD, carry_card
 
 __all__ = [
     "FORMATS", "LoraFileError", "LoraSpec", "check_replaceable", "read_lora",
-    "save_comfyui", "save_diffusers", "save_peft",
+    "save_comfyui", "save_comfyui_fused", "save_diffusers", "save_peft",
 ]
 
-# What torch calls the leaves, which are transposed there.
-TORCH_NAMES = {
-    "a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector",
-    "w1": "lokr_w1", "w2": "lokr_w2", "w2_up": "lokr_w2_a", "w2_down": "lokr_w2_b",
-}
-SCALED = ("b", "w2_up")  # where alpha / rank stands
-KINDS = (set(adapters.LORA), set(adapters.DORA), {"w1", "w2"}, {"w1", "w2_down", "w2_up"})
+HASH = "modelspec.hash_sha256"
 
 
 def check_replaceable(path: str | Path, *, overwrite: bool = False) -> None:
@@ -91,7 +86,7 @@ def check_replaceable(path: str | Path, *, overwrite: bool = False) -> None:
 
 def save_peft(
     path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
-    *, overwrite: bool = False,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a directory for `PeftModel.from_pretrained`; alpha stands in its config.
 
@@ -102,14 +97,15 @@ def save_peft(
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace an adapter of another origin too; never anything else.
+        about: More for the header of the file of tensors.
 
     Raises:
         LoraFileError: All that is wrong with the tree, or `path` holds something else.
     """
     path, modules = Path(path), list(modules)
-    parts = _torch_parts(path, lora, spec, modules)
+    parts = torch_parts(path, lora, spec, modules)
     held = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    others = sorted(held - {PEFT_WEIGHTS, PEFT_CONFIG})
+    others = sorted(held - {PEFT_WEIGHTS, PEFT_CONFIG, *CARD})
     if path.suffix == ".safetensors":
         raise LoraFileError(f"{path}: expected the name of a directory, got one for a file")
     if others or (path.exists() and not path.is_dir()):
@@ -126,16 +122,16 @@ def save_peft(
         "base_model_name_or_path": spec.base_model or None, "inference_mode": True,
         "target_modules": targets, "task_type": None,
     }
-    tensors = _named(parts, "base_model.model.", spec if is_lokr else None)
+    tensors = named(parts, "base_model.model.", spec if is_lokr else None)
     ours = {**asdict(spec), "scale_in_b": True} if is_lokr else asdict(spec)
     with _new_sibling(path) as temporary:
         temporary.mkdir(parents=True)
         # PEFT itself reads no metadata; it is how `check_replaceable` knows its own.
-        metadata = {"format": "pt", OUR_METADATA: json.dumps(ours)}
-        save_file(tensors, temporary / PEFT_WEIGHTS, metadata)
+        _write(temporary / PEFT_WEIGHTS, tensors, ours, about)
+        carry_card(path, temporary)
         (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in (PEFT_WEIGHTS, PEFT_CONFIG):
-            _finish(temporary / file)
+            _fsync(temporary / file)
         if path.is_dir():
             # A directory cannot be replaced in one step: a crash between the two renames leaves
             # the earlier adapter whole, under this name.
@@ -151,7 +147,7 @@ def save_peft(
 
 def save_diffusers(
     path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
-    *, overwrite: bool = False,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file for diffusers' `pipe.load_lora_weights`, with alpha / rank inside lora_B.
 
@@ -165,20 +161,21 @@ def save_diffusers(
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
+        about: More for the file's header.
 
     Raises:
         LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
     """
-    parts = _torch_parts(path, lora, spec, list(modules))
+    parts = torch_parts(path, lora, spec, list(modules))
     if any("w1" in leaves for leaves in parts.values()):
         _factor_of(path, lora, spec)
-    tensors = _named(parts, "transformer.", spec)
-    _save_one(path, tensors, {**asdict(spec), "scale_in_b": True}, overwrite)
+    tensors = named(parts, "transformer.", spec)
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": True}, overwrite, about)
 
 
 def save_comfyui(
     path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
-    *, overwrite: bool = False,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
 ) -> None:
     """Writes one file for ComfyUI's LoRA loader, with an alpha beside every pair.
 
@@ -191,112 +188,73 @@ def save_comfyui(
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
+        about: More for the file's header.
 
     Raises:
         LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
     """
-    parts = _torch_parts(path, lora, spec, list(modules))
+    parts = torch_parts(path, lora, spec, list(modules))
+    _refuse_dora(path, parts)
+    tensors = named(parts, modules.comfyui, None)
+    for module in parts:
+        tensors[f"{modules.comfyui}{module}.alpha"] = np.asarray(spec.alpha, np.float32)
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite, about)
+
+
+def _refuse_dora(path: str | Path, parts: Parts) -> None:
     if any("m" in leaves for leaves in parts.values()):
         raise LoraFileError(
             f"{path}: a DoRA has no ComfyUI file: ComfyUI divides by the lengths of the untuned "
             "weight's rows, others by those of the tuned one, so it would draw something else; "
             "write peft or diffusers, or the model with it (export --lora .. --full)"
         )
-    tensors = _named(parts, modules.comfyui, None)
-    for module in parts:
-        tensors[f"{modules.comfyui}{module}.alpha"] = np.asarray(spec.alpha, np.float32)
-    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite)
 
 
-FORMATS = {"peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui}
+def save_comfyui_fused(
+    path: str | Path, lora: trees.Tree, spec: LoraSpec, modules: Modules,
+    *, overwrite: bool = False, about: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one file on the layout of the network's makers, for what knows no other.
 
-
-def _torch_parts(
-    where: str | Path, lora: trees.Tree, spec: LoraSpec, modules: list[Rule]
-) -> dict[str, dict[str, np.ndarray]]:
-    """The tree by torch's modules, {module path: leaves}, each transposed, contiguous float32."""
-    templates = {r.target: r.template for r in modules if r.target is not None}
-    problems: list[str] = []
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for target, leaves in adapters.sites(lora).items():
-        for part, leaf in leaves.items():
-            if target not in templates or part not in TORCH_NAMES:
-                problems.append(
-                    f"{target}/{part}: no a or b of a module this network's LoRA files can name"
-                )
-                continue
-            found.setdefault(target, {})[part] = np.asarray(leaf).astype(np.float32, copy=False)
-    if not found and not problems:
-        problems.append("the LoRA is empty")
-    if len({"w1" in leaves for leaves in found.values()}) > 1:
-        problems.append("expected one kind of adapter, got LoRA and LoKr")
-    parts, layers = {}, defaultdict(set)
-    for target, leaves in found.items():
-        stacked = "{layer}" in templates[target]
-        if wrong := _break_leaves(leaves, spec, stacked):
-            problems.append(f"{target}: {wrong}")
-            continue
-        if not all(np.isfinite(x).all() for x in leaves.values()):
-            problems.append(f"{target}: holds NaN or infinity; export an earlier checkpoint")
-        count = len(next(iter(leaves.values())))
-        if stacked:
-            layers[stack_of(templates[target])].add(count)
-        for layer in range(count) if stacked else [None]:
-            module = templates[target].format(layer=layer)
-            parts[module] = {
-                part: np.ascontiguousarray((x if layer is None else x[layer]).T)
-                for part, x in leaves.items()
-            }
-    problems += [
-        f"{stack}: expected one number of layers, got {sorted(lengths)}"
-        for stack, lengths in layers.items() if len(lengths) > 1
-    ]
-    raise_all(where, problems)
-    return parts
-
-
-def _break_leaves(leaves: dict[str, np.ndarray], spec: LoraSpec, stacked: bool) -> str:
-    """What is wrong with the leaves of one linear, or of a stack of them; "" for nothing."""
-    if set(leaves) not in KINDS:
-        return f"expected a and b, got only {', '.join(leaves)}"
-    shapes = {part: x.shape for part, x in leaves.items()}
-    if len({shape[:stacked] for shape in shapes.values()}) > 1:
-        pass
-    elif "w1" in leaves:
-        low, up = shapes.get("w2_down"), shapes.get("w2_up")
-        if low is None or (low[-1], up[-2]) == (spec.rank, spec.rank):
-            return ""
-    elif (shapes["a"][-1], shapes["b"][-2]) == (spec.rank, spec.rank) and all(
-        len(shapes[part]) == 2 + stacked for part in "ab"
-    ) and shapes.get("m", shapes["b"])[-1] == shapes["b"][-1]:
-        return ""
-    axis = "layers, " if stacked else ""
-    if "w1" in leaves:
-        return f"expected factors of rank {spec.rank}, got {shapes}"
-    lengths = f" and m [{axis}out]" if "m" in leaves else ""
-    return (
-        f"expected a [{axis}in, {spec.rank}] and b [{axis}{spec.rank}, out]{lengths}, got "
-        + " and ".join(map(str, shapes.values()))
-    )
-
-
-def _named(
-    parts: dict[str, dict[str, np.ndarray]], prefix: str, baked: LoraSpec | None
-) -> dict[str, np.ndarray]:
-    """The tensors by their names in a file.
+    LoRAs on q, k and v, of rank r, become one of rank 3 r on their fused module: the lora_A one
+    below the other, the lora_B in the blocks of a diagonal. What is added is exactly the same.
 
     Args:
-        parts: From `_torch_parts`.
-        prefix: Of every name.
-        baked: Whose alpha / rank to multiply in; None where it stands elsewhere.
+        path: File, must end in .safetensors.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        spec: Rank, alpha and base model.
+        modules: Module names of the network, from its name table.
+        overwrite: Replace a file of another origin too.
+        about: More for the file's header.
+
+    Raises:
+        LoraFileError: All that is wrong with the tree or the name, a file of another origin, a
+            LoRA on a module whose rows have another order, or a DoRA or LoKr.
     """
-    tensors = {}
-    for module, leaves in parts.items():
-        for part, x in leaves.items():
-            if baked is not None and part in SCALED:
-                x = (x.astype(np.float64) * baked.scale).astype(np.float32)
-            tensors[f"{prefix}{module}.{TORCH_NAMES[part]}"] = x
-    return tensors
+    parts, tensors = torch_parts(path, lora, spec, list(modules)), {}
+    _refuse_dora(path, parts)
+    if any("w1" in leaves for leaves in parts.values()):
+        raise LoraFileError(
+            f"{path}: a LoKr has no file on the fused layout: three Kronecker products, one below "
+            "the other, are none; use the format comfyui"
+        )
+    pairs_of = {module: (leaves["a"], leaves["b"]) for module, leaves in parts.items()}
+    for module, pairs in fused_pairs(path, pairs_of, modules).items():
+        key, count = f"diffusion_model.{module}", len(pairs)
+        outs, ranks = (np.cumsum([0, *(b.shape[i] for _, b in pairs)]) for i in (0, 1))
+        fused = np.zeros((outs[-1], ranks[-1]), np.float32)
+        for i, (_, b) in enumerate(pairs):
+            fused[outs[i] : outs[i + 1], ranks[i] : ranks[i + 1]] = b
+        tensors[f"{key}.lora_A.weight"] = np.concatenate([a for a, _ in pairs])
+        tensors[f"{key}.lora_B.weight"] = fused
+        tensors[f"{key}.alpha"] = np.asarray(count * spec.alpha, np.float32)
+    _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite, about)
+
+
+FORMATS = {
+    "peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui,
+    "comfyui_fused": save_comfyui_fused,
+}
 
 
 def _lora_config(lora: trees.Tree, spec: LoraSpec) -> dict:
@@ -348,7 +306,8 @@ def _target_modules(lora: trees.Tree, names: Iterable[str], modules: list[Rule])
 
 
 def _save_one(
-    path: str | Path, tensors: dict[str, np.ndarray], ours: dict, overwrite: bool
+    path: str | Path, tensors: dict[str, np.ndarray], ours: dict, overwrite: bool,
+    about: Mapping[str, str] | None,
 ) -> None:
     path = Path(path)
     if path.suffix != ".safetensors" or path.is_dir():
@@ -358,10 +317,31 @@ def _save_one(
         )
     check_replaceable(path, overwrite=overwrite)
     with _new_sibling(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", OUR_METADATA: json.dumps(ours)})
-        _finish(temporary)
+        _write(temporary, tensors, ours, about)
+        _fsync(temporary)
         os.replace(temporary, path)
     _fsync(path.parent)
+
+
+def _write(
+    file: Path, tensors: dict[str, np.ndarray], ours: dict, about: Mapping[str, str] | None
+) -> None:
+    """A safetensors file whose bytes follow from its contents alone.
+
+    The library writes the entries of `__metadata__` in another order each time, so the header is
+    made here. With `about` it names the hash of all tensors, as Stability AI's model spec does.
+    """
+    content = memoryview(save(tensors))
+    end = 8 + int.from_bytes(content[:8], "little")
+    metadata = {"format": "pt", OUR_METADATA: json.dumps(ours), **(about or {})}
+    if about:
+        metadata[HASH] = f"0x{hashlib.sha256(content[end:]).hexdigest()}"
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())),
+                         **json.loads(bytes(content[8:end]))}).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.write(content[end:])
 
 
 @contextlib.contextmanager
@@ -381,14 +361,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _finish(path: Path) -> None:
-    """Makes a written file durable, and readable as any new file: safetensors makes it 0600."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-    _fsync(path)
 
 
 def _fsync(path: Path) -> None:

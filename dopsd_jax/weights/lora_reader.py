@@ -17,7 +17,6 @@ import numpy as np
 from dopsd_jax.core import trees
 from dopsd_jax.core.checks import COUNT, SCALE, TEXT, Kind, is_whole, value_problems
 from dopsd_jax.weights import lokr_files
-from dopsd_jax.weights.load import PICKLES, open_safetensors
 from dopsd_jax.weights.lora_checks import check_dims, check_layers, key_of
 from dopsd_jax.weights.lora_layouts import DiffusersView
 from dopsd_jax.weights.lora_names import (
@@ -27,6 +26,7 @@ from dopsd_jax.weights.lora_names import (
     key_pattern,
     match_keys,
 )
+from dopsd_jax.weights.mapped import PICKLES, open_safetensors
 from dopsd_jax.weights.names import Modules, WeightsError
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -35,6 +35,7 @@ STUDENT = "student"  # the published torch code keeps its two adapters in studen
 OUR_METADATA = "dopsd_jax_lora"
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # of pipe.save_lora_weights
 
+SAME = 1e-6  # relative difference of two alphas that float32 may have rounded
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 # What lora_files.py writes as OUR_METADATA.
@@ -100,7 +101,7 @@ def raise_all(where: str | Path, problems: list[str]) -> None:
 def read_lora(
     path: str | Path, modules: Modules, shapes: trees.Tree | None = None
 ) -> tuple[trees.Tree, LoraSpec]:
-    """Reads a LoRA, DoRA or LoKr of any of the three formats, recognised by its content.
+    """Reads a LoRA, DoRA or LoKr of any format that is written here, recognised by its content.
 
     Also read: `lora_down`/`lora_up` for `lora_A`/`lora_B`, `dora_scale` for
     `lora_magnitude_vector`, kohya's `lora_unet_` and LyCORIS' `lycoris_` names, names without a
@@ -276,9 +277,10 @@ def _find_scale(
         return _Scale(spec, whole=dict.fromkeys(whole, spec.scale))
     scales = {m: alphas[m] / ranks[m] for m in whole if m in alphas and ranks[m]}
     by_module = {m: alphas.get(m, float(r)) for m, r in ranked.items()}
-    if len(set(by_module.values())) == 1:
-        alpha = next(iter(by_module.values()))
-        if np.float32(ours.get("alpha", alpha)) == np.float32(alpha):
+    found = by_module.values()
+    if found and max(found) - min(found) <= SAME * abs(max(found)):
+        alpha = next(iter(found))
+        if abs(ours.get("alpha", alpha) - alpha) <= SAME * abs(alpha):
             alpha = ours.get("alpha", alpha)  # the tensor holds it to float32 only
         return _Scale(LoraSpec(rank, alpha, ours.get("base_model", "")), whole=scales)
     if rank is None:

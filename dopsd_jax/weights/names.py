@@ -101,11 +101,13 @@ class Modules:
         comfyui: What ComfyUI expects before a module path of diffusers' layout.
         makers: Module paths of its makers' own layout, where they are other ones, each with those
             that its rows stand for, in order.
+        reordered: Module paths of diffusers' layout whose rows the makers have in another order.
     """
 
     rules: tuple[Rule, ...]
     comfyui: str
     makers: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    reordered: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -138,12 +140,17 @@ def linear_modules(
     found = _linears(table)
     of_target = {target: module for module, target in found}
     parts: dict[str, list[str]] = {}
+    makers = list(makers)
     for module, target in _linears(r for r in makers if r.transform == LINEAR):
         parts.setdefault(module.partition(".weight#")[0], []).append(of_target[target])
     others = tuple((m, tuple(p)) for m, p in parts.items() if (m, *p) != (m, m))
+    reordered = tuple(
+        of_target[target] for _, target in _linears(r for r in makers if r.transform != LINEAR)
+    )
     found.sort(key=lambda pair: "{layer}" not in pair[0])  # those of blocks come first
     return Modules(
-        (*(rule(*pair) for pair in found), *(rule(m, None) for m in idle)), comfyui, others
+        (*(rule(*pair) for pair in found), *(rule(m, None) for m in idle)), comfyui, others,
+        reordered,
     )
 
 
@@ -198,6 +205,28 @@ def resolve(table: Iterable[Rule], tensor_names: Iterable[str]) -> tuple[dict[st
                 found.transform,
             )
     return slots, problems
+
+
+def tensor_names(table: Iterable[Rule], flat: dict[str, np.ndarray]) -> dict[str, Slot]:
+    """Every tensor of a table that a flat parameter dict fills, in the table's order.
+
+    Raises:
+        WeightsError: Parameters that the table lacks, and rules whose parameter is not there.
+    """
+    slots: dict[str, Slot] = {}
+    problems = []
+    for r in table:
+        for tensor, target in _expanded(r) if r.target is not None else ():
+            if target not in flat:
+                problems.append(f"{target}: the tree has no such parameter")
+                continue
+            layers = range(len(flat[target])) if "{layer}" in tensor else [None]
+            slots |= {tensor.format(layer=i): Slot(target, i, r.transform) for i in layers}
+    named = {slot.name for slot in slots.values()}
+    problems += [f"{name}: no tensor holds it" for name in flat if name not in named]
+    if problems:
+        raise WeightsError("\n  ".join(problems))
+    return slots
 
 
 def export_names(

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dopsd_jax.core import memory, sharding, trees
-from dopsd_jax.core.checks import COUNT, path_problem, value_problems
+from dopsd_jax.core.checks import COUNT, noted, path_problem, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
 from dopsd_jax.models.denoiser import Denoiser
@@ -25,19 +24,21 @@ from dopsd_jax.models.family import Family, TextRules
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
 from dopsd_jax.models.vae import Vae
+from dopsd_jax.weights import one_file
 from dopsd_jax.weights.families import (
     DECODER,
     LoraRules,
     Networks,
     Source,
     open_networks,
+    other_transformers,
 )
-from dopsd_jax.weights.load import load_tree, weight_files
-from dopsd_jax.weights.names import WeightsError
+from dopsd_jax.weights.load import PREFIXES, Prefixes, kept_dtypes, load_tree, weight_files
+from dopsd_jax.weights.names import Rule, WeightsError
+from dopsd_jax.weights.one_file import PARTS
 from dopsd_jax.weights.qwen3_names import check_language_match, vision_table
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
-PARTS = ("transformer", "vae", "text_encoder")
 DTYPES = ("bfloat16", "float16", "float32")  # of weights and compute
 C = TypeVar("C")
 
@@ -48,6 +49,7 @@ class Pipeline:
 
     Attributes:
         directory: Where it came from.
+        files: Part -> the file whose weights stand in for the directory's.
         family: All that is known of models of its kind.
         denoiser: The transformer behind the family's adapter.
         params: The transformer's parameters, {layers: ..}.
@@ -58,6 +60,7 @@ class Pipeline:
         text: How prompts become features.
         lora: Targets and file names of its LoRA.
         shift: The scheduler's static shift, or None where it depends on the picture's size.
+        distilled: Whether it is step-distilled; other models are made for guidance.
         sample_size: Pixels per side that the model draws by itself.
     """
 
@@ -68,6 +71,7 @@ class Pipeline:
     text: TextRules
     lora: LoraRules
     shift: float | None
+    distilled: bool
     sample_size: int
     vae: Vae
     text_encoder: Qwen3
@@ -75,6 +79,7 @@ class Pipeline:
     vae_params: trees.Tree | None = None
     text_params: trees.Tree | None = None
     encoder_mesh: Mesh | None = None
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     def shift_at(self, num_steps: int, height: int, width: int) -> float:
         """The sampler's shift for S = num_steps and a picture of height x width pixels."""
@@ -159,8 +164,9 @@ def _sample_size(values: dict) -> int:
     return values["sample_size"]
 
 
+@functools.lru_cache(maxsize=8)  # tracing takes longer than a small model's pictures
 def transformer_shapes(network: nn.Module) -> trees.Tree:
-    """Parameter shapes of a transformer, float32, without computing anything."""
+    """Parameter shapes of a transformer, float32, without computing anything; not to be changed."""
     args = network.smallest_inputs()
     return jax.eval_shape(lambda: network.init(jax.random.key(0), *args))["params"]
 
@@ -192,6 +198,9 @@ def load_pipeline(
     parts: tuple[str, ...] = PARTS,
     mesh: Mesh | None = None,
     encoder_mesh: Mesh | None = None,
+    transformer_file: str | Path = "",
+    vae_file: str | Path = "",
+    text_encoder_file: str | Path = "",
 ) -> Pipeline:
     """Opens a directory as Tongyi-MAI/Z-Image-Turbo or FLUX.2-klein ships it.
 
@@ -208,6 +217,8 @@ def load_pipeline(
         mesh: Over which the transformer's weights and evaluations are spread, or None.
         encoder_mesh: The same for the text encoder, of this process's own devices: each encodes
             what it needs without waiting for others.
+        transformer_file, vae_file, text_encoder_file: A safetensors file each, as ComfyUI keeps
+            them, whose weights replace the directory's, which then need not be there.
 
     Returns:
         The pipeline.
@@ -218,14 +229,17 @@ def load_pipeline(
     """
     if problem := path_problem(str(directory)):
         raise WeightsError(f"model: {directory!s:.60}.. {problem}")
-    directory = pipeline_directory(directory, weights=bool(parts))
+    files = one_file.by_part(transformer_file=transformer_file, vae_file=vae_file,
+                             text_encoder_file=text_encoder_file)
+    directory = find_directory(directory, files, weights=bool(parts))
     check_dtype("dtype", dtype)
     check_dtype("vae_dtype", vae_dtype)
-    _check_is_directory(directory, "model_index.json, transformer/, vae/, ..")
     if unknown := sorted(set(parts) - {*PARTS, DECODER}):
         raise ValueError(f"parts: expected some of {(*PARTS, DECODER)}, got {unknown}")
     dtype, vae_dtype = jnp.dtype(dtype), jnp.dtype(vae_dtype)
     nets = _open(directory, dtype, vae_dtype, remat)
+    shapes = _shapes_of(nets)
+    _check_files(files, nets, shapes)
     pipe = Pipeline(
         directory=directory,
         family=nets.family,
@@ -234,47 +248,106 @@ def load_pipeline(
         text=nets.text,
         lora=nets.lora,
         shift=nets.shift,
+        distilled=nets.distilled,
         sample_size=read_config(directory / "vae" / "config.json", _sample_size),
         vae=nets.vae,
         text_encoder=nets.text_encoder,
         encoder_mesh=encoder_mesh,
+        files=files,
     )
 
+    def load(part, dtype, mesh=None):
+        folder = "vae" if part == DECODER else part
+        return _load(part_files(directory, files, folder), nets.tables[part], shapes(part), dtype,
+                     mesh, folder, PREFIXES[folder])
+
     if "transformer" in parts:
-        shapes = transformer_shapes(pipe.denoiser.network)
-        pipe.params = _load(
-            _transformer_folder(directory), nets.tables["transformer"], shapes, dtype,
-            mesh,
-        )
+        pipe.params = load("transformer", dtype, mesh)
     if "vae" in parts:
-        pipe.vae_params = _load(
-            directory / "vae", nets.tables["vae"], vae_shapes(pipe.vae), vae_dtype
-        )
+        pipe.vae_params = load("vae", vae_dtype)
     elif DECODER in parts:
-        shapes = {name: tree for name, tree in vae_shapes(pipe.vae).items()
-                  if name not in ("encoder", "quant_conv")}
-        pipe.vae_params = _load(directory / "vae", nets.tables[DECODER], shapes, vae_dtype)
+        pipe.vae_params = load(DECODER, vae_dtype)
     if "text_encoder" in parts:
-        pipe.text_params = _load(
-            directory / "text_encoder", nets.tables["text_encoder"],
-            text_shapes(pipe.text_encoder), dtype, encoder_mesh,
-        )
+        pipe.text_params = load("text_encoder", dtype, encoder_mesh)
     return pipe
 
 
-def load_transformer(directory: str | Path) -> trees.Tree:
-    """The transformer's parameters in the dtypes of their files; see `load_pipeline`."""
-    directory = pipeline_directory(directory)
-    nets = _open(directory, jnp.dtype("float32"), jnp.dtype("float32"), "none")
-    shapes = transformer_shapes(nets.denoiser.network)
-    return _load(_transformer_folder(directory), nets.tables["transformer"], shapes, None)
+def find_directory(
+    name: str | Path, files: Mapping[str, Path], *, weights: bool = True
+) -> Path:
+    """The directory of a pipeline by its name, with the weights that no file stands in for.
+
+    Args:
+        name: See `load_pipeline`.
+        files: See `Pipeline`.
+        weights: Whether weights are needed at all.
+
+    Raises:
+        ValueError: No directory, or a name of the hub that cannot be had.
+    """
+    wanted = tuple(part for part in PARTS if part not in files) if files else True
+    directory = pipeline_directory(name, weights=weights and wanted)
+    _check_is_directory(directory, "model_index.json, transformer/, vae/, ..")
+    return directory
 
 
-def _transformer_folder(directory: Path) -> Path:
-    """Where the transformer's tensors are."""
-    folder = directory / "transformer"
-    beside = not any(folder.glob("*.safetensors*")) and any(directory.glob("*.safetensors"))
-    return directory if beside else folder
+def load_transformer(pipe: Pipeline) -> trees.Tree:
+    """The transformer's parameters in the dtypes of their files, quantised ones in bfloat16."""
+    files, table, shapes = _transformer(pipe)
+    return _load(files, table, shapes, None, None, "transformer", PREFIXES["transformer"])
+
+
+def transformer_dtypes(pipe: Pipeline) -> dict[tuple[str, int | None], np.dtype]:
+    """The dtypes of the transformer's files, see `load.kept_dtypes`."""
+    return kept_dtypes(*_transformer(pipe), PREFIXES["transformer"])
+
+
+def _transformer(pipe: Pipeline) -> tuple[list[Path], list[Rule], trees.Tree]:
+    """The transformer's files, name table and shapes."""
+    nets = _open(pipe.directory, jnp.dtype("float32"), jnp.dtype("float32"), "none")
+    return (part_files(pipe.directory, pipe.files, "transformer"), nets.tables["transformer"],
+            transformer_shapes(nets.denoiser.network))
+
+
+def part_files(directory: Path, files: Mapping[str, Path], part: str) -> list[Path]:
+    """The safetensors files of a part of a model, see `Pipeline`."""
+    if part in files:
+        return [files[part]]
+    folder = directory / part
+    beside = part == "transformer" and not any(folder.glob("*.safetensors*")) and any(
+        directory.glob("*.safetensors")
+    )
+    return weight_files(directory if beside else folder)
+
+
+def _shapes_of(nets: Networks) -> Callable[[str], trees.Tree]:
+    """Part, or DECODER -> shapes of its parameters; what was found is kept."""
+
+    @functools.cache
+    def shapes(part: str) -> trees.Tree:
+        if part == "transformer":
+            return transformer_shapes(nets.denoiser.network)
+        if part == "text_encoder":
+            return text_shapes(nets.text_encoder)
+        if part == "vae":
+            return vae_shapes(nets.vae)
+        only_encodes = ("encoder", "quant_conv")
+        return {name: tree for name, tree in shapes("vae").items() if name not in only_encodes}
+
+    return shapes
+
+
+def _check_files(
+    files: Mapping[str, Path], nets: Networks, shapes: Callable[[str], trees.Tree]
+) -> None:
+    """Raises WeightsError for every file that does not hold the part it stands in for."""
+    problems: list[str] = []
+    for part, file in files.items():
+        with noted(problems):
+            one_file.check(part, file, nets.tables, shapes(part), nets.family.pipeline,
+                           other_transformers(nets.family))
+    if problems:
+        raise WeightsError("\n".join(problems))
 
 
 def _open(directory: Path, dtype: jnp.dtype, vae_dtype: jnp.dtype, remat: str) -> Networks:
@@ -301,89 +374,35 @@ def load_vision_language(
     check_dtype("dtype", dtype)
     config = read_vl_config(directory)
     matched = check_language_match(
-        weight_files(directory), weight_files(pipe.directory / "text_encoder")
+        weight_files(directory), part_files(pipe.directory, pipe.files, "text_encoder")
     )
     log.info(
         "%s: all %d language tensors match the pipeline's text encoder, which replaces them",
         directory, matched,
     )
     vision = VisionTower(config.vision, jnp.dtype(dtype))
-    params = _load(directory, vision_table(config.vision), vision_shapes(vision), dtype,
-                   pipe.encoder_mesh)
+    params = _load(weight_files(directory), vision_table(config.vision), vision_shapes(vision),
+                   dtype, pipe.encoder_mesh, directory.name)
     return VisionLanguage(config, vision, params, prompts.load_tokenizer(directory), matched)
 
 
-def _load(directory: Path, table, shapes, dtype, mesh: Mesh | None = None) -> trees.Tree:
+def _load(
+    files: list[Path], table, shapes, dtype, mesh: Mesh | None, name: str,
+    prefixes: Prefixes | None = None,
+) -> trees.Tree:
+    """The weights of what the log calls `name`."""
     shardings = None if mesh is None else sharding.shard(mesh, shapes)
-    files = weight_files(directory)
     total = sum(f.stat().st_size for f in files)
-    log.info("reading %s: %d files, %.2f GB", directory, len(files), total / 1e9)
-    report = functools.partial(_report, directory.name) if total > 5e8 else None
-    tree = load_tree(files, table, shapes, dtype=dtype, shardings=shardings, report=report)
+    where = files[0] if len(files) == 1 else f"{files[0].parent}: {len(files)} files"
+    log.info("reading %s, %.2f GB", where, total / 1e9)
+    report = functools.partial(_report, name) if total > 5e8 else None
+    tree = load_tree(files, table, shapes, dtype=dtype, shardings=shardings, report=report,
+                     prefixes=prefixes)
     if report:
-        log.info("%s: loaded; %s", directory.name, memory.report())
+        log.info("%s: loaded; %s", name, memory.report())
     return tree
 
 
 def _report(name: str, done: int, total: int) -> None:
     if done == total or done % max(total // 10, 1) == 0:
         log.info("%s: %d of %d tensors", name, done, total)
-
-
-def fingerprint(directory: str | Path, parts: tuple[str, ...] = ()) -> str:
-    """Identifies weights by content without reading all of them; place and dates do not matter.
-
-    Configs, tokenizers and chat templates count in full; of safetensors files the header, the
-    size and blocks spread evenly over the rest.
-
-    Args:
-        directory: A model's directory.
-        parts: Folders in it that count; () is everything.
-
-    Raises:
-        WeightsError: No such directory, or no safetensors file in it or below.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise WeightsError(f"{directory}: expected a directory of model weights, found none")
-    files = sorted(
-        Path(folder, name).relative_to(directory)
-        for folder, _, names in os.walk(directory, followlinks=True) for name in names
-    )
-    files = [
-        f for f in files
-        if not any(part.startswith(".") for part in f.parts) and (not parts or f.parts[0] in parts)
-    ]
-    if not any(f.suffix == ".safetensors" for f in files):
-        found = ", ".join(f.as_posix() for f in files[:10]) or "nothing"
-        raise WeightsError(
-            f"{directory}: expected .safetensors files in it or below, found {found}; other "
-            "formats are not read"
-        )
-    digest = hashlib.sha256()
-    for file in files:
-        if file.suffix in (".json", ".jinja"):
-            content = hashlib.sha256((directory / file).read_bytes())
-        elif file.suffix == ".safetensors":
-            content = _sampled(directory / file)
-        else:
-            continue
-        digest.update(f"{file.as_posix()} {content.hexdigest()}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _sampled(file: Path):
-    """Hash of a safetensors file's size, header and 64 blocks; of all of it if it is small."""
-    size, block, count = file.stat().st_size, 1 << 14, 64
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as f:
-        begin = 8 + min(int.from_bytes(f.read(8), "little"), 1 << 26)
-        f.seek(0)
-        digest.update(f.read(begin))
-        if size - begin <= block * count:
-            digest.update(f.read())
-        else:
-            for i in range(count):
-                f.seek(begin + (size - begin - block) * i // (count - 1))
-                digest.update(f.read(block))
-    return digest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dopsd_jax.models.qwen3 import Qwen3Config
 from dopsd_jax.models.qwen3_vl import VisionConfig
-from dopsd_jax.weights.load import open_safetensors
+from dopsd_jax.weights.load import PREFIXES, open_tensors
 from dopsd_jax.weights.names import LINEAR, SAME, Rule, Transform, WeightsError, rule
 
 # `Qwen3ForCausalLM` puts "model." before every name of `Qwen3Model`.
@@ -136,9 +136,5 @@ def check_language_match(
 
 
 def _shapes(files: Iterable[str | Path]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for file in files:
-        with open_safetensors(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
-                shapes[name] = tuple(handle.get_slice(name).get_shape())
-    return shapes
+    tensors = open_tensors(files, PREFIXES["text_encoder"])
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

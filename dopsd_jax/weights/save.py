@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dopsd_jax.core import trees
-from dopsd_jax.weights.load import map_safetensors, weight_files
-from dopsd_jax.weights.names import Rule, WeightsError, resolve
+from dopsd_jax.weights.load import weight_files
+from dopsd_jax.weights.names import Rule, WeightsError, resolve, tensor_names
 
 
 def replace_tensors(
@@ -66,21 +66,23 @@ def replace_tensors(
 
 SHARD_BYTES = 5 * 10**9  # of one file, as diffusers writes them
 STEM = "diffusion_pytorch_model"
+CARD = ("README.md", "images")  # a model card and its pictures, beside weights; see run/card.py
 MADE_BY = {"format": "pt", "made_by": "dopsd_jax"}
 
 
 def write_component(
-    out: str | Path, source: str | Path, table: Iterable[Rule], tree: trees.Tree, *,
-    overwrite: bool = False, shard_bytes: int = SHARD_BYTES,
+    out: str | Path, config: str | Path, table: Iterable[Rule], tree: trees.Tree, *,
+    dtypes: Mapping[tuple[str, int | None], np.dtype] | None = None, overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
     """Writes a transformer as diffusers does: config.json, shards of safetensors, their index.
 
     Args:
         out: The directory; made, or replaced if it was written here.
-        source: The folder of the weights that training began with: names, shapes, dtypes and
-            config are taken from it.
-        table: The network's name table.
+        config: Its config.json, which is copied.
+        table: The network's name table in the layout that is written.
         tree: Parameters as the network has them, NumPy.
+        dtypes: By (parameter, layer or None), see `load.kept_dtypes`; None: those of the tree.
         overwrite: Replace a directory of another origin too.
         shard_bytes: Of one file.
 
@@ -88,33 +90,32 @@ def write_component(
         The files of tensors.
 
     Raises:
-        WeightsError: Names or shapes that do not fit, or a directory that may not be replaced;
-            nothing is written then.
+        WeightsError: Names that do not fit, or a directory that may not be replaced; nothing is
+            written then.
     """
-    out, source, flat = Path(out), Path(source), trees.flatten(tree)
+    out, flat = Path(out), {name: np.asarray(x) for name, x in trees.flatten(tree).items()}
     _check_replaceable(out, overwrite)
-    stored = {n: t for file in weight_files(source) for n, t in map_safetensors(file).items()}
-    slots, problems = resolve(table, stored)
-    problems += [f"{s.name}: the tree has no such parameter" for s in slots.values()
-                 if s.name not in flat]
-    problems += [f"{name}: no tensor of {source} holds it"
-                 for name in sorted(set(flat) - {s.name for s in slots.values()})]
-    if problems:
-        raise WeightsError(f"{source}: " + "\n  ".join(problems))
+    slots = tensor_names(table, flat)
+
+    def dtype(name: str) -> np.dtype:
+        slot = slots[name]
+        return flat[slot.name].dtype if dtypes is None else dtypes[slot.name, slot.layer]
+
+    def size(name: str) -> int:
+        slot, value = slots[name], flat[slots[name].name]
+        whole = value.size if slot.layer is None else value[0].size
+        return whole * dtype(name).itemsize
 
     def tensor(name: str) -> np.ndarray:
-        if name not in slots:
-            return stored[name].view()
-        slot, value = slots[name], np.asarray(flat[slots[name].name])
+        slot, value = slots[name], flat[slots[name].name]
         value = slot.transform.to_torch(value if slot.layer is None else value[slot.layer])
-        if value.size != np.prod(stored[name].shape, dtype=int):
-            raise WeightsError(f"{name}: expected {stored[name].shape}, got {value.shape}")
-        return np.ascontiguousarray(value.reshape(stored[name].shape), stored[name].dtype)
+        return np.ascontiguousarray(value, dtype(name))
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        groups = _shards_of(stored, shard_bytes)
+        sizes = {name: size(name) for name in slots}
+        groups = _shards_of(sizes, shard_bytes)
         names = [f"{STEM}-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
         if len(groups) == 1:
             names = [f"{STEM}.safetensors"]
@@ -122,13 +123,14 @@ def write_component(
             save_file({n: tensor(n) for n in group}, temporary / file, metadata=MADE_BY)
         if len(groups) > 1:
             index = {
-                "metadata": {"total_size": sum(t.stop - t.start for t in stored.values())},
+                "metadata": {"total_size": sum(sizes.values())},
                 "weight_map": {
                     n: f for f, group in zip(names, groups, strict=True) for n in group
                 },
             }
             (temporary / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        shutil.copyfile(source / "config.json", temporary / "config.json")
+        shutil.copyfile(config, temporary / "config.json")
+        carry_card(out, temporary)
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
@@ -137,15 +139,24 @@ def write_component(
     return [out / name for name in names]
 
 
-def _shards_of(stored: dict, shard_bytes: int) -> list[list[str]]:
+def carry_card(old: Path, new: Path) -> None:
+    """Takes a model card into the directory that is about to replace its own; it may be edited."""
+    readme, pictures = (old / name for name in CARD)
+    if readme.is_file():
+        shutil.copyfile(readme, new / readme.name)
+    if pictures.is_dir():
+        shutil.copytree(pictures, new / pictures.name)
+
+
+def _shards_of(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
     """Tensor names in order, cut so that no group but one of a single tensor is larger."""
     groups, size = [[]], 0
-    for name, t in stored.items():
-        if groups[-1] and size + t.stop - t.start > shard_bytes:
+    for name, num_bytes in sizes.items():
+        if groups[-1] and size + num_bytes > shard_bytes:
             groups.append([])
             size = 0
         groups[-1].append(name)
-        size += t.stop - t.start
+        size += num_bytes
     return groups
 
 
@@ -156,7 +167,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise WeightsError(f"{out}: expected a directory, found a file")
     others = sorted(
         p.name for p in out.iterdir()
-        if p.name not in ("config.json", f"{STEM}.safetensors.index.json")
+        if p.name not in ("config.json", f"{STEM}.safetensors.index.json", *CARD)
         and not (p.name.startswith(STEM) and p.suffix == ".safetensors")
     )
     if others:  # not even with --overwrite: these are no weights

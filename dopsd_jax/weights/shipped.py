@@ -16,12 +16,14 @@ MINI_VAE = ASSETS / "mini_vae"
 JUDGE = ASSETS / "mini_judge.safetensors"  # see mini/judge.py
 
 
-def pipeline_directory(name: str | Path, *, weights: bool = True) -> Path:
+def pipeline_directory(
+    name: str | Path, *, weights: bool | tuple[str, ...] = True
+) -> Path:
     """The directory of a pipeline, by its path, or by a name that is no path here.
 
     Args:
         name: A path; a shipped pipeline's name; or one of the hub, see `hub.fetch`.
-        weights: Whether its weights are needed.
+        weights: Whether its weights are needed, or those of which folders.
 
     Raises:
         ValueError: A name of the hub that cannot be had.
@@ -34,7 +36,9 @@ def vlm_directory(name: str | Path, *, weights: bool = True) -> Path:
     return _find(VISION_LANGUAGE, name, pipeline=False, weights=weights)
 
 
-def _find(shipped: dict[str, Path], name: str | Path, *, pipeline: bool, weights: bool) -> Path:
+def _find(
+    shipped: dict[str, Path], name: str | Path, *, pipeline: bool, weights: bool | tuple[str, ...]
+) -> Path:
     if Path(name).exists():
         return Path(name)
     if str(name) in shipped:

@@ -1,4 +1,4 @@
-"""Tensor names of the Z-Image transformer in diffusers' layout."""
+"""Tensor names of the Z-Image transformer in diffusers' layout and in its makers' own."""
 
 from __future__ import annotations
 
@@ -58,23 +58,33 @@ def z_image_modules(config: ZImageConfig) -> Modules:
     return linear_modules(
         z_image_table(config), "diffusion_model.",
         idle=[f"all_final_layer.{config.patch_size}-1.adaLN_modulation.0"],
-        makers=z_image_makers_linears(),
+        makers=z_image_makers_table(config),
     )
 
 
-def z_image_makers_linears() -> list[Rule]:
-    """The linears that the makers' own layout calls otherwise, as ComfyUI's files have them.
+def z_image_makers_table(config: ZImageConfig) -> list[Rule]:
+    """What the makers' own layout calls otherwise, as ComfyUI's files have it.
 
-    Projections to q, k and v are one tensor there.
+    Projections to q, k and v are one tensor there. With `z_image_table` it names a whole file; no
+    name is one of both.
+
+    Source: diffusers `convert_z_image_transformer_checkpoint_to_diffusers`.
     """
-    def linear(tensor: str, target: str, **groups: str) -> Rule:
-        return rule(f"{tensor}.weight", f"{target}/kernel", LINEAR, **groups)
+    del config  # no size stands in these names
 
-    block = "{stack}.{layer}"
+    def linear(tensor: str, target: str) -> list[Rule]:
+        return [rule(f"{tensor}.weight", f"{target}/kernel", LINEAR),
+                rule(f"{tensor}.bias", f"{target}/bias")]
+
+    block = "{stack}.{layer}.attention"
     return [
-        linear("x_embedder", "x_embedder"), linear("final_layer.linear", "final_linear"),
-        linear("final_layer.adaLN_modulation.1", "final_modulation"),
-        rule(f"{block}.attention.qkv.weight#{{part}}", "{stack}/attention/{part}/kernel", LINEAR,
+        *linear("x_embedder", "x_embedder"),
+        *linear("final_layer.linear", "final_linear"),
+        *linear("final_layer.adaLN_modulation.1", "final_modulation"),
+        rule(f"{block}.qkv.weight#{{part}}", "{stack}/attention/{part}/kernel", LINEAR,
              stack=STACKS, part="to_q|to_k|to_v"),
-        linear(f"{block}.attention.out", "{stack}/attention/to_out", stack=STACKS),
+        rule(f"{block}.out.weight", "{stack}/attention/to_out/kernel", LINEAR, stack=STACKS),
+        rule(f"{block}.{{p}}_norm.weight", "{stack}/attention/norm_{p}/scale", stack=STACKS,
+             p="q|k"),
+        rule("norm_final.weight", None),  # of some files; no layer uses it
     ]

@@ -2,11 +2,12 @@
 
 import csv
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from dopsd_jax.compare import table
+from dopsd_jax.compare import runs, table
 from dopsd_jax.compare.measures import NEW_SEEN, NEW_UNSEEN, OLD, Measured, case_sets
 from dopsd_jax.mini import drawing
 from dopsd_jax.mini.judge import moments
@@ -118,3 +119,15 @@ def test_what_tuning_did_to_few_steps_is_told_beside_the_untuned(sets):
     assert row["2 steps: sharpness / untuned's"].value == pytest.approx(0.5)
     same = table.few_step_row(before, before, sets, real)
     assert same["2 steps: the same / untuned's"].value == 1
+
+
+def test_a_run_on_other_weights_is_not_drawn_with_the_shipped_ones(tmp_path):
+    config = {"model": "mini", "trainable": "lora", "teacher": "ema", "lora": {},
+              "learning_rate": 1e-3, "seed": 0}
+    for name, more in (("a", {}), ("b", {"transformer_file": "other.safetensors"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | more))
+        (tmp_path / name / "identity.json").write_text("{}")
+    assert [run.name for run in runs.own_runs(f"{tmp_path}/a")] == ["a"]
+    with pytest.raises(ValueError, match=r"b was trained with transformer_file=other.safetensors"):
+        runs.own_runs(f"{tmp_path}/a,{tmp_path}/b")

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from dopsd_jax.method import flow
+from dopsd_jax.method.guidance import GuidedContext, guided, pad_context
 from dopsd_jax.method.rollout import trajectory
 from dopsd_jax.mini.distill import (
     CRITIC,
@@ -16,7 +17,6 @@ from dopsd_jax.mini.distill import (
     matching_direction,
     segments,
 )
-from dopsd_jax.mini.guidance import GuidedContext, guided, pad_context
 from dopsd_jax.models.denoiser import Context
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from configs import common
 from configs import tiny as tiny_config
+from dopsd_jax.core import trackers
 from dopsd_jax.method.train_step import Method
 from dopsd_jax.run import config as config_lib
+from dopsd_jax.run import model as model_lib
 from dopsd_jax.run.config import check_config, check_values
 from dopsd_jax.run.keys import KEYS
 from dopsd_jax.weights import pipeline
@@ -102,6 +104,16 @@ def test_values_that_do_not_go_together(config):
     ]
 
 
+def test_trackers_are_known_and_installed(config, monkeypatch):
+    for text in ("tensorboard", "wandb;trackio"):
+        assert problems(config, trackers=text) == [
+            "trackers: expected nothing, or wandb or trackio, or both with a comma between, got "
+            f"{text!r}"]
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    (line,) = problems(config, trackers="wandb")
+    assert line.startswith("trackers: wandb is not installed; run: pip install 'dopsd_jax[wandb]'")
+
+
 def test_what_does_not_fit_the_model(config):
     lines = problems(config, **{
         "lora.targets": "no_such", "text_tokens": 32, "teacher_tokens": 2048,
@@ -155,15 +167,17 @@ ABSURD = [1e12, 10**12, -1, 0, float("nan"), float("inf"), -float("inf"), 10**40
 @pytest.fixture(scope="module")
 def opened_once():
     """What reads the models, each file once for all tests of this module."""
-    return {name: functools.cache(getattr(config_lib, name))
-            for name in ("load_pipeline", "read_vl_config", "transformer_shapes")}
+    return [(module, name, functools.cache(getattr(module, name))) for module, name in (
+        (model_lib, "load_pipeline"), (config_lib, "read_vl_config"),
+        (config_lib, "transformer_shapes"),
+    )]
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_absurd_values_are_refused_by_name_or_harmless(config, key, monkeypatch, opened_once):
     """Of every key and of any type, as a config file may set them."""
-    for name, function in opened_once.items():
-        monkeypatch.setattr(config_lib, name, function)
+    for patch in opened_once:
+        monkeypatch.setattr(*patch)
     for value in ABSURD:
         changed = config.copy_and_resolve_references()
         try:

@@ -67,6 +67,9 @@ def test_the_best_checkpoint_is_the_nearest_look_that_is_sharp_enough():
     assert gauges.best_checkpoint(rows, [0, 10, 20, 30])["step"] == 20
     assert gauges.best_checkpoint(rows, [0, 30]) is None
     assert gauges.best_checkpoint([{"step": 5, "style": 3.0}], [5])["step"] == 5  # no gauge prompts
+    rows = [r | {"preview_style": 10 - r["style"], "preview_sharpness_ratio": 1.0}
+            for r in rows[:4]] + rows[4:]
+    assert gauges.best_checkpoint(rows, [0, 10, 20, 30, 40], moved=True)["step"] == 10
 
 
 def test_a_run_leaves_gauges_pictures_of_them_and_the_best_checkpoint(short_run, tmp_path):

@@ -17,11 +17,13 @@ from dopsd_jax.weights.z_image import Z_IMAGE
 
 ROOT = Path(__file__).parents[2]
 FREE = {
-    "model", "published", "vlm", "data", "data_root", "cache", "base_lora", "init_lora",
+    "transformer_file", "vae_file", "text_encoder_file", "model", "published",
+    "vlm", "data", "data_root", "cache", "base_lora", "init_lora",
     "init_full", "keep_prompts", "earlier_data", "num_train_steps",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "preflight", "log_every", "sample_every",
-    "sample_steps", "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every",
-    "keep_checkpoints",
+    "sample_steps", "sample_guidance", "sample_negative", "preview_model", "preview_model_steps",
+    "preview_model_shift", "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every",
+    "keep_checkpoints", "trackers",
 }
 
 

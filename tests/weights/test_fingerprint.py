@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dopsd_jax.weights import WeightsError
-from dopsd_jax.weights.pipeline import fingerprint
+from dopsd_jax.weights.fingerprints import fingerprint
 
 
 @pytest.fixture

@@ -1,85 +1,14 @@
 """Models by name: from a server on this machine that answers as the hub does, and a cache."""
 
-import hashlib
-import json
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from dopsd_jax.weights import hub, shipped
 from tests.commands import ROOT, environment
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def oid(content):
-    """What git calls a file with these contents."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves two models; `asked` lists every file whose contents were sent."""
-
-    def __init__(self, folders):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folders, self.asked = folders, []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, status, content=b"", **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def refuse(self, status, code):
-        self.answer(status, json.dumps({"error": code}).encode(), X_Error_Code=code,
-                    X_Error_Message=code, Content_Type="application/json")
-
-    def do_GET(self):
-        path = self.path.partition("?")[0].strip("/")
-        repo = "/".join(path.removeprefix("api/models/").split("/")[:2])
-        if repo == "org/gated":
-            return self.refuse(403, "GatedRepo")
-        if repo not in self.server.folders:
-            return self.refuse(404, "RepoNotFound")
-        folder = self.server.folders[repo]
-        revision, _, file = path.partition(f"{repo}/")[2].partition("/")[2].partition("/")
-        if revision not in ("main", COMMIT):
-            return self.refuse(404, "RevisionNotFound")
-        if path.startswith("api/models/"):
-            files = {p.relative_to(folder).as_posix(): p.read_bytes()
-                     for p in sorted(folder.rglob("*")) if p.is_file()}
-            found = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": f} for f in files],
-                     "private": False, "gated": False, "tags": [], "downloads": 0, "likes": 0}
-            if f"{repo}/tree/" in path:
-                found = [{"type": "file", "path": f, "size": len(x), "oid": oid(x)}
-                         for f, x in files.items()]
-            return self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
-        content = (folder / file).read_bytes()
-        if self.command == "GET":
-            self.server.asked.append(f"{repo}/{file}")
-        return self.answer(200, content, X_Repo_Commit=COMMIT,
-                           ETag=f'"{oid(content)}"')
-
-    do_HEAD = do_GET
+from tests.fake_hub import COMMIT, Hub
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +105,11 @@ def test_configs_come_without_weights_and_a_vlm_lies_flat(server, tmp_path):
     assert COMMIT in done.stdout, done.stderr
     sent = server.asked[before:]
     assert sent and not [name for name in sent if name.endswith(".safetensors")]
+    before = len(server.asked)
+    done = python(server, tmp_path, "-c", ASK.format(names=["org/tiny"], weights=("vae",)))
+    assert COMMIT in done.stdout, done.stderr
+    weights = [name for name in server.asked[before:] if name.endswith(".safetensors")]
+    assert weights == ["org/tiny/vae/diffusion_pytorch_model.safetensors"]
     ask = "from dopsd_jax.weights import shipped; print(shipped.vlm_directory('org/tiny-vl'))"
     done = python(server, tmp_path, "-c", ask)
     assert COMMIT in done.stdout, done.stderr

@@ -257,11 +257,11 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path, form, monkeypatch)
     lora = random_lora(BLOCK)
     FORMATS[form](path, lora, SPEC, Z_IMAGE_MODULES)
 
-    def full_disk(tensors, file, metadata):
+    def full_disk(file, *contents):
         file.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("dopsd_jax.weights.lora_files.save_file", full_disk)
+    monkeypatch.setattr("dopsd_jax.weights.lora_files._write", full_disk)
     with pytest.raises(OSError, match="No space left"):
         FORMATS[form](path, random_lora(BLOCK, seed=9), SPEC, Z_IMAGE_MODULES)
     got = read_lora(path, Z_IMAGE_MODULES)[0]

@@ -2,19 +2,38 @@
 
 import numpy as np
 import pytest
-from lora_examples import LAYERS, Z_IMAGE_MODULES
-from safetensors.numpy import save_file
+from lora_examples import (
+    BLOCK,
+    LAYERS,
+    SPEC,
+    Z_IMAGE_MODULES,
+    every_linear,
+    random_lora,
+    torch_sites,
+)
+from one_file_examples import assert_same
+from safetensors.numpy import load_file, save_file
 
 from dopsd_jax.core import trees
 from dopsd_jax.models.flux2 import Flux2Config
 from dopsd_jax.weights.flux2 import FLUX2
-from dopsd_jax.weights.lora_files import LoraFileError, read_lora
+from dopsd_jax.weights.lora_files import (
+    LoraFileError,
+    LoraSpec,
+    read_lora,
+    save_comfyui_fused,
+)
 
 RANK, DIM = 3, 64
 # Modules of a block as its makers call them -> tree paths of their rows, in order; in, out.
 MAKERS = {
     "attention.qkv": (("to_q", "to_k", "to_v"), DIM, 3 * DIM),
     "attention.out": (("to_out",), DIM, DIM),
+}
+# Modules outside of the blocks that the makers call otherwise.
+OTHER_NAMES = {
+    "all_x_embedder.2-1": "x_embedder", "all_final_layer.2-1.linear": "final_layer.linear",
+    "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
 }
 
 
@@ -136,3 +155,75 @@ def test_other_kinds_of_adapters_are_named(tmp_path, tensor, kind):
     with pytest.raises(LoraFileError) as caught:
         read_lora(tmp_path / "x.safetensors", Z_IMAGE_MODULES)
     assert f"this is {kind}, which is not read here" in str(caught.value)
+
+
+@pytest.mark.parametrize("alpha", [7.0, 0.1])
+def test_the_fused_format_adds_the_same_and_is_read_back_exactly(tmp_path, alpha):
+    """q, k and v become one LoRA of three times the rank; other modules keep theirs."""
+    lora, spec = every_linear(), LoraSpec(3, alpha, "some/model")
+    save_comfyui_fused(tmp_path / "lora.safetensors", lora, spec, Z_IMAGE_MODULES)
+    tensors = load_file(tmp_path / "lora.safetensors")
+    modules = {n.rpartition(".lora_A")[0] for n in tensors if ".lora_A" in n}
+    assert len(tensors) == 3 * len(modules)
+    sites = torch_sites(lora)
+    for name, module in OTHER_NAMES.items():
+        sites[module] = sites.pop(name)
+    for block in (f"{stack}.{i}" for stack, layers in LAYERS.items() for i in range(layers)):
+        sites[f"{block}.attention.out"] = sites.pop(f"{block}.attention.to_out.0")
+        sites[f"{block}.attention.qkv"] = [sites.pop(f"{block}.attention.to_{p}") for p in "qkv"]
+    assert modules == {f"diffusion_model.{m}" for m in sites}
+    for module, pairs in sites.items():
+        key = f"diffusion_model.{module}"
+        a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+        pairs = pairs if isinstance(pairs, list) else [pairs]
+        assert len(a) == 3 * len(pairs)
+        want = np.concatenate([spec.scale * (x @ y).T for x, y in pairs])
+        got = tensors[f"{key}.alpha"] / len(a) * (b @ a)
+        np.testing.assert_allclose(got, want, atol=1e-6, err_msg=module)
+    tree, read = read_lora(tmp_path / "lora.safetensors", Z_IMAGE_MODULES)
+    assert read == spec
+    assert_same(lora, tree)
+
+
+def test_block_diagonals_of_other_tools_are_read_as_the_loras_they_were(tmp_path):
+    """Kohya's names and no word of ours; a lora_B of zeros in one layer is one, too."""
+    lora = every_linear()
+    lora["layers"]["attention"]["to_k"]["b"][1] = 0
+    save_comfyui_fused(tmp_path / "ours.safetensors", lora, SPEC, Z_IMAGE_MODULES)
+    theirs = {}
+    for name, x in load_file(tmp_path / "ours.safetensors").items():
+        module, _, rest = name.removeprefix("diffusion_model.").partition(".lora_")
+        module = module.removesuffix(".alpha").replace(".", "_")
+        kind = {"": "alpha", "A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[rest]
+        theirs[f"lora_unet_{module}.{kind}"] = x
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    tree, spec = read_lora(tmp_path / "theirs.safetensors", Z_IMAGE_MODULES)
+    assert (spec.rank, spec.alpha) == (SPEC.rank, SPEC.alpha)
+    assert_same(lora, tree)
+
+
+def test_fused_loras_that_are_no_blocks_or_all_zeros_keep_their_rank(tmp_path):
+    fused_file(tmp_path / "lora.safetensors")
+    assert read_lora(tmp_path / "lora.safetensors", Z_IMAGE_MODULES)[1].rank == RANK
+    tensors = {n: x * ("lora_A" in n) for n, x in load_file(tmp_path / "lora.safetensors").items()}
+    save_file(tensors, tmp_path / "zeros.safetensors")
+    assert read_lora(tmp_path / "zeros.safetensors", Z_IMAGE_MODULES)[1].rank == RANK
+
+
+def test_a_lora_on_v_alone_stays_one(tmp_path):
+    lora = random_lora({"attention.to_v": BLOCK["attention.to_v"]})
+    save_comfyui_fused(tmp_path / "lora.safetensors", lora, SPEC, Z_IMAGE_MODULES)
+    assert load_file(tmp_path / "lora.safetensors")[
+        "diffusion_model.layers.0.attention.qkv.lora_B.weight"
+    ].shape == (3 * DIM, 3 * SPEC.rank)
+    tree, spec = read_lora(tmp_path / "lora.safetensors", Z_IMAGE_MODULES)
+    assert spec == SPEC
+    assert_same(lora, tree)
+
+
+def test_what_the_fused_format_cannot_hold_is_said(tmp_path):
+    pair = {"a": np.ones((8, 3), "f4"), "b": np.ones((3, 16), "f4")}
+    with pytest.raises(LoraFileError, match="norm_out.linear: has its rows in another order"):
+        save_comfyui_fused(tmp_path / "x.safetensors", {"norm_out": pair}, SPEC,
+                           FLUX2.modules(Flux2Config.klein_4b()))
+    assert not (tmp_path / "x.safetensors").exists()
