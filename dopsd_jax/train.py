@@ -16,7 +16,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax.core import cli, distributed, mirror, sharding, trackers, trees
+from dopsd_jax.core import cli, distributed, memory, mirror, sharding, trackers, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.metrics import GAUGES, read_metrics
 from dopsd_jax.core.trees import Tree
@@ -93,7 +93,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     if loop.finished(config, workdir):
         return None
 
-    # Act 3, the model, its train step, and what student and teacher see of the data.
+    # Act 3, what student and teacher see of the data, and then the model: the encoders and the
+    # transformer are not on the devices together, unless every batch is encoded anew.
     entries = Entries(config, data)
     cache = open_cache(config.cache, entries) if config.cache else None
     mesh = sharding.make_mesh(**config.mesh.to_dict())
@@ -102,11 +103,15 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         config.preflight == "on" and needs_teacher(config)
         and not (workdir / preflight.FILE).is_file()
     )
-    pipe = load_parts(config, mesh, draws_pictures=bool(config.sample_every or looks_ahead))
+    pipe = load_encoding_parts(
+        config, draws_pictures=bool(config.sample_every or looks_ahead), mesh=mesh
+    )
     # Before the encoders run, which may take hours: it refuses targets that match no layer.
     step = Step(config, pipe.denoiser, pipe.lora.targets, mesh, *loras.stands_on(config, pipe))
     made = make_features(config, pipe, data, entries, cache)
     features = BatchFeatures(config, data, entries, made)
+    memory.log_devices("the data is encoded")
+    pipe.params = load_transformer(config, mesh)
 
     # Act 4, the state at step 0, and pictures of what it can do untrained. What fits beside the
     # network is known now that the encoders are gone.
@@ -116,6 +121,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     if config.remat == AUTO:
         step = remat.fitted(step, data.largest_bucket(), workdir, pipe.params)
     base, state, untuned = first_state(config, pipe, step)
+    memory.log_devices("the model is loaded")
     if looks_ahead:
         variables = step.method.assemble(base, state.student)
         run_preflight(config, workdir, pipe, data, features, variables, mesh)
@@ -194,19 +200,28 @@ def claim(
     return workdir
 
 
-def load_parts(config: ConfigDict, mesh: Mesh, *, draws_pictures: bool) -> Pipeline:
-    """The pipeline with the weights that the run needs, and no others."""
-    parts = ["transformer"]
+def load_encoding_parts(config: ConfigDict, mesh: Mesh, *, draws_pictures: bool) -> Pipeline:
+    """The pipeline with the weights that the run needs beside its transformer, and no others."""
+    parts = []
     if not config.cache:
         parts.append("text_encoder")
     if needs_latents(config) and not config.cache:
         parts.append("vae")
     elif draws_pictures:
         parts.append(DECODER)
+    return _load(config, mesh, tuple(parts))
+
+
+def load_transformer(config: ConfigDict, mesh: Mesh) -> Tree:
+    """The transformer's parameters, spread over the mesh."""
+    return _load(config, mesh, ("transformer",)).params
+
+
+def _load(config: ConfigDict, mesh: Mesh, parts: tuple[str, ...]) -> Pipeline:
     policy = "full" if config.remat == AUTO else config.remat  # only the train step asks it
     return model.load_model(
-        config, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=policy,
-        parts=tuple(parts), mesh=mesh, encoder_mesh=sharding.own_mesh(),
+        config, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=policy, parts=parts,
+        mesh=mesh, encoder_mesh=sharding.own_mesh(),
     )
 
 
@@ -221,7 +236,7 @@ def make_features(
         return Online(encoders)
     made: dict[str, np.ndarray] = {}
     encode_all(entries.all(), encoders, made.__setitem__)
-    pipe.text_params = None  # its memory is needed for training
+    pipe.text_params = None  # its memory is needed for the transformer
     return cached(made)
 
 

@@ -368,6 +368,32 @@ def test_full_fine_tuning_shows_the_base_as_the_base_after_a_resume(config, tmp_
             assert (later["student"] != later["base"]).any()
 
 
+def test_encoders_are_gone_before_the_transformer_is_loaded(config, tmp_path, monkeypatch):
+    order, held = [], []
+    load, encode_all = train_lib.model.load_model, train_lib.encode_all
+
+    def note(what):
+        order.append(what)
+        held.append({x.shape for x in jax.live_arrays()})
+
+    def loading(config, **keywords):
+        note(keywords["parts"])
+        return load(config, **keywords)
+
+    def encoding(*arguments):
+        encode_all(*arguments)
+        note("encoded")
+
+    monkeypatch.setattr(train_lib.model, "load_model", loading)
+    monkeypatch.setattr(train_lib, "encode_all", encoding)
+    config.update({"num_train_steps": 1, "preflight": "off"})
+    train_lib.train(config, tmp_path)
+    assert order == [("text_encoder",), "encoded", ("transformer",)]
+    encoder = load(config, dtype="float32", parts=("text_encoder",)).text_params
+    weights = {x.shape for x in jax.tree.leaves(encoder) if x.ndim == 3}
+    assert weights <= held[1] and not weights & held[2]
+
+
 def test_a_finished_run_ends_before_its_weights_are_loaded(
     config, uninterrupted, monkeypatch, caplog
 ):

@@ -1,4 +1,4 @@
-"""How much host memory a process has taken so far, and how much is left."""
+"""How much memory a process has taken so far, of the host and of its devices, and what is left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import os
 import resource
 import sys
 from pathlib import Path
+
+import jax
+
+from dopsd_jax.core.log import log
 
 STATUS = Path("/proc/self/status")
 MEMINFO = Path("/proc/meminfo")
@@ -40,3 +44,15 @@ def available() -> int:
 def report() -> str:
     """The peak in words, for the log."""
     return f"host memory so far at most {peak() / 1e9:.2f} GB, mapped files included"
+
+
+def log_devices(phase: str) -> None:
+    """Says how much of an accelerator was taken at most when a phase of a run is over.
+
+    Args:
+        phase: What is done, as the line of the log begins.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        log.info("%s; the device held at most %.2f of %.2f GiB so far", phase,
+                 stats["peak_bytes_in_use"] / 2**30, stats.get("bytes_limit", 0) / 2**30)

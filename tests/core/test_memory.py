@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import jax
+
 from dopsd_jax.core import memory
 
 CHILD = """
@@ -24,3 +26,20 @@ def test_the_peak_grows_with_what_is_taken_and_stays():
     assert int(after) > int(during) - 1e6  # the kernel counts pages roughly
     assert memory.peak() > int(after) + len(taken)
     assert words.startswith(f"host memory so far at most {int(after) / 1e9:.2f} GB")
+
+
+def test_what_a_device_held_is_logged_where_it_tells(monkeypatch, caplog):
+    class Device:
+        stats = {"peak_bytes_in_use": 3 * 2**30, "bytes_limit": 22 * 2**30}
+
+        def memory_stats(self):
+            return self.stats
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    with caplog.at_level("INFO", logger="dopsd_jax"):
+        memory.log_devices("the data is encoded")
+        Device.stats = None  # as a CPU has it
+        memory.log_devices("nothing")
+    assert [r.getMessage() for r in caplog.records] == [
+        "the data is encoded; the device held at most 3.00 of 22.00 GiB so far"
+    ]
