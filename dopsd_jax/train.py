@@ -112,6 +112,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     features = BatchFeatures(config, data, entries, made)
     memory.log_devices("the data is encoded")
     pipe.params = load_transformer(config, mesh)
+    if config.base_lora:  # what a DoRA among them changes depends on the weights
+        step = step.with_earlier(loras.take_loras(loras.parse_list(config.base_lora), pipe))
 
     # Act 4, the state at step 0, and pictures of what it can do untrained. What fits beside the
     # network is known now that the encoders are gone.

@@ -242,6 +242,21 @@ def test_bad_configs_say_what_is_wrong(make_config, runs, changes, text):
         check_config(make_config("lokr", **changes))
 
 
+def test_a_lora_trains_on_top_of_a_dora_of_other_layers(runs, make_config, tmp_path):
+    """Its first loss is that of a run that goes on from the same DoRA."""
+    dora, targets = str(runs / "dora"), "layers/attention/to_q/kernel"
+    for name, config in {
+        "above": make_config("lora", base_lora=dora, **{"lora.targets": targets}),
+        "further": make_config("dora", init_lora=dora),
+    }.items():
+        config.num_train_steps = 1
+        train_lib.train(config, tmp_path / name)
+    losses = [read_metrics(d)[0]["loss"] for d in (
+        tmp_path / "above", tmp_path / "further", runs / "dora")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert abs(losses[0] / losses[2] - 1) > 1e-2
+
+
 def test_a_dora_below_and_a_lora_on_top_is_refused_before_anything_compiles(
     pipe, runs, make_config
 ):

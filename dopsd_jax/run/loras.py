@@ -201,6 +201,8 @@ def _ready(tree: Tree, strength: float, pipe: Pipeline, params: Tree | None) -> 
 def stands_on(config: ConfigDict, pipe: Pipeline) -> tuple[Tree | None, Tree | None]:
     """What a run stands on, and what it goes on from, as `Step` takes them.
 
+    Without weights only shapes come back of what it stands on, if there is a DoRA.
+
     Args:
         config: Its base_lora, init_lora and init_full, none of which need be there.
         pipe: Of the model, with or without weights.

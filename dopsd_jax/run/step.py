@@ -228,6 +228,12 @@ class Step:
         """One update. The arrays of `state` are freed."""
         return self._compiled.get(_signature(batch), self.jitted)(state, base, batch)
 
+    def with_earlier(self, earlier: Tree) -> Step:
+        """The same step with arrays where only shapes of config.base_lora were known."""
+        step = copy.copy(self)
+        step._earlier = earlier
+        return step
+
     def with_remat(self, policy: str) -> Step:
         """The same step, whose layers keep what another policy says."""
         other = copy.copy(self)
