@@ -57,7 +57,7 @@ def forward(
     def products(layer: str, multiplications: float) -> float:
         count = next((n for pattern, n in passes.layers if re.fullmatch(pattern, layer)), None)
         if count is None:
-            unknown.append(layer)
+            unknown.append(f"{layer}/kernel")
         return 2.0 * (count or 0) * multiplications
 
     base = sum(

@@ -221,6 +221,32 @@ def test_a_lora_on_v_alone_stays_one(tmp_path):
     assert_same(lora, tree)
 
 
+@pytest.mark.parametrize("blocks", [True, False])
+def test_each_part_of_a_fused_dora_has_its_own_lengths(tmp_path, blocks):
+    """Of a block-diagonal one also a part that adds nothing."""
+    file, sizes = tmp_path / "lora.safetensors", {}
+    if blocks:
+        lora = random_lora({"attention.to_v": BLOCK["attention.to_v"]})
+        save_comfyui_fused(file, lora, SPEC, Z_IMAGE_MODULES)
+    else:
+        fused_file(file, name="diffusion_model.{module}")
+    tensors, rng = load_file(file), np.random.default_rng(0)
+    for module in [n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n]:
+        rows = len(tensors[f"{module}.lora_B.weight"])
+        sizes[module] = tensors[f"{module}.dora_scale"] = rng.random((rows, 1), np.float32)
+    save_file(tensors, file)
+    tree, spec = read_lora(file, Z_IMAGE_MODULES)
+    flat = trees.flatten(tree)
+    for stack, layers in LAYERS.items():
+        for layer in range(layers):
+            parts = np.split(sizes[f"diffusion_model.{stack}.{layer}.attention.qkv"].ravel(), 3)
+            for part, want in zip("qkv", parts, strict=True):
+                path = f"{stack}/attention/to_{part}"
+                np.testing.assert_array_equal(flat[f"{path}/m"][layer], want)
+                assert flat[f"{path}/b"][layer].shape == (spec.rank, DIM)
+                assert flat[f"{path}/b"][layer].any() == (part == "v" or not blocks)
+
+
 def test_what_the_fused_format_cannot_hold_is_said(tmp_path):
     pair = {"a": np.ones((8, 3), "f4"), "b": np.ones((3, 16), "f4")}
     with pytest.raises(LoraFileError, match="norm_out.linear: has its rows in another order"):
