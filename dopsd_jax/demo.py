@@ -26,7 +26,6 @@ from dopsd_jax import sample
 from dopsd_jax.core import cli
 from dopsd_jax.core.checks import noted
 from dopsd_jax.core.log import log
-from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.run import loras, model
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import DTYPES, Pipeline
@@ -64,8 +63,7 @@ class Player:
         self._pipe, self.height, self.width = pipe, height, width
         self.names = [Path(n.path).name for n in named]
         self._trees = [
-            jax.tree.map(jnp.asarray, lora_lib.scaled(*loras.read_lora(n.path, pipe)))
-            for n in named
+            jax.tree.map(jnp.asarray, loras.take_loras(n.path, pipe)) for n in named
         ]
         self._one_at_a_time = threading.Lock()
         self._base = functools.lru_cache(maxsize=8)(self._draw_base)
@@ -98,7 +96,7 @@ class Player:
         return sample.generate(
             self._pipe, [prompt], seed=seed, num_steps=num_steps, height=self.height,
             width=self.width, guidance=guidance, negative=negative,
-            lora=list(zip(self._trees, strengths, strict=True)),
+            lora=[((tree, 1.0), s) for tree, s in zip(self._trees, strengths, strict=True)],
         )[0]
 
 

@@ -45,7 +45,6 @@ from dopsd_jax.compare.table import Point
 from dopsd_jax.core import cli, trees
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
-from dopsd_jax.method.lora import scaled
 from dopsd_jax.mini import drawing, judge
 from dopsd_jax.mini.build import write_trained
 from dopsd_jax.mini.emoji import load_sprites
@@ -86,7 +85,7 @@ class Evaluation:
         if run is None:
             return {"params": self._pipe.params}
         tree, spec = workdir_lib.read_lora(run.workdir, step=step)
-        members = [(scaled(tree, run.strength), spec.scale), *run.besides]
+        members = [((tree, spec.scale), run.strength), *run.besides]
         return {"params": self._pipe.params, "lora": loras.take_loras(members, self._pipe)}
 
     def point(self, run: Run | None, step: int, *, num_steps: int, guidance: float = 1.0,

@@ -22,6 +22,7 @@ from dopsd_jax.core import cli, mirror, trees
 from dopsd_jax.core.log import log
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.method import lora as lora_lib
+from dopsd_jax.models import adapters
 from dopsd_jax.models.family import Family
 from dopsd_jax.run import card
 from dopsd_jax.run import loras as loras_lib
@@ -87,12 +88,14 @@ def export(
             tree, dtypes=transformer_dtypes(pipe), overwrite=overwrite,
         )
         family, network = find(pipe.denoiser.network.config), pipe.denoiser.network.config
-        spec = None
+        spec, kind = None, "lora"
     else:
         tree, spec = workdir_lib.read_lora(workdir, step=step, role=role)
         family, network = _network(config["model"], tree)
+        kind = adapters.kind_of(tree)
     size = story_lib.size_of(family, network)
-    story = story_lib.of_run(Path(workdir), config, family, size, told, spec, step, role)
+    story = story_lib.of_run(Path(workdir), config, family, size, told, spec, step, role,
+                             kind)
     if spec is not None:
         modules = family.modules(network or example(family))
         _write_lora(fmt, out, tree, story, modules, overwrite)
@@ -143,22 +146,17 @@ def export_loras(
         raise ValueError("rank: expected none with full weights, which have no rank")
     cli.check_directory(Path(out).parent)
     pipe = load_pipeline(model, parts=(), transformer_file=transformer_file)
-    # What is reduced, or merged, may have any rank in between.
-    tree = loras_lib.take_loras(loras, pipe, any_rank=full or rank is not None)
-    cost, spec = 0.0, None
+    cost, spec, kind = 0.0, None, "lora"
     if full:
-        _write_merged(pipe, tree, out, overwrite)
+        _write_merged(pipe, loras, out, overwrite)
     else:
-        if rank is None:
-            rank = lora_lib.max_rank(tree)
-            tree = lora_lib.padded(tree, rank)
-        else:
-            tree, cost = lora_lib.reduced(tree, rank)
-        spec = lora_files.LoraSpec(rank, float(rank))
+        tree, spec, cost = _summed(loras, pipe, rank)
+        kind = adapters.kind_of(tree)
     network = pipe.denoiser.network.config
     family = find(network)
     size = story_lib.size_of(family, network)
-    story = story_lib.of_loras(str(model), list(map(_named, loras)), family, size, told, spec)
+    story = story_lib.of_loras(str(model), list(map(_named, loras)), family, size, told, spec,
+                               kind)
     if not full:
         _write_lora(fmt, out, tree, story, pipe.lora.modules, overwrite)
     if with_card:
@@ -168,16 +166,40 @@ def export_loras(
 
 def _named(member: Any) -> loras_lib.Named:
     """A LoRA as `export_loras` takes it, by name."""
-    lora, strength = member if isinstance(member, tuple) else (member, 1.0)
-    return loras_lib.Named(str(lora) if isinstance(lora, str | Path) else "a LoRA", strength)
+    strength = 1.0
+    if isinstance(member, tuple) and isinstance(member[0], str | Path | tuple):
+        member, strength = member
+    return loras_lib.Named(str(member) if isinstance(member, str | Path) else "a LoRA", strength)
 
 
-def _write_merged(pipe: Pipeline, tree: Tree, out: str, overwrite: bool) -> None:
-    """The pipeline's transformer with a LoRA in it, in the dtype of its files."""
+def _summed(
+    loras: list, pipe: Pipeline, rank: int | None
+) -> tuple[Tree, lora_files.LoraSpec, float]:
+    """What LoRAs add up to, as it is written, and the error that `rank` costs."""
+    # What is reduced may have any rank in between.
+    tree = loras_lib.take_trainable(loras, pipe, any_rank=rank is not None)
+    kind, cost = adapters.kind_of(tree), 0.0
+    if kind != "lora":
+        if rank is not None:
+            raise ValueError(f"rank: expected none with a {lora_lib.WORDS[kind]}, which is written "
+                             "as it is; only LoRAs are reduced to another rank")
+        rank = lora_lib.max_rank(tree)
+    elif rank is None:
+        rank = lora_lib.max_rank(tree)
+        tree = lora_lib.padded(tree, rank)
+    else:
+        tree, cost = lora_lib.reduced(tree, rank)
+    return tree, lora_files.LoraSpec(rank, float(rank)), cost
+
+
+def _write_merged(pipe: Pipeline, loras: list, out: str, overwrite: bool) -> None:
+    """The pipeline's transformer with LoRAs in it, in the dtype of its files."""
+    loras_lib.take_loras(loras, pipe, any_rank=True)  # what is wrong is said before weights load
     with jax.default_device(jax.devices("cpu")[0]):
         params = load_transformer(pipe)
+        tree = loras_lib.take_loras(loras, pipe, any_rank=True, params=params)
         merged = jax.tree.map(np.asarray, lora_lib.merge(params, tree, 1.0))
-    changed, error = lora_lib.rounding(params, merged, tree)
+        changed, error = lora_lib.rounding(params, merged, tree)
     dtype = next(x.dtype for n, x in trees.flatten(merged).items() if n.endswith("/kernel"))
     log.info("merged in %s: %.1f%% of the elements of adapted layers changed; what was added is "
              "off by %.2g of it, which as a LoRA it would not be", dtype, 100 * changed, error)

@@ -305,9 +305,9 @@ def main() -> None:
     how = dict(zip(("height", "width"), sides, strict=True), num_steps=FLAGS.num_steps,
                guidance=FLAGS.guidance, negative=FLAGS.negative)
     check_request(pipe, FLAGS.prompt, **how, num_references=[len(row) for row in images])
-    lora = None
-    if FLAGS.lora:
-        lora = loras.take_loras([loras.parse(text) for text in FLAGS.lora], pipe), 1.0
+    lora = [loras.parse(text) for text in FLAGS.lora or ()] or None
+    if lora:
+        loras.take_loras(lora, pipe)
     pipe = model.load_model(chosen, dtype=FLAGS.dtype)
     pixels = generate(pipe, FLAGS.prompt, **how, seed=FLAGS.seed, lora=lora, references=references)
     out.mkdir(parents=True, exist_ok=True)

@@ -176,12 +176,26 @@ def check(tasks: Sequence[Task]) -> None:
         if config.keep_prompts != task.keep_prompts:
             config.keep_prompts, config.keep_share = "", 0.0
         with noted(problems, f"task {i} ({task.name})"):
+            _check_kind(task, tasks[: i - 1])
             check_config(config)
             for data in parse_data(config.data, config.data_weights)[0]:
                 if not Path(data).expanduser().exists():
                     raise ValueError(f"data: found none at {data}")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _check_kind(task: Task, earlier: Sequence[Task]) -> None:
+    """Raises ValueError for an adapter that cannot stand on those of the tasks before it."""
+    kind, kinds = task.config.lora.kind, [t.config.lora.kind for t in earlier]
+    if task.config.init_lora and kinds and kind != kinds[-1]:
+        raise ValueError(f"lora.kind: expected {kinds[-1]}, as of the task that this one goes on "
+                         f"from, got {kind}")
+    stacked = any(str(t.workdir) in task.config.base_lora.split(",") for t in earlier)
+    if stacked and "dora" in (kind, *kinds):
+        raise ValueError("lora.kind: expected lora or lokr in every task with carry = stack; a "
+                         "DoRA sets how long the columns of the whole weight are and adds up with "
+                         "nothing")
 
 
 def write_prompts(task: Task, earlier: Sequence[Task]) -> None:

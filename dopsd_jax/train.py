@@ -112,6 +112,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     features = BatchFeatures(config, data, entries, made)
     memory.log_devices("the data is encoded")
     pipe.params = load_transformer(config, mesh)
+    if config.base_lora:  # what a DoRA among them changes depends on the weights
+        step = step.with_earlier(loras.take_loras(loras.parse_list(config.base_lora), pipe))
 
     # Act 4, the state at step 0, and pictures of what it can do untrained. What fits beside the
     # network is known now that the encoders are gone.
@@ -251,8 +253,8 @@ def first_state(
     params, pipe.params = pipe.params, None
     trained = step.state_shapes.student
     if step.method.trainable == "lora":
-        log.info("LoRA: %d linears, %s parameters, scale %g", lora.num_linears(trained),
-                 f"{trees.count(trained):,}", step.method.lora_scale)
+        log.info("%s: %d linears, %s parameters, scale %g", lora.WORDS[config.lora.kind],
+                 lora.num_linears(trained), f"{trees.count(trained):,}", step.method.lora_scale)
     else:
         log.info("full fine-tuning: %s parameters", f"{trees.count(trained):,}")
     base, state = step.init(params)
@@ -260,7 +262,7 @@ def first_state(
         return base, state, {"params": params if config.init_full else state.student}
     # Of the structure that the student's have, so that one program draws both.
     variables = step.method.assemble(base, state.student)
-    return base, state, variables | {"lora": lora.scaled(variables["lora"], 0.0)}
+    return base, state, variables | {"lora": lora.weakened(variables["lora"], 0.0)}
 
 
 def send(workdir: Path) -> None:

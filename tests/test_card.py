@@ -14,12 +14,14 @@ from safetensors import safe_open
 
 from dopsd_jax import export as export_lib
 from dopsd_jax.core import trees
+from dopsd_jax.method import dora
+from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.run import card, previews, story
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.loras import Named
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.families import FAMILIES
-from tests.finished_run import PROMPTS, make_run, pictures
+from tests.finished_run import PROMPTS, load_params, make_run, pictures
 
 TOLD = story.Told("Tongyi-MAI/Z-Image-Turbo", "apache-2.0", "blueprint style")
 PLACES = {"diffusers": "style.safetensors", "comfyui": "style.safetensors", "peft": "style"}
@@ -122,6 +124,50 @@ def test_the_code_of_the_card_draws_with_it(run, exported, tiny, monkeypatch, fm
     np.testing.assert_allclose(scale * (b @ a).numpy().T, spec.scale * pair["a"] @ pair["b"],
                                atol=0.01)
     assert pipe.transformer.dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def adapter_runs(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return {kind: make_run(folder / kind, tiny.pipeline, kind) for kind in ("dora", "lokr")}
+
+
+@pytest.mark.parametrize("kind, fmt", [
+    ("dora", "diffusers"), ("dora", "peft"),
+    ("lokr", "diffusers"), ("lokr", "peft"), ("lokr", "comfyui"),
+])
+def test_cards_of_dora_and_lokr_say_what_they_are_and_draw(
+    adapter_runs, tiny, tmp_path, monkeypatch, kind, fmt
+):
+    out, run = tmp_path / PLACES[fmt], adapter_runs[kind]
+    export_lib.export(str(run), fmt, str(out), told=TOLD)
+    folder = out if fmt == "peft" else tmp_path
+    text = (folder / "README.md").read_text()
+    name = {"dora": "DoRA", "lokr": "LoKr"}[kind]
+    for part in (f"A {name} ", f"| `lora.kind` | `{kind}` |", "| `lora.rank` | `4` |"):
+        assert part in text, part
+    assert ("| `lora.factor` | `4` |" in text) == (kind == "lokr")
+    assert ("ComfyUI would draw something else" in text) == (kind == "dora")
+    assert "A LoRA" not in text and ModelCard.load(folder / "README.md").data.tags[2] == kind
+    file = out / lora_files.PEFT_WEIGHTS if fmt == "peft" else out
+    with safe_open(file, "np") as handle:
+        header = handle.metadata()
+    assert header["modelspec.description"].startswith(f"A {name} ")
+    # What stands in the tensors of a LoKr, and of diffusers' files, is no longer in alpha.
+    plain = (kind, fmt) in (("dora", "peft"), ("lokr", "comfyui"))
+    assert header["ss_network_alpha"] == ("8" if plain else "4")
+    pipe = execute(snippet(folder), tiny.pipeline, tmp_path, monkeypatch)
+    layer = next(m for n, m in pipe.transformer.named_modules()
+                 if n.endswith("layers.0.attention.to_q"))
+    before = layer.get_base_layer().weight.detach().float().numpy().T
+    layer.merge()
+    got = layer.get_base_layer().weight.detach().float().numpy().T
+    params = load_params(tiny.pipeline)
+    tree, spec = workdir_lib.read_lora(run)
+    tree = dora.ready(lora_lib.scaled(tree, spec.scale), params)
+    want = lora_lib.merge(params, tree, 1.0)["layers"]["attention"]["to_q"]["kernel"][0]
+    assert np.abs(got - before).max() > 0.05
+    np.testing.assert_allclose(got, want, atol=0.01)
 
 
 def test_all_weights_have_a_card_too(tiny, tmp_path, monkeypatch):

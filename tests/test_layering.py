@@ -15,10 +15,11 @@ LAYERS = [
     ("core", ["core/"]),
     ("maths, shared layers, data",
      ["method/flow.py", "method/__init__.py", "data/", "models/rope.py", "models/attention.py",
-      "models/layers.py"]),
+      "models/adapters.py", "models/layers.py"]),
     ("networks, LoRA trees",
      ["models/z_image.py", "models/flux2.py", "models/vae.py", "models/qwen3.py",
-      "models/qwen3_vl.py", "models/__init__.py", "method/lora.py"]),
+      "models/qwen3_vl.py", "models/__init__.py", "method/lora.py",
+      "method/dora.py", "method/lokr.py"]),
     ("denoiser, weights", ["models/", "weights/"]),
     ("the method", ["method/"]),
     ("a run", ["run/"]),
@@ -36,7 +37,9 @@ FAMILY_PLACES = (
 )
 FAMILY_NAMES = r"z_?-?image|flux_?-?\.?2|klein"
 TRAINING_WORDS = r"student|teacher|(\b|_)loss(es)?(\b|_)"
-FOREIGN = {"torch", "tensorflow", "diffusers", "peft", "torchvision", "accelerate"}
+FOREIGN = {
+    "torch", "tensorflow", "diffusers", "peft", "lycoris", "torchvision", "accelerate",
+}
 # Metrics of real models run in torch; scores.py is the only way to them, for two commands.
 TORCH_FILES = {"compare/features.py", "compare/lpips.py", "compare/hpsv2.py",
                "compare/image_reward.py"}

@@ -198,6 +198,20 @@ def test_what_a_later_task_cannot_do_is_said_before_the_first_begins(make, data,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("carry, kinds, message", [
+    ("stack", ("dora", "lokr"), "expected lora or lokr in every task with carry = stack"),
+    ("stack", ("lokr", "dora"), "expected lora or lokr in every task with carry = stack"),
+    ("adapter", ("lokr", "dora"), "expected lokr, as of the task that this one goes on from, got "),
+])
+def test_adapters_that_do_not_go_together_are_refused(make, tmp_path, carry, kinds, message):
+    config = make(carry=carry)
+    for task, kind in zip(config.tasks, kinds, strict=True):
+        task["lora.kind"] = kind
+    with pytest.raises(ValueError, match=rf"task 2 \(second\): lora.kind: {message}"):
+        tasks.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_directories_of_others_and_damaged_histories_are_refused(make, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "photo.png").write_text("")

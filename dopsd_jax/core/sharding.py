@@ -44,7 +44,10 @@ GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 RULES: dict[str, tuple[str | None, ...]] = {
     "kernel": ("fsdp", None),  # of a linear layer, [in, out]
     "embed_tokens": ("fsdp", None),
-    "a": ("fsdp", None), "b": (None, "fsdp"),  # LoRA [in, r] and [r, out]
+    # Adapters, see models/adapters.py: LoRA [in, r] and [r, out], the same of LoKr, and the rest.
+    "a": ("fsdp", None), "b": (None, "fsdp"),
+    "w2_down": ("fsdp", None), "w2_up": (None, "fsdp"), "w2": ("fsdp", None),
+    **dict.fromkeys(("w1", "m", "g", "norm"), ()),
     **dict.fromkeys(("scale", "bias"), ()),
     **dict.fromkeys(("step", "rng", "count"), ()),  # of a train state
 }

@@ -1,7 +1,9 @@
 """LoRA as a tree beside the parameters: leaves `a [.., in, r]`, `b [.., r, out]`, float32.
 
 The tree mirrors the parameter tree: `layers/attention/to_q/kernel` [L, in, out] is adapted by
-`layers/attention/to_q/{a,b}`. Scanned layers keep their leading axis.
+`layers/attention/to_q/{a,b}`. Scanned layers keep their leading axis. DoRA and LoKr are such trees
+with other leaves, see models/adapters.py; what is said of a LoRA here holds for them, unless a
+function says that it does not.
 """
 
 from __future__ import annotations
@@ -16,6 +18,12 @@ import numpy as np
 
 from dopsd_jax.core import trees
 from dopsd_jax.core.trees import Tree
+from dopsd_jax.method import dora
+from dopsd_jax.models import adapters
+
+KINDS = ("lora", "dora", "lokr")
+WORDS = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "several": "several adapters at a layer"}
+_RANKED = {"a": -1, "b": -2, "w2_down": -1, "w2_up": -2}  # leaf -> the axis of its rank
 
 # What D-OPSD's target list matches in a family; its attention; every Linear of its blocks but those
 # that modulate.
@@ -93,12 +101,27 @@ def init(rng: jax.Array, shapes: Tree, targets: Sequence[str], rank: int) -> Tre
 
 
 def scaled(lora: Tree, scale: float) -> Tree:
-    """The LoRA with alpha / rank multiplied into `b`, as the networks expect it."""
-    return trees.map_named(lambda n, x: x * scale if n.endswith("/b") else x, lora)
+    """The LoRA with alpha / rank multiplied into `b`, as the networks expect it.
+
+    Of a LoKr it is in `w2_up`; where w2 is whole there is no rank to divide by, and LyCORIS knows
+    no scale.
+    """
+    return trees.map_named(lambda n, x: x * scale if n.endswith(("/b", "/w2_up")) else x, lora)
+
+
+def weakened(lora: Tree, strength: float) -> Tree:
+    """`strength` times what it changes.
+
+    Args:
+        lora: As the networks take it, see `dora.ready`.
+        strength: 0 changes nothing.
+    """
+    linear = ("/b", "/g", "/w2_up", "/w2")
+    return trees.map_named(lambda n, x: x * strength if n.endswith(linear) else x, lora)
 
 
 def pairs(lora: Tree) -> Iterator[tuple[str, jax.Array, jax.Array]]:
-    """(path, a, b) of every adapted linear."""
+    """(path, a, b) of every linear with a LoRA."""
     flat = trees.flatten(lora)
     for name, a in flat.items():
         if name.endswith("/a"):
@@ -110,59 +133,111 @@ def combined(loras: Sequence[Tree]) -> Tree:
     """One LoRA that adds what several add: their ranks stand side by side, nothing is merged.
 
     Args:
-        loras: With alpha / rank, and a strength if any, already in `b` (see `scaled`). They may
-            adapt different linears and have different ranks.
+        loras: As the networks take them: alpha / rank, and a strength if any, already in `b` (see
+            `scaled`). They may adapt different linears and have different ranks.
+
+    Raises:
+        ValueError: A layer that has a DoRA and anything else.
     """
-    flats = [trees.flatten(tree) for tree in loras]
-    names = dict.fromkeys(name for flat in flats for name in flat)
-    return trees.unflatten({
-        name: jnp.concatenate(
-            [jnp.asarray(flat[name]) for flat in flats if name in flat],
-            axis=-1 if name.endswith("/a") else -2,
-        ) for name in names
+    found = [adapters.sites(tree) for tree in loras]
+    added = {
+        path: [leaves[path] for leaves in found if path in leaves]
+        for path in dict.fromkeys(path for leaves in found for path in leaves)
+    }
+    if wrong := [path for path, parts in added.items()
+                 if len(parts) > 1 and any("g" in leaves for leaves in parts)]:
+        raise ValueError(
+            f"a DoRA and another adapter at {wrong[0]}, one of {len(wrong)} such layers: a DoRA "
+            "sets how long the columns of a whole weight are, so it adds up with nothing; draw it "
+            "alone, or write the model with it first (export --lora .. --full)"
+        )
+    return adapters.tree_of({
+        path: parts[0] if len(parts) == 1 else _side_by_side(parts)
+        for path, parts in added.items()
     })
+
+
+def _side_by_side(parts: Sequence[adapters.Leaves]) -> dict[str, jax.Array]:
+    """The leaves of several adapters of one linear."""
+    made = {
+        name: jnp.concatenate(
+            [jnp.asarray(leaves[name]) for leaves in parts if name in leaves], axis=_RANKED[name]
+        ) for name in adapters.LORA if any(name in leaves for leaves in parts)
+    }
+    terms = [term for leaves in parts for term in adapters.lokrs(leaves)]
+    for number, term in enumerate(terms):
+        folder = f"{number}/" if len(terms) > 1 else ""
+        made |= {f"{folder}{name}": leaf for name, leaf in term.items()}
+    return made
 
 
 def continued(first: Tree, fresh: Tree, scale: float) -> Tree:
     """A LoRA to go on training from: an earlier one, and fresh directions up to the new rank.
 
-    It adds to the weights what `first` adds, because the `b` of fresh directions is 0.
+    It adds to the weights what `first` adds, because one side of fresh directions is 0.
 
     Args:
         first: With alpha / rank, and a strength if any, already in its `b` (see `scaled`).
-        fresh: From `init`.
+        fresh: From `init`, of the same kind.
         scale: alpha / rank of the new one, see `scaled`.
 
     Raises:
-        ValueError: Linears of `first` that the new one does not adapt, or more ranks than it has.
+        ValueError: Another kind, linears of `first` that the new one does not adapt, more ranks
+            than it has, or other factors.
     """
-    flat, problems = dict(trees.flatten(fresh)), []
-    for path, a, b in pairs(first):
-        rank = a.shape[-1]
-        if f"{path}/a" not in flat:
+    kinds = [WORDS[adapters.kind_of(tree)] for tree in (fresh, first)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"expected a {kinds[0]} to go on from, as lora.kind says, got {kinds[1]}")
+    made, problems = adapters.sites(fresh), []
+    for path, leaves in adapters.sites(first).items():
+        if path not in made:
             problems.append(f"{path} is not among lora.targets")
-            continue
-        new_a, new_b = flat[f"{path}/a"], flat[f"{path}/b"]
-        if rank > new_a.shape[-1]:
-            problems.append(f"{path} has rank {rank}, lora.rank = {new_a.shape[-1]}")
-            continue
-        flat[f"{path}/a"] = jnp.concatenate([jnp.asarray(a), new_a[..., rank:]], -1)
-        flat[f"{path}/b"] = jnp.concatenate([jnp.asarray(b) / scale, new_b[..., rank:, :]], -2)
+        elif wrong := _does_not_continue(leaves, made[path]):
+            problems.append(f"{path} {wrong}")
+        else:
+            made[path] = {
+                name: _with_ranks(name, jnp.array(leaf, copy=True), made[path][name], scale)
+                for name, leaf in leaves.items()
+            }
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ValueError(
             "expected a LoRA of the run's own targets with at most lora.rank: "
             + "; ".join(problems[:3]) + more
         )
-    return trees.unflatten(flat)
+    return adapters.tree_of(made)
+
+
+def _does_not_continue(first: adapters.Leaves, fresh: adapters.Leaves) -> str:
+    """Why a linear's adapter cannot go on from an earlier one; "" if it can."""
+    if first.keys() != fresh.keys():
+        return f"has {', '.join(first)}, this run {', '.join(fresh)}; keep lora.rank and factor"
+    for name, axis in _RANKED.items():
+        if name in first and first[name].shape[axis] > fresh[name].shape[axis]:
+            return f"has rank {first[name].shape[axis]}, lora.rank = {fresh[name].shape[axis]}"
+    for name in first.keys() - _RANKED.keys():
+        if first[name].shape != fresh[name].shape:
+            return f"has {name} of {first[name].shape}, this run {fresh[name].shape}"
+    return ""
+
+
+def _with_ranks(name: str, first: jax.Array, fresh: jax.Array, scale: float) -> jax.Array:
+    if name not in _RANKED:
+        return first
+    axis = _RANKED[name]
+    first = first / scale if axis == -2 else first
+    rest = jax.lax.slice_in_dim(fresh, first.shape[axis], fresh.shape[axis], axis=axis % fresh.ndim)
+    return jnp.concatenate([first, rest], axis)
 
 
 def merge(params: Tree, lora: Tree, scale: float) -> Tree:
     """Parameters with the LoRA folded in, kernel + scale a b, computed in float32."""
+    if adapters.kind_of(lora) != "lora":
+        lora, scale = dora.ready(scaled(lora, scale), params), 1.0
     flat = dict(trees.flatten(params))
-    for path, a, b in pairs(lora):
-        delta = scale * jnp.einsum("...ir,...ro->...io", a, b)
+    for path, leaves in adapters.sites(lora).items():
         kernel = flat[f"{path}/kernel"]
+        delta = adapters.delta(leaves, kernel, scale)
         flat[f"{path}/kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
     return trees.unflatten(flat)
 
@@ -172,7 +247,7 @@ def rounding(params: Tree, merged: Tree, lora: Tree) -> tuple[float, float]:
 
     Args:
         params, merged: Before, and as `merge` returned them, with scale 1.
-        lora: alpha / rank in its `b`.
+        lora: As the networks take it.
 
     Returns:
         The share of the adapted kernels' elements that changed at all, and
@@ -181,9 +256,9 @@ def rounding(params: Tree, merged: Tree, lora: Tree) -> tuple[float, float]:
     before, after = trees.flatten(params), trees.flatten(merged)
     changed = elements = 0
     lost = whole = 0.0
-    for path, a, b in pairs(lora):
+    for path, leaves in adapters.sites(lora).items():
         old, new = (np.asarray(x[f"{path}/kernel"], np.float32) for x in (before, after))
-        delta = np.matmul(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        delta = np.asarray(adapters.delta(leaves, old))
         changed += np.count_nonzero(new != old)
         elements += old.size
         lost += float(np.square(new - old - delta).sum(dtype=np.float64))
@@ -195,7 +270,7 @@ def reduced(lora: Tree, rank: int) -> tuple[Tree, float]:
     """The best LoRA of a rank, linear by linear, and the relative error that it costs.
 
     Args:
-        lora: alpha / rank in its `b`. Ranks may differ from linear to linear.
+        lora: No other kind; alpha / rank in its `b`. Ranks may differ from linear to linear.
         rank: At least 1. Where a linear has less, zeros fill up.
 
     Returns:
@@ -218,7 +293,10 @@ def reduced(lora: Tree, rank: int) -> tuple[Tree, float]:
 
 
 def padded(lora: Tree, rank: int) -> Tree:
-    """The same LoRA, float32 NumPy, with zeros up to a rank in every linear, as files need it."""
+    """The same LoRA, float32 NumPy, with zeros up to a rank in every linear, as files need it.
+
+    No other kind has one rank for all.
+    """
     def fill(name: str, x) -> np.ndarray:
         axis = x.ndim - (1 if name.endswith("/a") else 2)
         widths = [(0, rank - n if i == axis else 0) for i, n in enumerate(x.shape)]
@@ -228,8 +306,9 @@ def padded(lora: Tree, rank: int) -> Tree:
 
 
 def max_rank(lora: Tree) -> int:
-    """The largest rank of any linear."""
-    return max(a.shape[-1] for _, a, _ in pairs(lora))
+    """The largest rank of any linear; 1 where nothing has one."""
+    flat = trees.flatten(lora)
+    return max((x.shape[-1] for n, x in flat.items() if n.endswith(("/a", "/w2_down"))), default=1)
 
 
 def ema(teacher: Tree, student: Tree, decay: float) -> Tree:
@@ -248,5 +327,7 @@ def ema(teacher: Tree, student: Tree, decay: float) -> Tree:
 
 def num_linears(lora: Tree) -> int:
     """How many linear layers are adapted, each layer of a stack counted."""
-    stacks = [a.shape[:-2] for _, a, _ in pairs(lora)]
+    first = (next(leaf for name, leaf in leaves.items() if name.endswith(("a", "w1")))
+             for leaves in adapters.sites(lora).values())
+    stacks = [leaf.shape[:-2] for leaf in first]
     return sum(s[0] if s else 1 for s in stacks)

@@ -16,7 +16,7 @@ import optax.contrib
 from ml_collections import ConfigDict
 
 from dopsd_jax.core.trees import Tree, cast_floats, round_like
-from dopsd_jax.method import baselines, lora, rollout
+from dopsd_jax.method import baselines, dora, lora, rollout
 from dopsd_jax.models.denoiser import Context
 
 TEACHERS = ("ema", "frozen", "live")
@@ -122,14 +122,17 @@ class Method:
         """Variables of the network: the roles are arguments, not modes.
 
         Args:
-            base: What does not train: {"params"}, and "lora", with alpha / rank in its `b`, where
-                earlier LoRAs stay beside the one that trains. Not read where everything trains.
-                "start", if there, is for `retained` alone.
+            base: What does not train: {"params"}; "lora", with alpha / rank in its `b`, where
+                earlier LoRAs stay beside the one that trains; and "norms" of a DoRA, see
+                `dora.column_norms`. Not read where everything trains. "start", if there, is for
+                `retained` alone.
             trained: A LoRA, or all parameters.
         """
         if self.trainable == "full":
             return {"params": trained}
         tree = lora.scaled(trained, self.lora_scale)
+        if "norms" in base:
+            tree = dora.ready(tree, base["params"], base["norms"])
         if "lora" in base:
             tree = lora.combined([base["lora"], tree])
         return {"params": base["params"], "lora": tree}

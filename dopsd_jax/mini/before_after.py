@@ -15,11 +15,10 @@ from absl import flags
 
 from dopsd_jax.core import cli
 from dopsd_jax.method import contexts, flow, sampling
-from dopsd_jax.method.lora import scaled
 from dopsd_jax.mini import world
 from dopsd_jax.mini.data import to_float
 from dopsd_jax.mini.emoji import load_sprites
-from dopsd_jax.run import previews
+from dopsd_jax.run import loras, previews
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 
@@ -63,7 +62,7 @@ def before_and_after(
 
     def tuned(role: str) -> dict:
         tree, spec = workdir_lib.read_lora(workdir, role=role)
-        return base | {"lora": scaled(tree, spec.scale)}
+        return base | {"lora": loras.take_loras((tree, spec.scale), pipe)}
 
     student = tuned("student")
     sigmas = flow.sigmas_shifted(NUM_STEPS, pipe.shift)

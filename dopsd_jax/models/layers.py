@@ -1,7 +1,7 @@
 """Layers shared by all networks. Weights keep their stored dtype, compute runs in `dtype`.
 
-`Dense` is where LoRA enters: if the variable collection "lora" holds `a` and `b` at its path,
-their product is added. The network itself never learns who provides them.
+`Dense` is where LoRA and other adapters enter: what the variable collection "lora" holds at its
+path changes its output, see models/adapters.py. The network itself never learns who provides it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 from jax.ad_checkpoint import checkpoint_name
 
-from dopsd_jax.core import sharding
-from dopsd_jax.models import attention
+from dopsd_jax.core import sharding, trees
+from dopsd_jax.models import adapters, attention
 
 Dtype = jnp.dtype
 
 
 class Dense(nn.Module):
-    """Affine map of the last axis, [.., in] -> [.., features], with optional low-rank addition.
+    """Affine map of the last axis, [.., in] -> [.., features], with an optional adapter.
 
     Params: `kernel [in, features]`, `bias [features]` if `use_bias`. Collection "lora", optional:
-    `a [in, r]`, `b [r, features]`; adds (x a) b, so alpha / rank must already stand in `b`
-    (see lora.scaled). Where weights are split over a mesh, each is gathered here, in `dtype`.
+    the leaves of models/adapters.py, such as `a [in, r]`, `b [r, features]`; alpha / rank must
+    already stand in them (see lora.scaled). Where weights are split over a mesh, each is gathered
+    here, in `dtype`.
     """
 
     features: int
@@ -43,9 +45,9 @@ class Dense(nn.Module):
         leading = x.shape[:-1]
         x = x.astype(self.dtype).reshape(-1, x.shape[-1])
         y = x @ self._whole("kernel", kernel)
-        if self.has_variable("lora", "a"):
-            a, b = (self._whole(n, self.get_variable("lora", n)) for n in "ab")
-            y = y + (x @ a) @ b
+        if adapter := self.variables.get("lora"):
+            leaves = trees.flatten(unfreeze(adapter))
+            y = adapters.adapted(x, y, {n: self._whole(n, w) for n, w in leaves.items()})
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         # The sum is named: of two products a policy by primitives would keep both.

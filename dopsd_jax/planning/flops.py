@@ -13,6 +13,7 @@ import re
 import numpy as np
 
 from dopsd_jax.core import trees
+from dopsd_jax.models import adapters
 from dopsd_jax.models.denoiser import Denoiser
 
 
@@ -22,7 +23,7 @@ class Count:
 
     Attributes:
         base: Products with the network's own weights.
-        lora: Products with the low-rank factors.
+        lora: Products with the factors of an adapter.
         attention: Queries with keys, and weights with values.
         matmuls_again: See `denoiser.Passes`.
     """
@@ -53,21 +54,20 @@ def forward(
     """
     passes, unknown = denoiser.passes(image, text, references), []
 
-    def products(tree, leaves):
-        total = 0.0
-        for name, x in trees.flatten(tree).items():
-            layer, _, leaf = name.rpartition("/")
-            if leaf not in leaves:
-                continue
-            count = next((n for pattern, n in passes.layers if re.fullmatch(pattern, layer)), None)
-            if count is None:
-                unknown.append(name)
-            else:
-                total += 2.0 * count * float(np.prod(x.shape))
-        return total
+    def products(layer: str, multiplications: float) -> float:
+        count = next((n for pattern, n in passes.layers if re.fullmatch(pattern, layer)), None)
+        if count is None:
+            unknown.append(f"{layer}/kernel")
+        return 2.0 * (count or 0) * multiplications
 
-    base = products(params, ("kernel",))
-    low_rank = products(lora, ("a", "b")) if lora is not None else 0.0
+    base = sum(
+        products(name.removesuffix("/kernel"), float(np.prod(x.shape)))
+        for name, x in trees.flatten(params).items() if name.endswith("/kernel")
+    )
+    added = sum(
+        products(layer, adapters.products(leaves))
+        for layer, leaves in adapters.sites(lora or {}).items()
+    )
     if unknown:
         raise ValueError(f"FLOPs: it is not known how many tokens pass through {unknown}")
     flat, attention = trees.flatten(params), 0.0
@@ -75,7 +75,7 @@ def forward(
         depth = next(x.shape[0] for n, x in flat.items() if n.startswith(f"{stack}/"))
         c = denoiser.network.config
         attention += depth * 4.0 * length**2 * c.dim
-    return Count(base, low_rank, attention, passes.matmuls_again)
+    return Count(base, added, attention, passes.matmuls_again)
 
 
 @dataclasses.dataclass(frozen=True)

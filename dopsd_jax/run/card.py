@@ -112,7 +112,7 @@ def _front_matter(story: Story) -> str:
             {"text": prompt, "output": {"url": f"{IMAGES}/prompt_{number}.png"}}
             for number, prompt in enumerate(story.prompts, 1)
         ]
-    tags = ["lora", "template:diffusion-lora"] if lora else []
+    tags = [story.kind, "template:diffusion-lora"] if lora else []
     return ModelCardData(
         base_model=story.base_model or None, library_name="diffusers",
         license=told.license or None, pipeline_tag=_task(story),
@@ -237,7 +237,11 @@ def _elsewhere(name: str, fmt: str, story: Story) -> list[str]:
     if story.spec is None:
         return ["### dopsd_jax", f"Put `{name}` in place of `transformer/` of the base model."]
     parts = ["### ComfyUI"]
-    if fmt == "peft":
+    if story.kind == "dora":
+        parts.append("ComfyUI would draw something else with a DoRA, since it divides by other "
+                     "lengths. `python -m dopsd_jax.export` with `--lora` and `--full` makes a "
+                     "model of it that holds it.")
+    elif fmt == "peft":
         parts.append("ComfyUI reads no PEFT directory; `python -m dopsd_jax.export` with "
                      "`--format comfyui` makes a file for it.")
     else:

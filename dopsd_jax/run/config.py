@@ -140,6 +140,12 @@ def _break_start(config: ConfigDict, good: Callable[..., bool]) -> list[str]:
                 continue
             with noted(problems, key):
                 loras.check_present(config[key])
+    if good("base_lora", "lora.kind", "trainable") and config.base_lora and (
+        config.trainable == "lora" and config.lora.kind == "dora"
+    ):
+        problems.append("base_lora: expected nothing with lora.kind = dora, which sets how long "
+                        "the columns of the whole weight are and adds up with no other LoRA; take "
+                        "lora or lokr, or go on from it with init_lora")
     if good("init_full", "trainable") and config.init_full:
         if config.trainable != "full":
             problems.append("init_full: expected nothing with trainable = lora; give init_lora")

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.core import trackers
 from dopsd_jax.core.checks import is_number, is_whole, path_problem
-from dopsd_jax.method import contexts, flow, rollout
+from dopsd_jax.method import contexts, flow, lora, rollout
 from dopsd_jax.method.train_step import TEACHERS, TRAINABLE
 from dopsd_jax.models.layers import REMAT_POLICIES
 from dopsd_jax.weights.families import PUBLISHED
@@ -266,10 +266,18 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "double_template": key(False, SWITCH, VISION,
         meaning="Put the chat template around the teacher's prompt twice, as published by "
         "accident."),
+    "lora.kind": key("lora", one_of(*lora.KINDS), STEP,
+        meaning="lora; dora: the lengths of the tuned weight's columns train too; lokr: Kronecker "
+        "products, as in LyCORIS."),
     "lora.rank": key(64, whole(1, MAX_RANK), STEP,
-        meaning="Rank of the LoRA; at most what a targeted layer can express, its smaller side."),
+        meaning="Rank of the LoRA; at most what a targeted layer can express, its smaller side. Of "
+        "a lokr the rank of its larger factor, which is whole if that is smaller."),
     "lora.alpha": key(128.0, POSITIVE, STEP,
-        meaning="The LoRA is scaled by alpha / rank."),
+        meaning="The LoRA is scaled by alpha / rank; a lokr without a rank by 1."),
+    "lora.factor": key(8, Rule(f"-1, or a whole number from 1 to {MAX_RANK}",
+                               lambda x: is_whole(x) and (x == -1 or 1 <= x <= MAX_RANK)), STEP,
+        meaning="Of a lokr: each side of a layer is split into this and the rest, or the largest "
+        "divisor below; -1: into two about equal parts, which has the fewest parameters."),
     "lora.targets": key("published", TARGETS, STEP,
         meaning="Linear layers that get a LoRA: those published, attention, all, or regexes of "
         "parameter names, separated by commas."),

@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from dopsd_jax.core import mirror, trees
 from dopsd_jax.core.checks import is_number, noted
 from dopsd_jax.core.trees import Tree
+from dopsd_jax.method import dora
 from dopsd_jax.method import lora as lora_lib
+from dopsd_jax.models import adapters
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import lora_files, lora_reader
 from dopsd_jax.weights.pipeline import Pipeline, transformer_shapes
@@ -108,23 +111,67 @@ def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Tree, float]:
     return tree, spec.scale
 
 
-def take_loras(lora: Any, pipe: Pipeline, *, any_rank: bool = False) -> Tree:
+def take_loras(
+    lora: Any, pipe: Pipeline, *, any_rank: bool = False, params: Tree | None = None
+) -> Tree:
     """LoRAs as `generate` takes them, as one: alpha / rank and strengths stand in its `b`.
 
+    A strength s means the weights W + s (W' - W), also of a DoRA, as in ComfyUI.
+
     Args:
-        lora: A path, a pair (tree, alpha / rank), or a list of such and of pairs (path, strength).
+        lora: A path, a pair (tree, alpha / rank), or a list of such and of pairs of these with a
+            strength.
         pipe: Of the model, with or without weights.
         any_rank: Let ranks add up to more than a linear has.
+        params: The transformer's, where `pipe` has none. Without any, shapes come back in place of
+            arrays where there is a DoRA.
 
     Raises:
         ValueError: Everything that is none of these, cannot be read, belongs to another model,
-            stands twice in the list, or adds up to more ranks than a linear has, together.
+            stands twice in the list, adds up to more ranks than a linear has, or is a DoRA beside
+            another adapter of the same layer, together.
     """
+    taken = [_ready(tree, strength, pipe, params) for tree, strength in _members(lora, pipe)]
+    if len(taken) == 1:
+        return taken[0]
+    tree = lora_lib.combined(taken)
+    if not any_rank:
+        _check_ranks(tree, taken)
+    return tree
+
+
+def take_trainable(lora: Any, pipe: Pipeline, *, any_rank: bool = False) -> Tree:
+    """The same as it is trained and stored, with the `m` of a DoRA.
+
+    Raises:
+        ValueError: As `take_loras`; a DoRA of another strength than 1, which only weights can
+            hold, or several of which one is no LoRA.
+    """
+    members = _members(lora, pipe)
+    kinds = [adapters.kind_of(tree) for tree, _ in members]
+    if set(kinds) <= {"lora"}:
+        return take_loras(lora, pipe, any_rank=any_rank)
+    strengths = [strength for _, strength in members]
+    if len(members) > 1 or (kinds == ["dora"] and strengths != [1]):
+        listed = ", ".join(
+            f"{lora_lib.WORDS[k]} x {s:g}" for k, s in zip(kinds, strengths, strict=True)
+        )
+        raise ValueError(
+            f"expected LoRAs, or one DoRA or LoKr by itself, a DoRA of strength 1, got {listed}; "
+            "such a sum is no adapter of one kind, only weights can hold it (export --lora .. "
+            "--full), and sample draws with it"
+        )
+    tree, strength = members[0]
+    return tree if strength == 1 else lora_lib.weakened(tree, strength)
+
+
+def _members(lora: Any, pipe: Pipeline) -> list[tuple[Tree, float]]:
+    """(tree as it is stored, alpha / rank in it; strength) of each that was given."""
     members = lora if isinstance(lora, list) else [lora]
     if not members:
         raise ValueError("lora: expected a LoRA or a list of some, got an empty list")
     problems: list[str] = []
-    taken: list[Tree] = []
+    taken: list[tuple[Tree, float]] = []
     for member in members:
         with noted(problems):
             taken.append(_take(member, pipe))
@@ -134,16 +181,27 @@ def take_loras(lora: Any, pipe: Pipeline, *, any_rank: bool = False) -> Tree:
                  for path in dict.fromkeys(p for p in paths if paths.count(p) > 1)]
     if problems:
         raise ValueError("\n  ".join(problems))
-    if len(taken) == 1:
-        return taken[0]
-    tree = lora_lib.combined(taken)
-    if not any_rank:
-        _check_ranks(tree, taken)
-    return tree
+    return taken
+
+
+def _ready(tree: Tree, strength: float, pipe: Pipeline, params: Tree | None) -> Tree:
+    """The tree as the networks take it, of a strength."""
+    def make(tree, params=None):
+        tree = tree if params is None else dora.ready(tree, params)
+        return tree if strength == 1 else lora_lib.weakened(tree, strength)
+
+    if not dora.paths(tree):
+        return make(tree)
+    params = pipe.params if params is None else params
+    if params is None:
+        return jax.eval_shape(make, tree, transformer_shapes(pipe.denoiser.network))
+    return jax.jit(make)(tree, params)
 
 
 def stands_on(config: ConfigDict, pipe: Pipeline) -> tuple[Tree | None, Tree | None]:
     """What a run stands on, and what it goes on from, as `Step` takes them.
+
+    Without weights only shapes come back of what it stands on, if there is a DoRA.
 
     Args:
         config: Its base_lora, init_lora and init_full, none of which need be there.
@@ -153,8 +211,8 @@ def stands_on(config: ConfigDict, pipe: Pipeline) -> tuple[Tree | None, Tree | N
         ValueError: As `take_loras`; a run that trained no full weights, or another model's.
     """
     earlier, start = (
-        take_loras(parse_list(config[key]), pipe) if config[key] else None
-        for key in ("base_lora", "init_lora")
+        take(parse_list(config[key]), pipe) if config[key] else None
+        for key, take in (("base_lora", take_loras), ("init_lora", take_trainable))
     )
     if config.init_full:
         start = workdir_lib.read_full(config.init_full)
@@ -164,10 +222,10 @@ def stands_on(config: ConfigDict, pipe: Pipeline) -> tuple[Tree | None, Tree | N
     return earlier, start
 
 
-def _take(member: Any, pipe: Pipeline) -> Tree:
-    """One LoRA, alpha / rank and its strength in `b`."""
+def _take(member: Any, pipe: Pipeline) -> tuple[Tree, float]:
+    """One LoRA as it is stored, alpha / rank in its `b`, and its strength."""
     strength = 1.0
-    if isinstance(member, tuple) and len(member) == 2 and isinstance(member[0], str | Path):
+    if isinstance(member, tuple) and len(member) == 2 and isinstance(member[0], str | Path | tuple):
         member, strength = member
         if not is_number(strength):
             raise ValueError(f"{member}: expected a number for the strength, got {strength!r:.40}")
@@ -175,7 +233,9 @@ def _take(member: Any, pipe: Pipeline) -> Tree:
         tree, scale = read_lora(member, pipe)
     else:
         tree, scale = _checked(member, pipe)
-    return lora_lib.scaled(tree, strength * scale)
+    if adapters.kind_of(tree) == "lora":  # in one product, as long as there is only `b` to scale
+        return lora_lib.scaled(tree, strength * scale), 1.0
+    return lora_lib.scaled(tree, scale), strength
 
 
 def _checked(pair: Any, pipe: Pipeline) -> tuple[Tree, float]:
@@ -186,13 +246,13 @@ def _checked(pair: Any, pipe: Pipeline) -> tuple[Tree, float]:
         )
     tree, scale = pair
     flat = trees.flatten(tree) if isinstance(tree, Mapping) else {}
-    names = {name.rpartition("/")[0] for name in flat}
-    if not names or flat.keys() != {f"{n}/{part}" for n in names for part in "ab"} or not all(
-        hasattr(leaf, "shape") for leaf in flat.values()
+    found = adapters.sites(tree) if flat else {}
+    if not found or not all(hasattr(leaf, "shape") for leaf in flat.values()) or not all(
+        {"a", "b"} <= leaves.keys() or adapters.lokrs(leaves) for leaves in found.values()
     ):
         raise ValueError(
-            "lora: expected a tree of pairs of arrays a and b, as weights.read_lora gives it, got "
-            f"{tree!r:.60}"
+            "lora: expected a tree of pairs of arrays a and b, or of another adapter's, as "
+            f"weights.read_lora gives it, got {tree!r:.60}"
         )
     workdir_lib.check_fits(tree, transformer_shapes(pipe.denoiser.network), "lora")
     return tree, scale

@@ -17,7 +17,7 @@ from dopsd_jax.data.batches import BatchRows
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.datasets import Data
 from dopsd_jax.data.images import to_uint8
-from dopsd_jax.method import flow, lora, sampling
+from dopsd_jax.method import dora, flow, lora, sampling
 from dopsd_jax.method.guidance import advise, scale_of, with_guidance
 from dopsd_jax.method.train_step import Method, TrainState
 from dopsd_jax.models.denoiser import Context
@@ -122,11 +122,14 @@ class Moved:
                  subjects: Subjects, student: trees.Tree):
         """Draws the model as it is; `pipe`: see `preview_model.load`; `student`: of any step."""
         self._method, self._base, self._subjects = method, {"params": pipe.params}, subjects
+        if paths := dora.paths(student):
+            norms = jax.jit(lambda params: dora.column_norms(params, paths))
+            self._base["norms"] = norms(pipe.params)
         self._draw = Artist(
             pipe, mesh, bucket, config.preview_model_steps, config.preview_model_shift
         )
         variables = method.assemble(self._base, student)
-        variables |= {"lora": lora.scaled(variables["lora"], 0.0)}
+        variables |= {"lora": lora.weakened(variables["lora"], 0.0)}
         self.untuned = {name: self._draw(variables, *s)[0] for name, s in subjects.items()}
 
     def drawn(self, student: trees.Tree) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.core import sharding, trees
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.data.buckets import Bucket
-from dopsd_jax.method import contexts, flow, lora
+from dopsd_jax.method import contexts, dora, flow, lokr, lora
 from dopsd_jax.method.baselines import draw_sigma
 from dopsd_jax.method.train_step import (
     Batch,
@@ -78,11 +78,12 @@ class Step:
             presets: LoRA targets of its family by name, see `lora.PRESETS`.
             mesh: An abstract one will do for shapes, not for compiling.
             earlier: The LoRAs of config.base_lora as one, alpha / rank in its `b`, or None.
-            start: What to go on from: a LoRA, alpha / rank in its `b`, or all parameters. None for
-                a LoRA that changes nothing, or the network's own parameters.
+            start: What to go on from: a LoRA as it is trained, alpha / rank in its `b`, or all
+                parameters. None for a LoRA that changes nothing, or the network's own parameters.
 
         Raises:
-            ValueError: LoRA targets that the network does not have.
+            ValueError: LoRA targets that the network does not have, or a DoRA that would have to
+                add up with another adapter.
         """
         self.method, self.optimizer = method_of(config), optimizer_of(config)
         self._config, self._mesh = config, mesh
@@ -92,28 +93,50 @@ class Step:
         self._compiled: dict[Any, jax.stages.Compiled] = {}
         params = transformer_shapes(denoiser.network)
         self.targets = self.base_shapes = None
+        self._of_norms: tuple[str, ...] = ()  # the layers of a DoRA
         if self.method.trainable == "lora":
             self.targets = lora.parse_targets(config.lora.targets, presets)
+            if config.lora.kind == "dora":
+                self._of_norms = tuple(
+                    name.removesuffix("/kernel")
+                    for name in lora.match_targets(params, self.targets)
+                )
         if self.method.needs_base:
             dtype = jnp.dtype(config.dtype)
             base = {"params": _shapes(params, dtype)}
             if earlier is not None:
                 base["lora"] = _shapes(earlier, jnp.float32)
-            if retained := self._retained(earlier, start):
+            if self._of_norms:
+                base["norms"] = jax.eval_shape(self._norms, params)
+            if retained := self._retained(earlier, start, params):
                 base["start"] = {
                     name: _shapes(tree, jnp.float32 if name == "lora" else dtype)
                     for name, tree in retained.items()
                 }
             self.base_shapes = self._placed(base)
         self._earlier, self._start = earlier, start
-        self.state_shapes = self._placed(jax.eval_shape(self._first_state, params))
+        norms = self.base_shapes["norms"] if self._of_norms else None
+        self.state_shapes = self._placed(jax.eval_shape(self._first_state, params, norms))
+        if earlier is not None:  # what cannot stand side by side is refused here
+            jax.eval_shape(self.method.assemble, self.base_shapes, self.state_shapes.student)
 
-    def _retained(self, earlier: Tree | None, start: Tree | None) -> Tree:
-        """What the model that the run begins with has in place of the untuned one's."""
+    def _norms(self, params: Tree) -> Tree:
+        return dora.column_norms(params, self._of_norms)
+
+    def _retained(self, earlier: Tree | None, start: Tree | None, params: Tree) -> Tree:
+        """What the model that the run begins with has in place of the untuned one's.
+
+        Args:
+            earlier, start: See `__init__`.
+            params: Of the network, or their shapes; then shapes come back of what a DoRA becomes.
+        """
         if not self.method.retains or self._config.retain == "untuned":
             return {}
         if self.targets is None:
             return {} if start is None else {"params": start}
+        if start is not None and self._of_norms:
+            shapes = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
+            start = (jax.eval_shape if shapes else _jitted)(dora.ready, start, params)
         loras = [tree for tree in (earlier, start) if tree is not None]
         return {"lora": lora.combined(loras)} if loras else {}
 
@@ -123,21 +146,30 @@ class Step:
             shapes, sharding.shard(self._mesh, shapes),
         )
 
-    def _first_state(self, params: Tree, start: Tree | None = None) -> TrainState:
+    def _first_state(
+        self, params: Tree, norms: Tree | None = None, start: Tree | None = None
+    ) -> TrainState:
         rng = jax.random.key(self._config.seed)
         if self.targets is None:
             # Updates are far below the resolution of bfloat16 weights: what trains is float32.
             trained = trees.cast_floats(params if start is None else start, jnp.float32)
         else:
-            trained = lora.init(
-                jax.random.fold_in(rng, 1), params, self.targets, self._config.lora.rank
-            )
+            trained = self._first_lora(jax.random.fold_in(rng, 1), params, norms)
             if start is not None:
                 trained = lora.continued(start, trained, self.method.lora_scale)
         return init_state(
             trained, self.optimizer, jax.random.key_data(jax.random.fold_in(rng, 2)),
             jnp.dtype(self._config.ema_dtype),
         )
+
+    def _first_lora(self, rng: jax.Array, params: Tree, norms: Tree | None) -> Tree:
+        """An adapter of the config's kind that changes nothing."""
+        config = self._config.lora
+        if config.kind == "lokr":
+            names = lora.match_targets(params, self.targets)
+            return lokr.init(rng, params, names, config.rank, config.factor)
+        made = lora.init(rng, params, self.targets, config.rank)
+        return made if norms is None else dora.begun(made, norms)
 
     def init(self, params: Tree) -> tuple[Tree | None, TrainState]:
         """What does not train, None without any, and the state at step 0.
@@ -149,14 +181,18 @@ class Step:
         Raises:
             ValueError: A LoRA with other targets than the run's or a larger rank.
         """
-        base, start = None, self._start
+        base, start, norms = None, self._start, None
         if self.base_shapes is not None:
             base = {"params": params}
+            if self._of_norms:  # computed where the weights lie
+                base["params"] = sharding.place(params, _where(self.base_shapes["params"]))
+                where = _where(self.base_shapes["norms"])
+                base["norms"] = norms = _jitted(self._norms, base["params"], where=where)
             if self._earlier is not None:
                 base["lora"] = self._earlier
-            if retained := self._retained(self._earlier, start):
+            if retained := self._retained(self._earlier, start, base["params"]):
                 base["start"] = retained
-            for name in base.keys() - {"params"}:
+            for name in base.keys() - {"params", "norms"}:
                 base[name] = jax.tree.map(
                     lambda x, s: x.astype(s.dtype), base[name], self.base_shapes[name]
                 )
@@ -165,9 +201,10 @@ class Step:
             # In one program, so that the copies and moments of all weights come into being where
             # they belong, and are never whole on one device.
             make = jax.jit(self._first_state, out_shardings=_where(self.state_shapes))
-            return base, make(params, start)
+            return base, make(params, None, start)
         # A LoRA is small: it is made whole and then put in its place.
-        state = sharding.place(self._first_state(params, start), _where(self.state_shapes))
+        state = self._first_state(params, norms, start)
+        state = sharding.place(state, _where(self.state_shapes))
         return base, state
 
     @functools.cached_property
@@ -190,6 +227,12 @@ class Step:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update. The arrays of `state` are freed."""
         return self._compiled.get(_signature(batch), self.jitted)(state, base, batch)
+
+    def with_earlier(self, earlier: Tree) -> Step:
+        """The same step with arrays where only shapes of config.base_lora were known."""
+        step = copy.copy(self)
+        step._earlier = earlier
+        return step
 
     def with_remat(self, policy: str) -> Step:
         """The same step, whose layers keep what another policy says."""
@@ -315,6 +358,11 @@ def _signature(batch: Batch) -> Any:
     """What tells programs of a step apart: shapes and dtypes of a batch."""
     leaves, structure = jax.tree.flatten(batch)
     return structure, tuple((x.shape, x.dtype) for x in leaves)
+
+
+def _jitted(f: Callable[..., Tree], *args: Tree, where: Any = None) -> Tree:
+    """f in one program, as arrays that several processes hold need it."""
+    return jax.jit(f, out_shardings=where)(*args)
 
 
 def _where(shapes: Tree) -> Any:

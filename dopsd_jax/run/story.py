@@ -15,6 +15,7 @@ from PIL import Image
 from dopsd_jax.core.metrics import GAUGES, read_metrics
 from dopsd_jax.data.keeping import kept_rows
 from dopsd_jax.method import contexts
+from dopsd_jax.method.lora import WORDS
 from dopsd_jax.models.family import Family
 from dopsd_jax.run import previews
 from dopsd_jax.run.keys import KEYS, PLACE, STEP
@@ -30,7 +31,7 @@ CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
 # Said of every run; any other setting only where it is not the default.
 MAIN = ("objective", "recipe", "trainable", "num_steps", "loss", "teacher", "ema_decay",
         "learning_rate", "batch_size", "resolution", "seed")
-LORA = ("lora.rank", "lora.alpha", "lora.targets")
+LORA = ("lora.kind", "lora.rank", "lora.alpha", "lora.targets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Story:
         base_model: Its name on the hub, "" if unknown.
         told: What the user said.
         spec: Rank, alpha and base model of a LoRA; None with all weights.
+        kind: Of a LoRA, one of `method.lora.KINDS`.
         members: LoRAs that were added up, where there were several; their names and strengths.
         role: "student" or "teacher".
         step: Updates; None of several LoRAs.
@@ -80,6 +82,7 @@ class Story:
     base_model: str
     told: Told
     spec: LoraSpec | None
+    kind: str = "lora"
     members: tuple[Named, ...] = ()
     role: str = "student"
     step: int | None = None
@@ -128,7 +131,7 @@ def name_of(model: str, base_model: str) -> str:
 
 def of_run(
     workdir: Path, config: dict[str, Any], family: Family, size: str, told: Told,
-    spec: LoraSpec | None, step: int | None, role: str,
+    spec: LoraSpec | None, step: int | None, role: str, kind: str = "lora",
 ) -> Story:
     """The story of a run's checkpoint.
 
@@ -141,6 +144,7 @@ def of_run(
         spec: Of its LoRA, None with full fine-tuning.
         step: Of the checkpoint; None is the latest.
         role: Whose weights.
+        kind: Of the LoRA, see `Story`.
     """
     step = saved_steps(workdir)[-1] if step is None else step
     values = flat_config(config)
@@ -149,7 +153,8 @@ def of_run(
         family, size, name_of(config["model"], base), base, told,
         None if spec is None else dataclasses.replace(
             spec, base_model=name_of(config["model"], base)),
-        role=role, step=step, settings=_settings(values), rows=_rows(workdir, values, step),
+        kind=kind, role=role, step=step, settings=_settings(values),
+        rows=_rows(workdir, values, step),
         below=len([x for x in str(values.get("base_lora") or "").split(",") if x]),
         gauges=tuple(r for r in read_metrics(workdir, GAUGES) if r["step"] in (0, step)),
         sample_steps=values.get("sample_steps"),
@@ -159,14 +164,14 @@ def of_run(
 
 def of_loras(
     model: str, members: list[Named], family: Family, size: str, told: Told,
-    spec: LoraSpec | None,
+    spec: LoraSpec | None, kind: str = "lora",
 ) -> Story:
     """The story of several LoRAs that were added up, as `of_run`."""
     base = told.base_model or public_name(model, family, size)
     name = name_of(model, base)
     return Story(
         family, size, name, base, told,
-        None if spec is None else dataclasses.replace(spec, base_model=name),
+        None if spec is None else dataclasses.replace(spec, base_model=name), kind=kind,
         members=tuple(Named(Path(m.path).name, m.strength) for m in members),
     )
 
@@ -174,6 +179,8 @@ def of_loras(
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keys that an update depends on and that hold no path: the main ones, and those changed."""
     main = MAIN + (LORA if values.get("trainable") == "lora" else ())
+    if values.get("lora.kind") == "lokr":
+        main += ("lora.factor",)
     changed = {
         name for name, entry in KEYS.items()
         if not name.startswith("lora.") and _differs(values.get(name), entry.default)
@@ -238,8 +245,9 @@ def header(story: Story, name: str, fmt: str) -> dict[str, str]:
     """
     told, settings = story.told, story.settings
     architecture = story.family.elsewhere.spec.get(story.size, story.family.pipeline)
-    # diffusers' file holds alpha / rank in its tensors, so to whoever opens it alpha is the rank.
-    alpha = story.spec.rank if fmt == "diffusers" else story.spec.alpha
+    # Some files hold alpha / rank in their tensors, so to whoever opens them alpha is the rank.
+    baked = fmt == "diffusers" or (fmt, story.kind) == ("peft", "lokr")
+    alpha = story.spec.rank if baked else story.spec.alpha
     facts = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
@@ -273,7 +281,8 @@ def _resolution(settings: Mapping[str, Any]) -> str:
 def summary(story: Story) -> str:
     """What the weights are, in a sentence."""
     what = "All weights of the transformer" if story.spec is None else (
-        f"A LoRA of rank {story.spec.rank}")
+        f"A {WORDS[story.kind]} of rank {story.spec.rank}" if story.kind != "lokr" else
+        "A LoKr (a LoRA of Kronecker products)")
     if story.members:
         listed = ", ".join(f"{m.path} at {m.strength:g}" for m in story.members)
         return f"{what} for {story.model}, which holds {listed}."

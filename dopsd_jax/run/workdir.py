@@ -19,6 +19,7 @@ from dopsd_jax.core.checks import COUNT, OBJECT, SCALE, TEXT, value_problems
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.core.mirror import caches, checkpoints_of, is_remote
+from dopsd_jax.models import adapters
 from dopsd_jax.run import keys
 from dopsd_jax.weights.lora_files import LoraSpec
 
@@ -316,18 +317,15 @@ def _restore_role(workdir: str | Path, step: int | None, role: str) -> trees.Tre
 
 
 def check_fits(lora: trees.Tree, shapes: trees.Tree, where: str | Path) -> None:
-    """Raises ValueError unless every `a`, `b` fits the kernel it adapts."""
+    """Raises ValueError unless every adapter fits the kernel at its path."""
     flat = trees.flatten(shapes)
     problems = []
-    for name, leaf in trees.flatten(lora).items():
-        path, part = name.rsplit("/", 1)
+    for path, leaves in adapters.sites(lora).items():
         kernel = flat.get(f"{path}/kernel")
-        expected = None if kernel is None else (
-            (*kernel.shape[:-1], leaf.shape[-1]) if part == "a"
-            else (*kernel.shape[:-2], leaf.shape[-2], kernel.shape[-1])
-        )
-        if expected != tuple(leaf.shape):
-            problems.append(f"{name}: expected {expected}, got {tuple(leaf.shape)}")
+        if kernel is None:
+            problems.append(f"{path}: expected a linear layer of the model, there is none")
+        elif problem := adapters.problem(leaves, kernel):
+            problems.append(f"{path}/{problem}")
     if problems:
         raise ValueError(
             f"{where}: the LoRA belongs to another model: " + "; ".join(problems[:10])

@@ -14,10 +14,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from dopsd_jax.core import sharding, trees
+from dopsd_jax.core import sharding
 from dopsd_jax.core.checks import POSITIVE, value_problems
 from dopsd_jax.core.trees import Tree
-from dopsd_jax.models import qwen3, qwen3_vl
+from dopsd_jax.models import adapters, qwen3, qwen3_vl
 from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.models.family import Family, TextRules
 from dopsd_jax.models.layers import ParamNames
@@ -81,12 +81,12 @@ def example(family: Family) -> Any:
 
 
 def family_of_tree(tree: Tree) -> Family:
-    """The family that the names of a LoRA or of parameters belong to, or most of them.
+    """The family that the names of a LoRA belong to, or most of them.
 
     Raises:
         WeightsError: No family has any of these names.
     """
-    paths = {name.rpartition("/")[0] for name in trees.flatten(tree)}
+    paths = set(adapters.sites(tree))
     shared = {
         name: len(paths & {r.target for r in family.modules(example(family))})
         for name, family in FAMILIES.items()

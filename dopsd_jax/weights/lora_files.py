@@ -12,6 +12,11 @@ alpha / rank (x a) b. Torch tools keep one transposed pair per layer, `lora_A (r
 X is the module path in diffusers' layout. ComfyUI maps it to its own fused layout while loading;
 for FLUX.2 it knows such paths behind `transformer.` only, and skips others without an error. On the
 fused layout itself X is a module path of the network's makers (`save_comfyui_fused`).
+
+A DoRA has `X.lora_magnitude_vector` beside these. It has no ComfyUI file: there a row of the tuned
+weight is divided by the length of the untuned one, so another picture would come of it. A LoKr has
+`X.lokr_w1` and `X.lokr_w2`, or `X.lokr_w2_a` and `X.lokr_w2_b`, with alpha / rank in lokr_w2_a
+unless ComfyUI reads it: PEFT would scale whole factors too. Neither has a file on the fused layout.
 """
 
 from __future__ import annotations
@@ -21,7 +26,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,18 +34,19 @@ import numpy as np
 from safetensors.numpy import save
 
 from dopsd_jax.core import trees
+from dopsd_jax.models import adapters
+from dopsd_jax.weights import lokr_files
+from dopsd_jax.weights.lora_parts import Parts, fused_pairs, named, torch_parts
 from dopsd_jax.weights.lora_reader import (
     OUR_METADATA,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     LoraFileError,
     LoraSpec,
-    raise_all,
     read_lora,
-    stack_of,
 )
 from dopsd_jax.weights.mapped import open_safetensors
-from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve, rule
+from dopsd_jax.weights.names import Modules, Rule, WeightsError, resolve
 from dopsd_jax.weights.save import CARD, carry_card
 
 __all__ = [
@@ -87,7 +92,8 @@ def save_peft(
 
     Args:
         path: Directory, made if missing; an earlier adapter of ours there is replaced.
-        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`, or a DoRA or LoKr,
+            see models/adapters.py.
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace an adapter of another origin too; never anything else.
@@ -97,7 +103,7 @@ def save_peft(
         LoraFileError: All that is wrong with the tree, or `path` holds something else.
     """
     path, modules = Path(path), list(modules)
-    pairs = _torch_pairs(path, lora, spec, modules)
+    parts = torch_parts(path, lora, spec, modules)
     held = {p.name for p in path.iterdir()} if path.is_dir() else set()
     others = sorted(held - {PEFT_WEIGHTS, PEFT_CONFIG, *CARD})
     if path.suffix == ".safetensors":
@@ -109,26 +115,19 @@ def save_peft(
             f"{what}; choose another name"
         )
     check_replaceable(path, overwrite=overwrite)
-    config = {
-        "base_model_name_or_path": spec.base_model or None,
-        "bias": "none",
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": spec.rank,
-        "target_modules": _target_modules(lora, pairs, modules),
-        "task_type": None,
+    is_lokr = any("w1" in leaves for leaves in parts.values())
+    targets = _target_modules(lora, parts, modules)
+    config = _lokr_config(path, lora, spec) if is_lokr else _lora_config(lora, spec)
+    config |= {
+        "base_model_name_or_path": spec.base_model or None, "inference_mode": True,
+        "target_modules": targets, "task_type": None,
     }
-    tensors = {}
-    for module, (a, b) in pairs.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    tensors = named(parts, "base_model.model.", spec if is_lokr else None)
+    ours = {**asdict(spec), "scale_in_b": True} if is_lokr else asdict(spec)
     with _new_sibling(path) as temporary:
         temporary.mkdir(parents=True)
         # PEFT itself reads no metadata; it is how `check_replaceable` knows its own.
-        _write(temporary / PEFT_WEIGHTS, tensors, asdict(spec), about)
+        _write(temporary / PEFT_WEIGHTS, tensors, ours, about)
         carry_card(path, temporary)
         (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in (PEFT_WEIGHTS, PEFT_CONFIG):
@@ -157,7 +156,8 @@ def save_diffusers(
 
     Args:
         path: File, must end in .safetensors.
-        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`, or a DoRA or LoKr,
+            see models/adapters.py.
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
@@ -166,11 +166,10 @@ def save_diffusers(
     Raises:
         LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
     """
-    tensors = {}
-    for module, (a, b) in _torch_pairs(path, lora, spec, list(modules)).items():
-        tensors[f"transformer.{module}.lora_A.weight"] = a
-        baked = (b.astype(np.float64) * spec.scale).astype(np.float32)
-        tensors[f"transformer.{module}.lora_B.weight"] = baked
+    parts = torch_parts(path, lora, spec, list(modules))
+    if any("w1" in leaves for leaves in parts.values()):
+        _factor_of(path, lora, spec)
+    tensors = named(parts, "transformer.", spec)
     _save_one(path, tensors, {**asdict(spec), "scale_in_b": True}, overwrite, about)
 
 
@@ -184,7 +183,8 @@ def save_comfyui(
 
     Args:
         path: File, must end in .safetensors.
-        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`.
+        lora: LoRA tree, leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`, or a DoRA or LoKr,
+            see models/adapters.py.
         spec: Rank, alpha and base model.
         modules: Module names of the network, from its name table.
         overwrite: Replace a file of another origin too.
@@ -193,13 +193,21 @@ def save_comfyui(
     Raises:
         LoraFileError: All that is wrong with the tree or the name, or a file of another origin.
     """
-    tensors = {}
-    for module, (a, b) in _torch_pairs(path, lora, spec, list(modules)).items():
-        key = f"{modules.comfyui}{module}"
-        tensors[f"{key}.lora_A.weight"] = a
-        tensors[f"{key}.lora_B.weight"] = b
-        tensors[f"{key}.alpha"] = np.asarray(spec.alpha, np.float32)
+    parts = torch_parts(path, lora, spec, list(modules))
+    _refuse_dora(path, parts)
+    tensors = named(parts, modules.comfyui, None)
+    for module in parts:
+        tensors[f"{modules.comfyui}{module}.alpha"] = np.asarray(spec.alpha, np.float32)
     _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite, about)
+
+
+def _refuse_dora(path: str | Path, parts: Parts) -> None:
+    if any("m" in leaves for leaves in parts.values()):
+        raise LoraFileError(
+            f"{path}: a DoRA has no ComfyUI file: ComfyUI divides by the lengths of the untuned "
+            "weight's rows, others by those of the tuned one, so it would draw something else; "
+            "write peft or diffusers, or the model with it (export --lora .. --full)"
+        )
 
 
 def save_comfyui_fused(
@@ -220,13 +228,18 @@ def save_comfyui_fused(
         about: More for the file's header.
 
     Raises:
-        LoraFileError: All that is wrong with the tree or the name, a file of another origin, or a
-            LoRA on a module whose rows have another order.
+        LoraFileError: All that is wrong with the tree or the name, a file of another origin, a
+            LoRA on a module whose rows have another order, or a DoRA or LoKr.
     """
-    tensors = {}
-    for module, pairs in _fused_pairs(
-        path, _torch_pairs(path, lora, spec, list(modules)), modules
-    ).items():
+    parts, tensors = torch_parts(path, lora, spec, list(modules)), {}
+    _refuse_dora(path, parts)
+    if any("w1" in leaves for leaves in parts.values()):
+        raise LoraFileError(
+            f"{path}: a LoKr has no file on the fused layout: three Kronecker products, one below "
+            "the other, are none; use the format comfyui"
+        )
+    pairs_of = {module: (leaves["a"], leaves["b"]) for module, leaves in parts.items()}
+    for module, pairs in fused_pairs(path, pairs_of, modules).items():
         key, count = f"diffusion_model.{module}", len(pairs)
         outs, ranks = (np.cumsum([0, *(b.shape[i] for _, b in pairs)]) for i in (0, 1))
         fused = np.zeros((outs[-1], ranks[-1]), np.float32)
@@ -238,94 +251,51 @@ def save_comfyui_fused(
     _save_one(path, tensors, {**asdict(spec), "scale_in_b": False}, overwrite, about)
 
 
-def _fused_pairs(
-    where: str | Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], modules: Modules
-) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Module path of the makers -> (A, B) of each of its parts, in order; zeros where it has none.
-    """
-    table = [rule(part, f"{i}/{j}") for i, (_, parts) in enumerate(modules.makers)
-             for j, part in enumerate(parts)]
-    slots, _ = resolve(table, pairs)
-    reordered, _ = resolve([rule(m, "x") for m in modules.reordered], pairs)
-    problems = [f"{m}: has its rows in another order there; use the format comfyui"
-                for m in reordered]
-    found: dict[str, list] = {}
-    for module, pair in pairs.items():
-        if module not in slots:  # of the same name in both layouts
-            found[module] = [pair]
-            continue
-        i, j = map(int, slots[module].name.split("/"))
-        template, parts = modules.makers[i]
-        name = template.replace("{layer}", str(slots[module].layer))
-        found.setdefault(name, [None] * len(parts))[j] = pair
-    raise_all(where, problems)
-    for given in found.values():
-        nothing = next(tuple(map(np.zeros_like, pair)) for pair in given if pair is not None)
-        given[:] = [nothing if pair is None else pair for pair in given]
-    return found
-
-
 FORMATS = {
     "peft": save_peft, "diffusers": save_diffusers, "comfyui": save_comfyui,
     "comfyui_fused": save_comfyui_fused,
 }
 
 
-def _torch_pairs(
-    where: str | Path, lora: trees.Tree, spec: LoraSpec, modules: list[Rule]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The tree as torch names it, {module path: (A (r, in), B (out, r))}, contiguous float32."""
-    templates = {r.target: r.template for r in modules if r.target is not None}
-    problems: list[str] = []
-    leaves: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    for name, leaf in trees.flatten(lora).items():
-        target, _, part = name.rpartition("/")
-        if target not in templates or part not in ("a", "b"):
-            problems.append(f"{name}: no a or b of a module this network's LoRA files can name")
-            continue
-        leaves[target][part] = np.asarray(leaf).astype(np.float32, copy=False)
-    if not leaves and not problems:
-        problems.append("the LoRA is empty")
-    pairs, layers = {}, defaultdict(set)
-    for target, pair in leaves.items():
-        if set(pair) != {"a", "b"}:
-            problems.append(f"{target}: expected a and b, got only {', '.join(pair)}")
-            continue
-        a, b = pair["a"], pair["b"]
-        stacked = "{layer}" in templates[target]
-        fits = a.ndim == b.ndim == 2 + stacked and a.shape[:-2] == b.shape[:-2]
-        if not fits or a.shape[-1] != spec.rank or b.shape[-2] != spec.rank:
-            axis = "layers, " if stacked else ""
-            problems.append(
-                f"{target}: expected a [{axis}in, {spec.rank}] and b [{axis}{spec.rank}, out], "
-                f"got {a.shape} and {b.shape}"
-            )
-            continue
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            problems.append(f"{target}: holds NaN or infinity; export an earlier checkpoint")
-        if stacked:
-            layers[stack_of(templates[target])].add(len(a))
-        for layer in range(len(a)) if stacked else [None]:
-            module = templates[target].format(layer=layer)
-            pairs[module] = tuple(
-                np.ascontiguousarray((x if layer is None else x[layer]).T) for x in (a, b)
-            )
-    problems += [
-        f"{stack}: expected one number of layers, got {sorted(lengths)}"
-        for stack, lengths in layers.items() if len(lengths) > 1
-    ]
-    raise_all(where, problems)
-    return pairs
+def _lora_config(lora: trees.Tree, spec: LoraSpec) -> dict:
+    """What PEFT's config of a LoRA or DoRA says of it."""
+    is_dora = any("m" in leaves for leaves in adapters.sites(lora).values())
+    return {
+        "bias": "none", "init_lora_weights": True, "lora_dropout": 0.0, "peft_type": "LORA",
+        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "r": spec.rank,
+    } | ({"use_dora": True} if is_dora else {})
 
 
-def _target_modules(lora: trees.Tree, pairs: Iterable[str], modules: list[Rule]) -> list[str]:
-    """PEFT's target_modules that hit exactly the modules called `pairs`.
+def _lokr_config(where: Path, lora: trees.Tree, spec: LoraSpec) -> dict:
+    """What PEFT's config of a LoKr says of it; its scale is 1, as it stands in the tensors."""
+    return {
+        "alpha": spec.rank, "decompose_both": False,
+        "decompose_factor": _factor_of(where, lora, spec), "init_weights": True,
+        "module_dropout": 0.0, "peft_type": "LOKR", "r": spec.rank, "rank_dropout": 0.0,
+    }
+
+
+def _factor_of(where: str | Path, lora: trees.Tree, spec: LoraSpec) -> int:
+    """PEFT's decompose_factor, from which it and diffusers derive the shapes of all factors."""
+    factor = lokr_files.decompose_factor(list(adapters.sites(lora).values()), spec.rank)
+    if factor is None:
+        raise LoraFileError(
+            f"{where}: PEFT and diffusers derive the sizes of all factors from one factor and one "
+            "rank, and this LoKr's follow from none; write comfyui, or the model with it (export "
+            "--lora .. --full)"
+        )
+    return factor
+
+
+def _target_modules(lora: trees.Tree, names: Iterable[str], modules: list[Rule]) -> list[str]:
+    """PEFT's target_modules that hit exactly the modules called `names`.
 
     PEFT adapts every module that is called or ends in a target. So a suffix may stand for its
     modules only if every known module with that ending is in the LoRA; others are named in full.
     """
-    paths = {name.rpartition("/")[0] for name in trees.flatten(lora)}
-    slots, _ = resolve(modules, pairs)
+    paths = set(adapters.sites(lora))
+    slots, _ = resolve(modules, names)
     templates = {r.target: r.template for r in modules}
     targets = set()
     for module, slot in slots.items():

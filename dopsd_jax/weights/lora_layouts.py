@@ -2,7 +2,8 @@
 
 There the projections to q, k and v are one module, whose lora_B has the rows of all three, and
 other modules have other names. A LoRA on such a module is three on the parts, with the same lora_A
-each: what they add is exactly the same.
+each: what they add is exactly the same. The factors of a LoKr are left whole, as only both together
+say what the rows of a part are: see `lokr_files.leaves`.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ from typing import Any
 
 import numpy as np
 
+from dopsd_jax.weights.lora_names import is_underscored
 from dopsd_jax.weights.names import Modules, resolve, rule
-
-KOHYA = "lora_unet_"
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a tensor stands: a part of another one.
+    """Where a tensor stands: a part of another one, or all of it.
 
     Attributes:
         key: Of the other one.
         rows, columns: (i, n), the i-th of n equal parts.
         shares: Among how many an alpha is divided.
+        part: (i, n): of which of n equal parts of its module's rows it is, cut or not.
     """
 
     key: str
     rows: tuple[int, int] = (0, 1)
     columns: tuple[int, int] = (0, 1)
     shares: int = 1
+    part: tuple[int, int] = (0, 1)
 
     def of(self, whole: np.ndarray) -> np.ndarray:
         if self.shares > 1:
@@ -66,7 +68,7 @@ class _Fused:
 
     Attributes:
         names: Those, without the suffix of a tensor.
-        keys: a, b, alpha -> the tensor's name and suffix.
+        keys: Part as in `lora_names.key_pattern` -> the tensor's name and suffix.
     """
 
     names: tuple[str, ...]
@@ -81,7 +83,7 @@ class DiffusersView:
 
     Args:
         handle: From `open_safetensors`.
-        pattern: Takes a tensor's name apart: groups prefix, module, and a, b or alpha.
+        pattern: From `lora_names.key_pattern`.
         modules: Of the network.
 
     Attributes:
@@ -104,7 +106,7 @@ class DiffusersView:
         """Takes in the parts of a fused module, of a block-diagonal one those that it has."""
         count = len(module.names)
         has = [True] * count
-        if blocks:
+        if blocks and "m" not in module.keys:  # which a part has of its own, whatever it adds
             has = [x.any() for x in np.split(self._handle.get_tensor(module.keys["a"][0]), count)]
         for kind, (key, suffix) in module.keys.items():
             meant = {i: name + suffix for i, name in enumerate(module.names)
@@ -115,12 +117,13 @@ class DiffusersView:
                 )
                 continue
             for i, part in meant.items():
-                # Else of what lora_A reads, and of alpha, all parts have the same.
+                # Else of what lora_A reads, of alpha and of a LoKr's factors all have the same.
                 self._sources[part] = _Source(
                     key,
-                    rows=(i, count) if kind == "b" or (blocks and kind == "a") else (0, 1),
+                    rows=(i, count) if kind in ("b", "m") or (blocks and kind == "a") else (0, 1),
                     columns=(i, count) if blocks and kind == "b" else (0, 1),
                     shares=count if blocks and kind == "alpha" else 1,
+                    part=(i, count),
                 )
 
     def keys(self) -> list[str]:
@@ -137,22 +140,26 @@ class DiffusersView:
         source = self._sources[key]
         return source.of(self._handle.get_tensor(source.key))
 
+    def part(self, key: str) -> tuple[int, int]:
+        """(index, count): of which of equal parts of a module's rows a tensor is."""
+        return self._sources[key].part
+
 
 def _fused(matches: dict[str, re.Match], modules: Modules) -> list[_Fused]:
     """The modules of a file that have other names in diffusers' layout."""
     found: dict[tuple[str, str], _Fused] = {}
-    for kohya in (False, True):
-        of_kind = {n: m for n, m in matches.items() if (m["prefix"] == KOHYA) == kohya}
+    for joined in (False, True):
+        of_kind = {n: m for n, m in matches.items() if is_underscored(m) == joined}
         wanted = sorted({m["module"] for m in of_kind.values()})
         for i, (module, diffusers) in enumerate(modules.makers):
-            template = module.replace(".", "_") if kohya else module
+            template = module.replace(".", "_") if joined else module
             slots = resolve([rule(template, str(i))], wanted)[0]
             for name, m in of_kind.items():
                 if (slot := slots.get(m["module"])) is None:
                     continue
                 filled = (d.replace("{layer}", str(slot.layer)) for d in diffusers)
                 names = tuple(
-                    m["prefix"] + (d.replace(".", "_") if kohya else d) for d in filled
+                    m["prefix"] + (d.replace(".", "_") if joined else d) for d in filled
                 )
                 fused = found.setdefault((m["prefix"], m["module"]), _Fused(names, {}))
                 fused.keys[m.lastgroup] = name, name[m.end("module"):]

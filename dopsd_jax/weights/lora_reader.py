@@ -1,41 +1,40 @@
-"""Reading the LoRA files that lora_files.py writes, and their like from other tools."""
+"""Reading the LoRA files that lora_files.py writes, and their like from other tools.
+
+So are those of DoRA and LoKr, whose leaves models/adapters.py describes.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
-import re
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from dopsd_jax.core import trees
 from dopsd_jax.core.checks import COUNT, SCALE, TEXT, Kind, is_whole, value_problems
-from dopsd_jax.weights.lora_layouts import KOHYA, DiffusersView
+from dopsd_jax.weights import lokr_files
+from dopsd_jax.weights.lora_checks import check_dims, check_layers, key_of
+from dopsd_jax.weights.lora_layouts import DiffusersView
+from dopsd_jax.weights.lora_names import (
+    PEFT_PREFIX,
+    Keys,
+    LoraFileError,
+    key_pattern,
+    match_keys,
+)
 from dopsd_jax.weights.mapped import PICKLES, open_safetensors
-from dopsd_jax.weights.names import Modules, Rule, Slot, WeightsError, resolve, rule
+from dopsd_jax.weights.names import Modules, WeightsError
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-PEFT_PREFIX = "base_model.model."
 STUDENT = "student"  # the published torch code keeps its two adapters in student/ and teacher/
 OUR_METADATA = "dopsd_jax_lora"
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # of pipe.save_lora_weights
 
-# Of every network; `Modules.comfyui` may be another one.
-PREFIXES = (
-    PEFT_PREFIX, "transformer.", "model.diffusion_model.", "diffusion_model.", "pipe.dit.", KOHYA
-)
-# What other kinds of adapters have in their tensors' names.
-KINDS = {
-    "lokr_w": "LoKr (LyCORIS)", "hada_w": "LoHa (LyCORIS)", "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA (PEFT)", "oft_": "OFT", "diff": "weight differences",
-}
 SAME = 1e-6  # relative difference of two alphas that float32 may have rounded
 FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -45,22 +44,23 @@ OUR_KINDS = {
     "scale_in_b": Kind("true or false", lambda x: isinstance(x, bool)),
 }
 
-# PEFT's options that change what lora_A and lora_B mean, with the only value read here.
+# PEFT's options that change what the tensors mean, with the only value read here, by kind. A DoRA
+# is a LORA with use_dora.
 PEFT_OPTIONS = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_rslora": False,
-    "use_dora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
+    "LORA": {
+        "peft_type": "LORA",
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": False,
+        "fan_in_fan_out": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+    },
+    "LOKR": {"peft_type": "LOKR", "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None},
 }
-
-
-class LoraFileError(WeightsError):
-    """A LoRA file that cannot be written or read."""
+PEFT_ALPHA = {"LORA": "lora_alpha", "LOKR": "alpha"}
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,14 @@ def raise_all(where: str | Path, problems: list[str]) -> None:
         raise LoraFileError(f"{where}: {len(problems)} problems:\n  {listed}{more}")
 
 
-def stack_of(template: str) -> str:
-    """The part of a module name template before its layer index."""
-    return template.partition("{layer}")[0]
-
-
 def read_lora(
     path: str | Path, modules: Modules, shapes: trees.Tree | None = None
 ) -> tuple[trees.Tree, LoraSpec]:
-    """Reads a LoRA of any format that is written here, recognised by its content.
+    """Reads a LoRA, DoRA or LoKr of any format that is written here, recognised by its content.
 
-    Also read: `lora_down`/`lora_up` for `lora_A`/`lora_B`, kohya's `lora_unet_` names, names
-    without a prefix, DiffSynth-Studio's (`pipe.dit.X.lora_A.default.weight`), the layout of the
+    Also read: `lora_down`/`lora_up` for `lora_A`/`lora_B`, `dora_scale` for
+    `lora_magnitude_vector`, kohya's `lora_unet_` and LyCORIS' `lycoris_` names, names without a
+    prefix, DiffSynth-Studio's (`pipe.dit.X.lora_A.default.weight`), the layout of the
     network's makers, in which q, k and v are one module, files of diffusers' `save_lora_weights`,
     and the directory of the published torch code, whose `student` folder is taken. Without any
     alpha the scale is 1, as elsewhere.
@@ -121,8 +117,9 @@ def read_lora(
             of layers against; without it a stack has as many layers as the file's highest index.
 
     Returns:
-        LoRA tree of float32 NumPy leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`, and its
-        spec. Where alpha differs between modules it is folded into `b` and spec.alpha is the rank.
+        Tree of float32 NumPy leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`, of a DoRA also
+        `m [(layers,) out]`, of a LoKr those of models/adapters.py, and its spec. Where alpha
+        differs between modules it is folded into `b` and spec.alpha is the rank.
 
     Raises:
         LoraFileError: Everything that is wrong with names, shapes and scale, together; a file that
@@ -134,8 +131,8 @@ def read_lora(
     except WeightsError as e:
         raise LoraFileError(str(e)) from e
     with handle:
-        handle = DiffusersView(handle, _key_pattern(modules.comfyui), modules)
-        keys, problems = _match_keys(file, handle.keys(), modules)
+        handle = DiffusersView(handle, key_pattern(modules.comfyui), modules)
+        keys, problems = match_keys(file, handle.keys(), modules)
         problems += handle.problems
         found = {k: handle.get_slice(k) for parts in keys.values() for k in parts.values()}
         problems += [
@@ -143,34 +140,58 @@ def read_lora(
             for key, entry in found.items()
             if entry.get_dtype() not in FLOATS and not key.endswith(".alpha")
         ]
-        dims = {key: tuple(entry.get_shape()) for key, entry in found.items()}
-        rank, more = _check_dims(keys, dims)
+        dims = {
+            module: {part: tuple(found[key].get_shape()) for part, key in parts.items()}
+            for module, parts in keys.items()
+        }
+        ranks, more = check_dims(keys, dims)
         problems += more
-        layers, more = _check_layers(keys, dims, list(modules), shapes)
+        layers, more = check_layers(keys, dims, handle, list(modules), shapes)
         raise_all(file, problems + more)
 
-        flat: dict[str, np.ndarray] = {}
         alphas: dict[tuple[str, int | None], float] = {}
-        for (target, layer), parts in keys.items():
-            for leaf in ("a", "b"):
-                value = handle.get_tensor(parts[leaf]).astype(np.float32).T
-                if not np.isfinite(value).all():
-                    problems.append(f"{parts[leaf]}: holds NaN or infinity")
-                name = f"{target}/{leaf}"
-                if layer is None:
-                    flat[name] = np.ascontiguousarray(value)
-                    continue
-                if name not in flat:
-                    flat[name] = np.empty((layers[target], *value.shape), np.float32)
-                flat[name][layer] = value
+        for module, parts in keys.items():
             if "alpha" in parts:
-                alphas[target, layer] = alpha = float(handle.get_tensor(parts["alpha"]).item())
+                alphas[module] = alpha = float(handle.get_tensor(parts["alpha"]).item())
                 if not math.isfinite(alpha) or alpha == 0:
                     problems.append(f"{parts['alpha']}: expected a number but 0, got {alpha}")
         raise_all(file, problems)
-        is_peft = any(key.startswith(PEFT_PREFIX) for key in found)
-        spec = _apply_scale(file, flat, rank, alphas, keys, is_peft, handle.metadata() or {})
-    return trees.unflatten(flat), spec
+        scale = _find_scale(file, keys, ranks, alphas, handle.metadata() or {})
+        flat = _read_leaves(handle, keys, layers, scale, problems)
+        raise_all(file, problems)
+    return trees.unflatten(flat), scale.spec
+
+
+def _read_leaves(
+    handle: DiffusersView, keys: Keys, layers: Mapping[str, int], scale: _Scale,
+    problems: list[str],
+) -> dict[str, np.ndarray]:
+    """The flat tree; adds to `problems` what holds no numbers."""
+    flat: dict[str, np.ndarray] = {}
+    for module, parts in keys.items():
+        tensors = {}
+        for part in parts.keys() - {"alpha"}:
+            tensors[part] = handle.get_tensor(parts[part]).astype(np.float32)
+            if not np.isfinite(tensors[part]).all():
+                problems.append(f"{parts[part]}: holds NaN or infinity")
+        if "a" in parts:
+            leaves = {name: tensors[name].T for name in ("a", "b")}
+            leaves |= {"m": tensors["m"].ravel()} if "m" in parts else {}
+        else:
+            index, count = handle.part(key_of(parts))
+            leaves = lokr_files.leaves(tensors, scale.whole.get(module, 1.0), index, count)
+        target, layer = module
+        for leaf, value in leaves.items():
+            if leaf == "b" or leaf.endswith("w2_up"):
+                value = scale.apply(module, value)
+            name = f"{target}/{leaf}"
+            if layer is None:
+                flat[name] = np.ascontiguousarray(value)
+                continue
+            if name not in flat:
+                flat[name] = np.empty((layers[target], *value.shape), np.float32)
+            flat[name][layer] = value
+    return flat
 
 
 def fingerprint(path: str | Path) -> str:
@@ -207,202 +228,91 @@ def _locate(path: Path) -> Path:
     )
 
 
-Keys = dict[tuple[str, int | None], dict[str, str]]
+@dataclass(frozen=True)
+class _Scale:
+    """What alpha says, and what to do with the leaf that it stands in.
 
-
-def _key_pattern(comfyui: str) -> re.Pattern:
-    """Matches the name of a LoRA's tensor, in parts."""
-    prefixes = "|".join(map(re.escape, (*PREFIXES, comfyui)))
-    return re.compile(
-        rf"(?P<prefix>{prefixes}|)(?P<module>.+)\."
-        r"(?:(?P<a>(?:lora_A|lora_down)(?:\.default)?\.weight)"
-        r"|(?P<b>(?:lora_B|lora_up)(?:\.default)?\.weight)"
-        r"|(?P<alpha>alpha))"
-    )
-
-
-def _kind(names: Iterable[str]) -> str:
-    """The kind of adapter that some tensors' names tell, or ""."""
-    return next((kind for name in names for mark, kind in KINDS.items()
-                 if name.rpartition("/")[2].split(".")[-1].startswith(mark)
-                 or f".{mark}" in name), "")
-
-
-def _match_keys(file: Path, names: Iterable[str], modules: Modules) -> tuple[Keys, list]:
-    """{(tree path, layer): {"a" | "b" | "alpha": key}}, and what is wrong with the names.
-
-    Raises:
-        LoraFileError: No key looks like LoRA, or none belongs to this network.
+    Attributes:
+        spec: Of the LoRA.
+        folded: What a module's leaf is multiplied by, where modules differ.
+        divided: Whether the file's leaves have spec.scale in them.
+        whole: Scales of LoKr modules whose larger factor is whole.
     """
-    key, modules = _key_pattern(modules.comfyui), list(modules)
-    kohya = [rule(r.template.replace(".", "_"), r.target) for r in modules]
-    names = sorted(names)
-    matches = {name: m for name in names if (m := key.fullmatch(name))}
-    if not any(m["a"] or m["b"] for m in matches.values()):
-        raise LoraFileError(
-            f"{file}: expected LoRA tensors (X.lora_A.weight and X.lora_B.weight, or lora_down and "
-            f"lora_up), found {len(names)} others such as {', '.join(names[:3]) or 'none'}; "
-            + (f"this is {kind}, which is not read here" if (kind := _kind(names))
-               else "this is no LoRA")
-        )
-    slots: dict[tuple[bool, str], Slot] = {}
-    for is_kohya, table in ((False, modules), (True, kohya)):
-        wanted = {
-            m["module"] for m in matches.values() if (m["prefix"] == KOHYA) == is_kohya
-        }
-        slots |= {(is_kohya, k): s for k, s in resolve(table, sorted(wanted))[0].items()}
-    if not slots:
-        example = next(r.template for r in modules).format(layer=0)
-        raise LoraFileError(
-            f"{file}: none of its {len(names)} tensors belongs to this network: expected modules "
-            f"such as {example}, found {', '.join(names[:3])}; it was made for another model, "
-            "or has this model's names in a format that is not read here: convert it to diffusers'"
-        )
-    keys, problems = defaultdict(dict), []
-    prefixes = sorted({m["prefix"] or "none" for m in matches.values()})
-    if len(prefixes) > 1:
-        listed = ", ".join(prefixes)
-        problems.append(f"expected one prefix on all keys, got {listed}; split the file")
-    for name in names:
-        match = matches.get(name)
-        slot = match and slots.get((match["prefix"] == KOHYA, match["module"]))
-        if slot is None:
-            kind = _kind([name])
-            problems.append(f"{name}: unknown key, " + (
-                f"of {kind}, which is not read here" if kind else
-                "belongs to no module of this network"
-            ))
-            continue
-        parts = keys[slot.name, slot.layer]
-        if match.lastgroup in parts:
-            problems.append(f"{name}: stands for the same weight as {parts[match.lastgroup]}")
-        parts[match.lastgroup] = name
-    for (target, layer), parts in list(keys.items()):
-        if missing := {"a", "b"} - parts.keys():
-            lacking = " and ".join(f"lora_{m.upper()}" for m in sorted(missing))
-            problems.append(f"{', '.join(parts.values())}: {lacking} of the same module is missing")
-            del keys[target, layer]
-    return dict(keys), problems
+
+    spec: LoraSpec
+    folded: dict = field(default_factory=dict)
+    divided: bool = False
+    whole: dict = field(default_factory=dict)
+
+    def apply(self, module: tuple[str, int | None], value: np.ndarray) -> np.ndarray:
+        if self.divided:
+            return (value.astype(np.float64) / self.spec.scale).astype(np.float32)
+        return value * np.float32(self.folded[module]) if module in self.folded else value
 
 
-def _check_dims(keys: Keys, dims: dict[str, tuple]) -> tuple[int, list[str]]:
-    """The one rank of all pairs, and what is wrong with the shapes by themselves."""
-    problems, ranks = [], defaultdict(list)
-    for parts in keys.values():
-        a, b = dims[parts["a"]], dims[parts["b"]]
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            problems.append(f"{parts['a']}: expected (r, in) beside (out, r), got {a} beside {b}")
-        else:
-            ranks[a[0]].append(parts["a"])
-        if "alpha" in parts and math.prod(dims[parts["alpha"]]) != 1:
-            problems.append(f"{parts['alpha']}: expected one number, got {dims[parts['alpha']]}")
-    if len(ranks) > 1:
-        listed = "; ".join(f"{r} in {len(n)}, first {n[0]}" for r, n in sorted(ranks.items()))
-        problems.append(f"expected one rank in all modules, got {listed}; resize the LoRA to one")
-    return next(iter(ranks), 0), problems
-
-
-def _check_layers(
-    keys: Keys, dims: dict[str, tuple], modules: list[Rule], shapes: trees.Tree | None
-) -> tuple[dict[str, int], list[str]]:
-    """Number of layers by tree path, and what does not fit the network or lacks layers."""
-    stacks = {r.target: stack_of(r.template) for r in modules}
-    params = trees.flatten(shapes) if shapes is not None else None
-    problems, present, highest = [], defaultdict(set), defaultdict(int)
-    sizes: dict[str, set] = defaultdict(set)
-    for (target, layer), parts in keys.items():
-        if layer is not None:
-            present[target].add(layer)
-            sizes[target].add((dims[parts["a"]][1:], dims[parts["b"]][:1]))
-            highest[stacks[target]] = max(highest[stacks[target]], layer + 1)
-        if params is None:
-            continue
-        if f"{target}/kernel" not in params:
-            problems.append(f"{parts['a']}: the network has no parameter {target}/kernel")
-            continue
-        *_, size_in, size_out = params[f"{target}/kernel"].shape
-        a, b = dims[parts["a"]], dims[parts["b"]]
-        if (a[-1:], b[:1]) != ((size_in,), (size_out,)):
-            problems.append(
-                f"{parts['a']}: expected (r, {size_in}) and (out, r) = ({size_out}, r), got {a} "
-                f"and {b}; is it of another model size?"
-            )
-    layers = {}
-    for target, have in present.items():
-        kernel = params.get(f"{target}/kernel") if params is not None else None
-        layers[target] = count = highest[stacks[target]] if kernel is None else kernel.shape[0]
-        if len(sizes[target]) > 1 and kernel is None:
-            problems.append(f"{target}: expected one shape in all layers, got {sizes[target]}")
-        if max(have) >= count:
-            problems.append(f"{target}: the network has {count} layers, the file one {max(have)}")
-        # A file may name any index, so the missing ones are not listed beyond the first few.
-        if missing := list(itertools.islice((i for i in range(count) if i not in have), 10)):
-            problems.append(
-                f"{target}: expected all {count} layers, got {len(have)}, missing "
-                f"{', '.join(map(str, missing))}{' ..' if len(missing) == 10 else ''}; a LoRA of "
-                "some layers only is not read, add the missing ones with a lora_B of zeros"
-            )
-    return layers, problems
-
-
-def _apply_scale(
-    file: Path,
-    flat: dict[str, np.ndarray],
-    rank: int,
-    alphas: dict[tuple[str, int | None], float],
-    keys: Keys,
-    is_peft: bool,
-    metadata: dict[str, str],
-) -> LoraSpec:
-    """Finds alpha where the format keeps it; may rescale the `b` of `flat` in place."""
+def _find_scale(
+    file: Path, keys: Keys, ranks: dict, alphas: dict, metadata: dict[str, str]
+) -> _Scale:
+    """Finds alpha where the format keeps it."""
     ours = _parse(f"{file}, {OUR_METADATA}", metadata.get(OUR_METADATA, "{}"))
     theirs = _parse(f"{file}, {DIFFUSERS_METADATA}", metadata.get(DIFFUSERS_METADATA, "{}"))
+    is_peft = any(k.startswith(PEFT_PREFIX) for parts in keys.values() for k in parts.values())
     if alphas and (is_peft or theirs):
         raise LoraFileError(
             f"{file}: expected alpha in the config or in .alpha tensors, got both; tools disagree "
             "on what that means, save the LoRA again with one of them"
         )
-    if is_peft:
-        return _spec_of_config(file, _read_json(file.with_name(PEFT_CONFIG)), rank)
-    if theirs:
-        config = {k.removeprefix("transformer."): v for k, v in theirs.items()}
-        return _spec_of_config(file, config, rank)
+    ranked = {m: r for m, r in ranks.items() if "w2" not in keys[m]}
+    rank = next(iter(ranked.values()), None)
+    whole = [module for module, parts in keys.items() if "w2" in parts]
     if ours and (wrong := value_problems({"scale_in_b": False, **ours}, OUR_KINDS)):
         raise LoraFileError(f"{file}, {OUR_METADATA}: " + "; ".join(wrong.values()))
-    if ours.get("scale_in_b") and not alphas and ours["rank"] == rank:
-        spec = LoraSpec(rank, ours["alpha"], ours["base_model"])
-        for name in flat:
-            if name.endswith("/b"):
-                flat[name] = (flat[name].astype(np.float64) / spec.scale).astype(np.float32)
-        return spec
-    by_module = {key: alphas.get(key, float(rank)) for key in keys}
-    if max(by_module.values()) - min(by_module.values()) <= SAME * abs(max(by_module.values())):
-        alpha = by_module.popitem()[1]
+    if ours.get("scale_in_b") and not alphas and rank in (None, ours["rank"]):
+        return _Scale(LoraSpec(ours["rank"], ours["alpha"], ours["base_model"]), divided=True)
+    if is_peft or theirs:
+        config = _read_json(file.with_name(PEFT_CONFIG)) if is_peft else {
+            k.removeprefix("transformer."): v for k, v in theirs.items()
+        }
+        spec = _spec_of_config(file, config, rank, keys)
+        return _Scale(spec, whole=dict.fromkeys(whole, spec.scale))
+    scales = {m: alphas[m] / ranks[m] for m in whole if m in alphas and ranks[m]}
+    by_module = {m: alphas.get(m, float(r)) for m, r in ranked.items()}
+    found = by_module.values()
+    if found and max(found) - min(found) <= SAME * abs(max(found)):
+        alpha = next(iter(found))
         if abs(ours.get("alpha", alpha) - alpha) <= SAME * abs(alpha):
             alpha = ours.get("alpha", alpha)  # the tensor holds it to float32 only
-        return LoraSpec(rank, alpha, ours.get("base_model", ""))
-    for (target, layer), alpha in by_module.items():
-        flat[f"{target}/b"][... if layer is None else layer] *= np.float32(alpha / rank)
-    return LoraSpec(rank, float(rank), ours.get("base_model", ""))
+        return _Scale(LoraSpec(rank, alpha, ours.get("base_model", "")), whole=scales)
+    if rank is None:
+        return _Scale(
+            LoraSpec(ours.get("rank", 1), ours.get("alpha", 1.0), ours.get("base_model", "")),
+            whole=scales,
+        )
+    folded = {m: alpha / rank for m, alpha in by_module.items()}
+    return _Scale(LoraSpec(rank, float(rank), ours.get("base_model", "")), folded, whole=scales)
 
 
-def _spec_of_config(file: Path, config: dict, rank: int) -> LoraSpec:
+def _spec_of_config(file: Path, config: dict, rank: int | None, keys: Keys) -> LoraSpec:
     """Rank and alpha of a PEFT config; refuses options under which they would mean another LoRA."""
+    kind = "LORA" if any("a" in parts for parts in keys.values()) else "LOKR"
+    options = dict(PEFT_OPTIONS[kind])
+    if any("m" in parts for parts in keys.values()):
+        options["use_dora"] = True
     problems = [
         f"{key}: expected {expected!r}, got {config[key]!r}; such a LoRA is not read here"
-        for key, expected in PEFT_OPTIONS.items()
+        for key, expected in options.items()
         if key in config and (config[key] or None) != (expected or None)
     ]
-    if not is_whole(config.get("r")) or config["r"] != rank:
+    if not is_whole(config.get("r")) or config["r"] != (rank or config["r"]):
         problems.append(f"r: expected {rank} as in the tensors, got {config.get('r')!r}")
-    alpha = config.get("lora_alpha")
+    alpha = config.get(PEFT_ALPHA[kind])
     if not SCALE.holds(alpha):
-        problems.append(f"lora_alpha: expected {SCALE.words}, got {alpha!r:.60}")
+        problems.append(f"{PEFT_ALPHA[kind]}: expected {SCALE.words}, got {alpha!r:.60}")
     base_model = config.get("base_model_name_or_path") or ""
     if not isinstance(base_model, str):
         problems.append(f"base_model_name_or_path: expected a text, got {base_model!r:.60}")
     raise_all(f"{file}, its LoRA config", problems)
-    return LoraSpec(rank, float(alpha), base_model)
+    return LoraSpec(config["r"], float(alpha), base_model)
 
 
 def _read_json(path: Path) -> dict:

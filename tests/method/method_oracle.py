@@ -1,7 +1,8 @@
-"""D-OPSD as a plain torch loop over diffusers' transformers and peft's adapters, for the oracles.
+"""D-OPSD as a plain torch loop over diffusers' transformers, for the oracles.
 
-Written from the published trainer: the network sees a time t and gives out = dx/dt, t runs to
-`end`, the clean estimate is x + (end - t) out, and a step is x + (t_next - t) out.
+The adapters are peft's, or of LoKr those of lycoris. Written from the published trainer: the
+network sees a time t and gives out = dx/dt, t runs to `end`, the clean estimate is
+x + (end - t) out, and a step is x + (t_next - t) out.
 """
 
 import dataclasses
@@ -13,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from lycoris.modules.lokr import LokrModule
 from peft import LoraConfig
 
 from dopsd_jax.core import trees
-from dopsd_jax.method import train_step
+from dopsd_jax.method import dora, train_step
 
 RANK, ALPHA = 4, 8
+FACTOR = 8  # of LoKr: with a side of 64 the second factor is whole, with 170 of low rank
 UPDATES = 5
 TOLERANCE = 1e-4  # of each tensor's largest element
 
@@ -37,6 +40,7 @@ class Case:
     eps: float = 1e-8
     anchor: float = 0.0
     kept: tuple[bool, ...] = ()  # of every row; empty: no row keeps
+    kind: str = "lora"
 
 
 class TorchRun:
@@ -53,22 +57,35 @@ class TorchRun:
         self.model = model
         self.model.requires_grad_(False)
         torch.manual_seed(2)
-        for role in ("student", "teacher"):
-            self.model.add_adapter(
-                LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="gaussian",
-                           target_modules=targets),
-                adapter_name=role,
+        self.lokrs = {}
+        if case.kind == "lokr":
+            self.lokrs = {role: self.add_lokr(targets) for role in ("student", "teacher")}
+            self.student, self.teacher = (
+                {f"{module}.{name}.{role}.weight": p
+                 for module, lokr in lokrs.items() for name, p in lokr.named_parameters()}
+                for role, lokrs in self.lokrs.items()
             )
-        parameters = dict(self.model.named_parameters())
-        self.student = {n: p for n, p in parameters.items() if ".student." in n}
-        self.teacher = {
-            n: parameters[n.replace(".student.", ".teacher.")] for n in self.student
-        }
+        else:
+            for role in ("student", "teacher"):
+                self.model.add_adapter(
+                    LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights="gaussian",
+                               target_modules=targets, use_dora=case.kind == "dora"),
+                    adapter_name=role,
+                )
+            parameters = dict(self.model.named_parameters())
+            self.student, self.teacher = (
+                {n: p for n, p in parameters.items() if f".{role}." in n}
+                for role in ("student", "teacher")
+            )
         with torch.no_grad():
             for name, p in self.student.items():
-                if "lora_B" in name and not case.zero_b:
+                if "magnitude" in name:
+                    p.mul_(1 + 0.2 * torch.randn_like(p))
+                elif ("lora_B" in name or "lokr_w2" in name) and not case.zero_b:
                     p.normal_(0, 0.1)
-                self.teacher[name].copy_(p)
+                self.teacher[name.replace(".student.", ".teacher.")].copy_(p)
+        # By the student's names, as its gradients and optimizer states are.
+        self.teacher = {n.replace(".teacher.", ".student."): p for n, p in self.teacher.items()}
         self.optimizer = torch.optim.AdamW(
             self.student.values(), lr=case.learning_rate, betas=(0.9, 0.999), eps=case.eps,
             weight_decay=case.weight_decay,
@@ -87,15 +104,37 @@ class TorchRun:
         """The network's own output for what one role sees."""
         raise NotImplementedError
 
+    def add_lokr(self, targets):
+        """One LoKr on every linear whose name ends in a target: {name: module}."""
+        found = {n: m for n, m in self.model.named_modules() if n.endswith(tuple(targets))}
+        made = {
+            n: LokrModule(n, m, lora_dim=RANK, alpha=ALPHA, factor=FACTOR)
+            for n, m in found.items()
+        }
+        for lokr in made.values():
+            lokr.apply_to()
+        return made
+
     def raw(self, role, x, t, context):
+        if self.lokrs:
+            self.set_lokr(role)
+            return self.out(x, t, context)
         self.model.set_adapter(role)
         for p in self.student.values():
             p.requires_grad_(True)  # set_adapter freezes the adapter it leaves
         return self.out(x, t, context)
 
+    def set_lokr(self, role):
+        for name, lokrs in self.lokrs.items():
+            for lokr in lokrs.values():
+                lokr.multiplier = float(name == role)
+
     @torch.no_grad()
     def untuned(self, x, t, context):
         """What the model without any adapter gives out."""
+        if self.lokrs:
+            self.set_lokr(None)
+            return self.out(x, t, context)
         self.model.disable_adapters()
         out = self.out(x, t, context)
         self.model.enable_adapters()
@@ -146,15 +185,19 @@ class TorchRun:
         return [loss.item() for loss in losses], grads, norm.item()
 
 
+LEAVES = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "m", "lokr_w1": "w1",
+          "lokr_w2": "w2", "lokr_w2_a": "w2_up", "lokr_w2_b": "w2_down"}
+
+
 def to_tree(tensors):
-    """peft's tensors by name -> our LoRA tree, layers stacked."""
+    """peft's and lycoris' tensors by name -> our LoRA tree, layers stacked."""
     stacks = {}
     for name, tensor in tensors.items():
         stack, layer, module, side = re.fullmatch(
-            r"(\w+)\.(\d+)\.(.+)\.lora_(A|B)\.(?:student|teacher)\.weight", name
+            r"(\w+)\.(\d+)\.(.+)\.(\w+)\.(?:student|teacher)\.weight", name
         ).groups()
         module = module.replace("to_out.0", "to_out").replace(".", "/")
-        layers = stacks.setdefault(f"{stack}/{module}/{side.lower()}", {})
+        layers = stacks.setdefault(f"{stack}/{module}/{LEAVES[side]}", {})
         layers[int(layer)] = tensor.detach().numpy().T
     return trees.unflatten({
         name: np.stack([layers[i] for i in sorted(layers)]) for name, layers in stacks.items()
@@ -187,6 +230,9 @@ class OurRun:
             compiler_options={"xla_backend_optimization_level": 0},  # half the compile time
         )
         self.base, self.sigmas, self.context = {"params": base}, jnp.asarray(sigmas), context
+        if case.kind == "dora":
+            paths = {n.removesuffix("/m") for n in trees.flatten(student) if n.endswith("/m")}
+            self.base["norms"] = dora.column_norms(base, paths)
 
     def update(self, noise, student, teacher):
         batch = train_step.Batch(

@@ -1,4 +1,5 @@
-"""The method on Z-Image beside a plain torch loop of it: diffusers' transformer, peft, AdamW.
+"""The method on Z-Image beside a plain torch loop of it: diffusers' transformer, AdamW, and as
+adapters peft's LoRA and DoRA, and lycoris' LoKr.
 
 There t = 1 - sigma runs from 0 to 1 and the output points from noise to data. The weights travel
 through save_pretrained and our loader.
@@ -31,6 +32,7 @@ PUBLISHED_TARGETS = [
     "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
     "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
 ]
+OTHER_TARGETS = ["attention.to_q", "feed_forward.w1"]  # fewer compile faster
 STUDENT_LENGTHS, TEACHER_LENGTHS = (5, 37), (45, 70)
 
 CASES = {
@@ -42,6 +44,8 @@ CASES = {
     "x0, an anchor and a row that keeps": Case(
         "x0", "ema", 3, 0.01, 3, 0.01, anchor=0.5, kept=(False, True)
     ),
+    "DoRA": Case("x0", "ema", 2, 1e3, 0, 0.01, kind="dora"),
+    "LoKr": Case("x0", "ema", 2, 1e3, 0, 0.01, kind="lokr"),
 }
 
 
@@ -104,7 +108,8 @@ def context(captions, role):
 @pytest.mark.parametrize("name", CASES)
 def test_five_updates_equal_plain_torch(base, name):
     case = CASES[name]
-    theirs = ZImageRun(ZImageTransformer2DModel.from_pretrained(base), PUBLISHED_TARGETS, case)
+    targets = PUBLISHED_TARGETS if case.kind == "lora" else OTHER_TARGETS
+    theirs = ZImageRun(ZImageTransformer2DModel.from_pretrained(base), targets, case)
     start = jax.tree.map(np.copy, to_tree(theirs.student))
     config = ZImageConfig.from_json(ZImageTransformer2DModel.load_config(base))
     denoiser = ZImageDenoiser(ZImageTransformer(config))
@@ -112,10 +117,12 @@ def test_five_updates_equal_plain_torch(base, name):
     params = load_tree(weight_files(base), z_image_table(config), shapes)
     # The published list of names and our preset must select the same linear layers.
     matched = lora.match_targets(shapes, Z_IMAGE_TARGETS["published"])
-    assert {n.removesuffix("/kernel") for n in matched} == {
-        n.rsplit("/", 1)[0] for n in trees.flatten(start)
-    }
+    if case.kind == "lora":
+        assert {n.removesuffix("/kernel") for n in matched} == {
+            n.rsplit("/", 1)[0] for n in trees.flatten(start)
+        }
     ours = OurRun(denoiser.velocity, params, case, start, sigmas_shifted(case.num_steps, 3.0),
                   context)
-    # Two leaves, seven linears, three stacks.
-    compare(name, case, theirs, ours, start, make_data(), 2 * 7 * 3)
+    # Seven linears or two, three stacks; a LoKr's second factor is whole in the first of the two.
+    leaves = {"lora": 2 * 7, "dora": 3 * 2, "lokr": 2 + 3}[case.kind]
+    compare(name, case, theirs, ours, start, make_data(), leaves * 3)

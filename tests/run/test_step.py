@@ -399,8 +399,9 @@ def parts_in(tree):
         for found in (name, *arguments):
             if found in PARTS:
                 yield node.lineno, found
-        if name == "init" and getattr(getattr(node.func, "value", None), "id", "") == "lora":
-            yield node.lineno, "lora.init"
+        owner = getattr(getattr(node.func, "value", None), "id", "")
+        if (owner, name) in (("lora", "init"), ("lokr", "init"), ("dora", "begun")):
+            yield node.lineno, f"{owner}.{name}"
         yield from ((k.value.lineno, k.arg) for k in node.keywords if k.arg in OPTIONS)
 
 

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
+from diffusers import ZImageTransformer2DModel
 from safetensors.numpy import save_file
 
 from dopsd_jax.core import trees
@@ -37,6 +39,26 @@ REST = {
     "cap_embedder.1": ("cap_embedder", 32, 64),
 }
 SPEC = LoraSpec(rank=3, alpha=7.0, base_model="some/model")
+
+
+def tiny_model():
+    """A tiny torch transformer, every trivial tensor randomised."""
+    torch.manual_seed(0)
+    model = ZImageTransformer2DModel(**TINY).eval()
+    for name, p in model.named_parameters():
+        if p.ndim == 1 or "pad_token" in name:
+            torch.nn.init.normal_(p, float("norm" in name), 0.3)
+    return model
+
+
+def run(model):
+    """Its output on two images of different size with captions of 5 and 37 tokens."""
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(4, 1, 12, 10, generator=g), torch.randn(4, 1, 8, 16, generator=g)]
+    captions = [torch.randn(n, 32, generator=g) for n in (5, 37)]
+    with torch.no_grad():
+        out = model(x, torch.tensor([0.2, 0.7]), captions, return_dict=False)[0]
+    return torch.cat([o.flatten() for o in out]).numpy()
 
 
 def random_lora(where, rank=3, stacks=LAYERS, seed=0):

@@ -12,16 +12,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from lora_examples import (
     BLOCK,
     LAYERS,
     SPEC,
-    TINY,
     Z_IMAGE_MODULES,
     every_linear,
     random_lora,
+    run,
     shapes_of,
+    tiny_model,
     torch_file,
     torch_sites,
 )
@@ -43,23 +44,7 @@ from dopsd_jax.weights.lora_files import (
 
 @pytest.fixture(scope="module")
 def base():
-    """A tiny torch transformer, every trivial tensor randomised."""
-    torch.manual_seed(0)
-    model = ZImageTransformer2DModel(**TINY).eval()
-    for name, p in model.named_parameters():
-        if p.ndim == 1 or "pad_token" in name:
-            torch.nn.init.normal_(p, float("norm" in name), 0.3)
-    return model
-
-
-def run(model):
-    """Output on two images of different size with captions of 5 and 37 tokens."""
-    g = torch.Generator().manual_seed(0)
-    x = [torch.randn(4, 1, 12, 10, generator=g), torch.randn(4, 1, 8, 16, generator=g)]
-    captions = [torch.randn(n, 32, generator=g) for n in (5, 37)]
-    with torch.no_grad():
-        out = model(x, torch.tensor([0.2, 0.7]), captions, return_dict=False)[0]
-    return torch.cat([o.flatten() for o in out]).numpy()
+    return tiny_model()
 
 
 def run_merged(base, lora, spec):

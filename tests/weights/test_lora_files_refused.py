@@ -48,14 +48,14 @@ B = "transformer.layers.1.attention.to_q.lora_B.weight"
 def test_all_that_is_wrong_with_the_names_is_said_at_once(tensors):
     t, read = tensors
     t["transformer.layers.1.attention.qkv.lora_A.weight"] = t[A]
-    t["transformer.layers.1.attention.to_q.dora_scale"] = np.zeros(3, np.float32)
+    t["transformer.layers.1.attention.to_q.hada_w1_a"] = np.zeros((3, 3), np.float32)
     t["text_encoder.layers.1.lora_A.weight"] = t[A]
     del t[B], t["transformer.noise_refiner.0.feed_forward.w2.lora_A.weight"]
     text = fails(r"bad\.safetensors: 7 problems", t, f=read)
     for line in (
         "expected one prefix on all keys, got none, transformer.; split the file",
         f"transformer.layers.1.attention.qkv.lora_A.weight: stands for the same weight as {A}",
-        "transformer.layers.1.attention.to_q.dora_scale: unknown key, of DoRA",
+        "transformer.layers.1.attention.to_q.hada_w1_a: unknown key, of LoHa",
         "text_encoder.layers.1.lora_A.weight: unknown key",
         f"{A}: lora_B of the same module is missing",
         "transformer.noise_refiner.0.feed_forward.w2.lora_B.weight: lora_A of the same module is",

@@ -147,7 +147,6 @@ def test_rows_that_cannot_be_three_parts_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("tensor, kind", [
-    ("layers.0.attention.to_q.lokr_w1", "LoKr (LyCORIS)"),
     ("lora_unet_layers_0_attention_to_q.hada_w1_a", "LoHa (LyCORIS)"),
     ("layers.0.attention.to_q.oft_R.weight", "OFT"),
 ])
@@ -156,21 +155,6 @@ def test_other_kinds_of_adapters_are_named(tmp_path, tensor, kind):
     with pytest.raises(LoraFileError) as caught:
         read_lora(tmp_path / "x.safetensors", Z_IMAGE_MODULES)
     assert f"this is {kind}, which is not read here" in str(caught.value)
-
-
-@pytest.mark.parametrize("name, kind", [
-    ("dora_scale", "DoRA"), ("lora_magnitude_vector.weight", "DoRA (PEFT)"),
-])
-def test_dora_is_named_and_not_taken_for_a_lora(tmp_path, name, kind):
-    module = "layers.0.attention.to_q"
-    save_file({
-        f"{module}.lora_A.weight": np.zeros((2, DIM), np.float32),
-        f"{module}.lora_B.weight": np.zeros((DIM, 2), np.float32),
-        f"{module}.{name}": np.ones(DIM, np.float32),
-    }, tmp_path / "dora.safetensors")
-    with pytest.raises(LoraFileError) as caught:
-        read_lora(tmp_path / "dora.safetensors", Z_IMAGE_MODULES)
-    assert f"{module}.{name}: unknown key, of {kind}, which is not read here" in str(caught.value)
 
 
 @pytest.mark.parametrize("alpha", [7.0, 0.1])
@@ -235,6 +219,32 @@ def test_a_lora_on_v_alone_stays_one(tmp_path):
     tree, spec = read_lora(tmp_path / "lora.safetensors", Z_IMAGE_MODULES)
     assert spec == SPEC
     assert_same(lora, tree)
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_each_part_of_a_fused_dora_has_its_own_lengths(tmp_path, blocks):
+    """Of a block-diagonal one also a part that adds nothing."""
+    file, sizes = tmp_path / "lora.safetensors", {}
+    if blocks:
+        lora = random_lora({"attention.to_v": BLOCK["attention.to_v"]})
+        save_comfyui_fused(file, lora, SPEC, Z_IMAGE_MODULES)
+    else:
+        fused_file(file, name="diffusion_model.{module}")
+    tensors, rng = load_file(file), np.random.default_rng(0)
+    for module in [n.removesuffix(".lora_A.weight") for n in tensors if "lora_A" in n]:
+        rows = len(tensors[f"{module}.lora_B.weight"])
+        sizes[module] = tensors[f"{module}.dora_scale"] = rng.random((rows, 1), np.float32)
+    save_file(tensors, file)
+    tree, spec = read_lora(file, Z_IMAGE_MODULES)
+    flat = trees.flatten(tree)
+    for stack, layers in LAYERS.items():
+        for layer in range(layers):
+            parts = np.split(sizes[f"diffusion_model.{stack}.{layer}.attention.qkv"].ravel(), 3)
+            for part, want in zip("qkv", parts, strict=True):
+                path = f"{stack}/attention/to_{part}"
+                np.testing.assert_array_equal(flat[f"{path}/m"][layer], want)
+                assert flat[f"{path}/b"][layer].shape == (spec.rank, DIM)
+                assert flat[f"{path}/b"][layer].any() == (part == "v" or not blocks)
 
 
 def test_what_the_fused_format_cannot_hold_is_said(tmp_path):
