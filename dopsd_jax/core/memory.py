@@ -46,6 +46,14 @@ def report() -> str:
     return f"host memory so far at most {peak() / 1e9:.2f} GB, mapped files included"
 
 
+def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """What a program needs on one device, bytes; new arrays that take the place of old ones, and
+    so need nothing, are subtracted."""
+    m = compiled.memory_analysis()
+    return {"arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes,
+            "results": m.output_size_in_bytes, "in place": -m.alias_size_in_bytes}
+
+
 def log_devices(phase: str) -> None:
     """Says how much of an accelerator was taken at most when a phase of a run is over.
 

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax.core import sharding, trees
+from dopsd_jax.core.memory import memory_of
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.models.denoiser import Denoiser
@@ -91,14 +92,6 @@ def topology_mesh(config: ConfigDict, topology: str) -> Mesh:
     else:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     return sharding.make_mesh(**config.mesh.to_dict(), devices=found.devices)
-
-
-def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """What a program needs on one device, bytes; new arrays that take the place of old ones, and
-    so need nothing, are subtracted."""
-    m = compiled.memory_analysis()
-    return {"arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes,
-            "results": m.output_size_in_bytes, "in place": -m.alias_size_in_bytes}
 
 
 def main() -> None:

@@ -117,15 +117,14 @@ def choose(needs: Callable[[str], float], free: float) -> str:
 def needed(step: Step, bucket: Bucket) -> float:
     """Bytes of one device that the program of a bucket needs; infinite if XLA refuses it."""
     try:
-        analysis = step.compile(bucket).memory_analysis()
+        compiled = step.compile(bucket)
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         return math.inf
-    if analysis is None:  # of a backend that does not count, but would have refused
+    if compiled.memory_analysis() is None:  # of a backend that does not count, but would refuse
         return 0.0
-    return (analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-            + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    return float(sum(memory.memory_of(compiled).values()))
 
 
 def free_memory(params: Tree) -> float:
