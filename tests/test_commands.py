@@ -54,8 +54,8 @@ MODELS = ("--config.model={model}", "--config.vlm={vlm}")
     [((*TINY, "--config.lr=3", "--config.seeed=1", "--config.lora=2"),
       "error: --config.lr: no such key; did you mean learning_rate or lora.rank? see "
       "docs/keys.md\n  --config.seeed: no such key; did you mean seed? see docs/keys.md\n"
-      "  --config.lora: no such key; did you mean lora.alpha or lora.rank or lora.targets? see "
-      "docs/keys.md\n"),
+      "  --config.lora: no such key; did you mean lora.alpha or lora.factor or lora.kind or "
+      "lora.rank or lora.targets? see docs/keys.md\n"),
      ((*TINY, "--config.learning_rate=abc"),
       "could not convert string to float: 'abc'; expected float, such as 0.001\n"),
      ((*TINY, "--config.lora.rank", "4.5"), "'4.5'; expected int, such as 8\n"),
