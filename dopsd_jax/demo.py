@@ -209,6 +209,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("height", None, default)
     flags.DEFINE_integer("width", None, default)
     flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Dtype of transformer and text encoder.")
+    model.define_dtype_flags()
     flags.DEFINE_string("host", "127.0.0.1", "Address to serve at; 0.0.0.0: to the whole network, "
                         "to anyone who can reach this machine.")
     flags.DEFINE_integer("port", 7860, "Port to serve at.", lower_bound=0, upper_bound=65535)
@@ -230,7 +231,7 @@ def main() -> None:
         sample.check_request(pipe, ["a"], num_steps=FLAGS.num_steps, height=height, width=width)
     if problems:
         raise ValueError("\n  ".join(problems))
-    pipe = model.load_model(chosen, dtype=FLAGS.dtype)
+    pipe = model.load_model(chosen, dtype=FLAGS.dtype, **model.dtypes_given())
     player = Player(pipe, named, height, width)
     blocks = page(player, [n.strength for n in named], FLAGS.num_steps, not pipe.distilled,
                   FLAGS.prompt)

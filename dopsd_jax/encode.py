@@ -58,6 +58,7 @@ def encode(config: ConfigDict) -> tuple[int, int]:
     if missing:
         writer = CacheWriter(config.cache)
         pipe = load_model(config, dtype=config.dtype, vae_dtype=config.vae_dtype,
+                          encoder_dtype=config.encoder_dtype,
                           parts=("text_encoder", *(["vae"] if needs_latents(config) else [])),
                           encoder_mesh=sharding.own_mesh())
         try:

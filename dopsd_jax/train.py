@@ -223,7 +223,8 @@ def _load(config: ConfigDict, mesh: Mesh, parts: tuple[str, ...]) -> Pipeline:
     policy = "full" if config.remat == AUTO else config.remat  # only the train step asks it
     return model.load_model(
         config, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=policy, parts=parts,
-        mesh=mesh, encoder_mesh=sharding.own_mesh(),
+        mesh=mesh, encoder_mesh=sharding.own_mesh(), base_dtype=config.base_dtype,
+        encoder_dtype=config.encoder_dtype,
     )
 
 

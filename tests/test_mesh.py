@@ -19,6 +19,7 @@ from dopsd_jax.method.train_step import (
     make_optimizer,
     make_train_step,
 )
+from dopsd_jax.models import quantization
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
@@ -36,13 +37,14 @@ OPTIMIZER = make_optimizer(
     max_grad_norm=1.0,
 )
 CASES = [
-    ("lora", (1, 8, 1), "matmuls"), ("lora", (1, 8, 1), "activations"), ("lora", (2, 2, 2), "full"),
+    ("lora", (1, 8, 1), "matmuls"), ("lora", (1, 8, 1), "activations"), ("int8", (2, 2, 2), "full"),
     ("full", (1, 8, 1), "full"),
 ]
 
 
-def make(sizes, trainable, remat):
-    """The jitted step on a mesh, and what it is called with."""
+def make(sizes, what, remat):
+    """The jitted step on a mesh, and what it is called with; "int8" is a LoRA on such a base."""
+    trainable = "full" if what == "full" else "lora"
     count = int(np.prod(sizes))
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:count])
     denoiser = ZImageDenoiser(ZImageTransformer(CONFIG, remat=remat), mesh=mesh)
@@ -57,6 +59,8 @@ def make(sizes, trainable, remat):
     )
     base, student = None, params
     if trainable == "lora":
+        if what == "int8":
+            params = quantization.quantise_tree(params, what, jnp.float32)
         base = sharding.place({"params": params}, sharding.shard(mesh, {"params": params}))
         targets = Z_IMAGE_TARGETS["published"]
         student = jax.tree.map(
@@ -103,12 +107,12 @@ def in_child():
     jax.config.update("jax_default_matmul_precision", "highest")
     sharding.MIN_SHARDED_SIZE = 1
     found, alone = {}, {}
-    for trainable, sizes, remat in CASES:
-        if trainable not in alone:
-            alone[trainable], _ = two_steps((1, 1, 1), trainable, "full")
-        (state, metrics), split = two_steps(sizes, trainable, remat)
-        want_state, want_metrics = alone[trainable]
-        found[f"{trainable} {sizes} {remat}"] = {
+    for what, sizes, remat in CASES:
+        if what not in alone:
+            alone[what], _ = two_steps((1, 1, 1), what, "full")
+        (state, metrics), split = two_steps(sizes, what, remat)
+        want_state, want_metrics = alone[what]
+        found[f"{what} {sizes} {remat}"] = {
             "metrics": difference(metrics, want_metrics),
             "student": difference(state.student, want_state.student),
             "teacher": difference(state.teacher, want_state.teacher),
@@ -131,11 +135,11 @@ def found():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_on_a_mesh_is_the_step_on_one_device(found, case):
-    trainable, sizes, remat = case
-    got = found[f"{trainable} {sizes} {remat}"]
+    what, sizes, remat = case
+    got = found[f"{what} {sizes} {remat}"]
     assert got["metrics"] < 2e-5 and got["student"] < 1e-4 and got["teacher"] < 1e-4, got
     # Of the arrays; the MLP's width, 170, does not divide by 8, nor do norms by anything.
-    assert got["split"] > (0.75 if trainable == "lora" else 0.4), got
+    assert got["split"] > (0.4 if what == "full" else 0.75), got
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,9 +91,12 @@ def add_names(
 def _axes_of(name: str) -> tuple[str | None, ...]:
     """The place of a parameter by the last two parts of its name, or by the last.
 
+    Values and scales of a quantised kernel lie as the kernel would.
+
     Raises:
         KeyError: Nobody has said where it lies.
     """
+    name = re.sub(r"/kernel/(qvalue|scale)$", "/kernel", name)
     last_two = "/".join(name.split("/")[-2:])
     last = name.rpartition("/")[2]
     for part in (last_two, last):

@@ -51,7 +51,10 @@ def count(tree: Tree) -> int:
 
 def num_bytes(tree: Tree) -> int:
     """Bytes of a tree of arrays or shapes."""
-    return sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+    bits = sum(
+        int(np.prod(x.shape)) * jax.dtypes.itemsize_bits(x.dtype) for x in jax.tree.leaves(tree)
+    )
+    return bits // 8  # of four-bit integers two share a byte
 
 
 def cast_floats(tree: Tree, dtype) -> Tree:

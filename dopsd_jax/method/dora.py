@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from dopsd_jax.core import trees
 from dopsd_jax.core.trees import Tree
-from dopsd_jax.models import adapters
+from dopsd_jax.models import adapters, quantization
 
 SMALLEST = 1e-30  # a column of zeros stays one
 
@@ -27,7 +27,8 @@ def column_norms(params: Tree, paths: Iterable[str]) -> Tree:
     flat = trees.flatten(params)
 
     def lengths(kernel):
-        return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=-2))
+        kernel = quantization.floats(kernel, jnp.float32)
+        return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=-2))
 
     return trees.unflatten({f"{p}/norm": lengths(flat[f"{p}/kernel"]) for p in sorted(paths)})
 
@@ -66,12 +67,15 @@ def ready(tree: Tree, params: Tree, norms: Tree | None = None) -> Tree:
     return adapters.tree_of(found)
 
 
-def _tuned_norm(kernel: jax.Array, norm: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+def _tuned_norm(
+    kernel: quantization.Kernel, norm: jax.Array, a: jax.Array, b: jax.Array
+) -> jax.Array:
     """|W + a b| by column, of |W|, without the matrix: |W|^2 + 2 <W, a b> + |a b|^2.
 
     It is `norm` itself, to the last bit, where b is 0.
     """
     wide = {"preferred_element_type": jnp.float32, "precision": "highest"}
+    kernel = quantization.floats(kernel, kernel.dtype)
     crossed = jnp.einsum("...ir,...io->...ro", a.astype(kernel.dtype), kernel, **wide)
     inner = jnp.einsum("...ir,...is->...rs", a, a, precision="highest")
     inner = jnp.einsum("...rs,...so->...ro", inner, b, precision="highest")

@@ -19,7 +19,7 @@ from flax.core import unfreeze
 from jax.ad_checkpoint import checkpoint_name
 
 from dopsd_jax.core import sharding, trees
-from dopsd_jax.models import adapters, attention
+from dopsd_jax.models import adapters, attention, quantization
 
 Dtype = jnp.dtype
 
@@ -27,7 +27,8 @@ Dtype = jnp.dtype
 class Dense(nn.Module):
     """Affine map of the last axis, [.., in] -> [.., features], with an optional adapter.
 
-    Params: `kernel [in, features]`, `bias [features]` if `use_bias`. Collection "lora", optional:
+    Params: `kernel [in, features]`, an array or as models/quantization.py has it, and
+    `bias [features]` if `use_bias`. Collection "lora", optional:
     the leaves of models/adapters.py, such as `a [in, r]`, `b [r, features]`; alpha / rank must
     already stand in them (see lora.scaled). Where weights are split over a mesh, each is gathered
     here, in `dtype`.
@@ -44,7 +45,7 @@ class Dense(nn.Module):
         # One matrix product over all rows: on CPU its gradient is 1.6 times as fast as with [B, N].
         leading = x.shape[:-1]
         x = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = x @ self._whole("kernel", kernel)
+        y = quantization.product(x, self._whole("kernel", kernel))
         if adapter := self.variables.get("lora"):
             leaves = trees.flatten(unfreeze(adapter))
             y = adapters.adapted(x, y, {n: self._whole(n, w) for n, w in leaves.items()})
@@ -53,8 +54,11 @@ class Dense(nn.Module):
         # The sum is named: of two products a policy by primitives would keep both.
         return checkpoint_name(y.reshape(*leading, self.features), self.name or "dense")
 
-    def _whole(self, name: str, w: jax.Array) -> jax.Array:
-        return sharding.all_gather_param("/".join((*self.path, name)), w.astype(self.dtype))
+    def _whole(self, name: str, w: quantization.Kernel) -> quantization.Kernel:
+        name = "/".join((*self.path, name))
+        if quantization.is_quantised(w):  # what is moved is quantised
+            return jax.tree.map(lambda part: sharding.all_gather_param(name, part), w)
+        return sharding.all_gather_param(name, w.astype(self.dtype))
 
 
 class RMSNorm(nn.Module):

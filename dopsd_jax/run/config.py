@@ -27,6 +27,7 @@ from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.keys import KEYS
 from dopsd_jax.run.model import FILES, load_model
 from dopsd_jax.weights.pipeline import (
+    AS_DTYPE,
     Pipeline,
     read_vl_config,
     transformer_shapes,
@@ -146,6 +147,11 @@ def _break_start(config: ConfigDict, good: Callable[..., bool]) -> list[str]:
         problems.append("base_lora: expected nothing with lora.kind = dora, which sets how long "
                         "the columns of the whole weight are and adds up with no other LoRA; take "
                         "lora or lokr, or go on from it with init_lora")
+    if good("base_dtype", "trainable") and config.trainable == "full" and (
+        config.base_dtype != AS_DTYPE
+    ):
+        problems.append(f"base_dtype: expected {AS_DTYPE} with trainable = full, which trains what "
+                        f"would be quantised, got {config.base_dtype}")
     if good("init_full", "trainable") and config.init_full:
         if config.trainable != "full":
             problems.append("init_full: expected nothing with trainable = lora; give init_lora")

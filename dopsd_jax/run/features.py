@@ -32,6 +32,7 @@ from dopsd_jax.run.config import (
 )
 from dopsd_jax.weights.fingerprints import fingerprint
 from dopsd_jax.weights.pipeline import (
+    AS_DTYPE,
     Pipeline,
     VisionLanguage,
     load_vision_language,
@@ -80,7 +81,10 @@ class Entries:
 
         def settings(*affected: str) -> dict[str, Any]:
             """Besides caption, image, bucket and weights: what their encoders depend on."""
-            return {key: config[key] for key in keys.affecting(*affected)}
+            found = {key: config[key] for key in keys.affecting(*affected)}
+            if found.get("encoder_dtype") == AS_DTYPE:  # entries of before there was the key
+                del found["encoder_dtype"]
+            return found
 
         looks = needs_vlm(config)
         self._student = {
@@ -188,7 +192,9 @@ def load_encoders(config: ConfigDict, pipe: Pipeline, data: Data) -> Encoders:
     """The encoders of a run, around a pipeline that has its text encoder (and VAE) loaded."""
     vl = None
     if needs_vlm(config):
-        vl = load_vision_language(config.vlm, pipe, dtype=config.dtype)
+        vl = load_vision_language(
+            config.vlm, pipe, dtype=config.dtype, encoder_dtype=config.encoder_dtype
+        )
         log.info("vision tower loaded; %d of %d language tensors replaced", vl.matched, vl.matched)
     return Encoders(config, pipe, vl, data)
 

@@ -23,7 +23,7 @@ from dopsd_jax.method import contexts, flow, lora, rollout
 from dopsd_jax.method.train_step import TEACHERS, TRAINABLE
 from dopsd_jax.models.layers import REMAT_POLICIES
 from dopsd_jax.weights.families import PUBLISHED
-from dopsd_jax.weights.pipeline import DTYPES
+from dopsd_jax.weights.pipeline import AS_DTYPE, BASE_DTYPES, DTYPES
 
 # What a key may affect. The first four are what frozen encoders make; a cache names each entry by
 # the settings that affect it. What an encoder is given (a caption with its added words, an image
@@ -312,6 +312,12 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "dtype": key("bfloat16", DTYPE, STUDENT, TEACHER, STEP,
         meaning="In which frozen weights are kept and used; LoRA, the averaged teacher and "
         "AdamW's averages are float32 unless their own keys say otherwise."),
+    "base_dtype": key(AS_DTYPE, one_of(*BASE_DTYPES), STEP,
+        meaning=f"In which the kernels of the frozen transformer's layers are kept: {AS_DTYPE}, or "
+        "quantised: int8 takes half the memory of bfloat16, fp8 as much as int8, nf4 a quarter; "
+        "see memory.md. For trainable = lora."),
+    "encoder_dtype": key(AS_DTYPE, one_of(*BASE_DTYPES), STUDENT, TEACHER, VISION,
+        meaning="The same for the text encoder and the vision tower."),
     "vae_dtype": key("float32", DTYPE, LATENTS, DISPLAY,
         meaning="In which the VAE's weights are kept and used.",
         resume="a cache changes nothing in this, since it names latents by vae_dtype"),

@@ -8,7 +8,13 @@ from typing import Any
 from absl import flags
 
 from dopsd_jax.weights import fingerprints, one_file
-from dopsd_jax.weights.pipeline import Pipeline, find_directory, load_pipeline
+from dopsd_jax.weights.pipeline import (
+    AS_DTYPE,
+    BASE_DTYPES,
+    Pipeline,
+    find_directory,
+    load_pipeline,
+)
 
 # Key of a config, or flag of a command -> what the file holds.
 FILES = {
@@ -22,6 +28,18 @@ def define_flags(*names: str) -> None:
     """Flags of a command that reads a model, some of FILES or all."""
     for name in names or FILES:
         flags.DEFINE_string(name, "", f"A .safetensors file, as ComfyUI keeps it: {FILES[name]}.")
+
+
+def define_dtype_flags() -> None:
+    """Flags of a command that draws: in which dtypes weights may be kept to save memory."""
+    for name, what in (("base_dtype", "transformer"), ("encoder_dtype", "text encoder")):
+        flags.DEFINE_enum(name, AS_DTYPE, BASE_DTYPES, f"In which the layers of the {what} are "
+                          f"kept: {AS_DTYPE} is as --dtype, the others are quantised.")
+
+
+def dtypes_given() -> dict[str, str]:
+    """The flags of `define_dtype_flags`, as options of `load_pipeline`."""
+    return {name: flags.FLAGS[name].value for name in ("base_dtype", "encoder_dtype")}
 
 
 def files_of(config: Mapping[str, Any] | Any) -> dict[str, str]:

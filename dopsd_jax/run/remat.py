@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import distributed, memory
+from dopsd_jax.core import distributed, memory, trees
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.core.trees import Tree
@@ -141,7 +141,7 @@ def free_memory(params: Tree) -> float:
     if "bytes_limit" not in stats:
         return SHARE * memory.available() / jax.local_device_count()
     own = sum(
-        shard.data.nbytes for x in jax.tree.leaves(params) if isinstance(x, jax.Array)
+        trees.num_bytes(shard.data) for x in jax.tree.leaves(params) if isinstance(x, jax.Array)
         for shard in x.addressable_shards if shard.device == device
     )
     return SHARE * (stats["bytes_limit"] - max(stats["bytes_in_use"] - own, 0))

@@ -38,7 +38,7 @@ from dopsd_jax.method.train_step import (
 )
 from dopsd_jax.models.denoiser import Context, Denoiser
 from dopsd_jax.run.config import needs_targets, needs_teacher
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.pipeline import quantised_as, quantised_shapes, transformer_shapes
 
 OBJECTIVES = {"dopsd": dopsd, "sft": sft}
 
@@ -103,7 +103,8 @@ class Step:
                 )
         if self.method.needs_base:
             dtype = jnp.dtype(config.dtype)
-            base = {"params": _shapes(params, dtype)}
+            kind = quantised_as("base_dtype", config.base_dtype)
+            base = {"params": quantised_shapes(params, kind, dtype)}
             if earlier is not None:
                 base["lora"] = _shapes(earlier, jnp.float32)
             if self._of_norms:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dopsd_jax.core import trees
 from dopsd_jax.core.sharding import place
+from dopsd_jax.models import quantization
 from dopsd_jax.weights import quantized
 from dopsd_jax.weights.mapped import PICKLES, map_safetensors, read_metadata
 from dopsd_jax.weights.names import Rule, Slot, WeightsError, fused_parts, resolve
@@ -134,6 +135,9 @@ def _write(buffer: jax.Array, layer: jax.Array, value: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(buffer, value.astype(buffer.dtype), layer, 0)
 
 
+_quantise = jax.jit(quantization.quantise, static_argnums=(1, 2))
+
+
 def _check_slots(
     slots: dict[str, Slot], found: dict[str, tuple], shapes: dict[str, jax.ShapeDtypeStruct]
 ) -> list[str]:
@@ -228,6 +232,7 @@ def load_tree(
     shardings: trees.Tree | None = None,
     report=None,
     prefixes: Prefixes | None = None,
+    quantise: str = "",
 ) -> trees.Tree:
     """Reads safetensors files into the parameter tree of a network.
 
@@ -241,12 +246,14 @@ def load_tree(
         shapes: Tree of ShapeDtypeStruct, as `jax.eval_shape` of the network's init gives.
         dtype: Dtype of the loaded floats; None keeps each file's own, bfloat16 for what is
             quantised.
-        shardings: Tree of shardings like `shapes`; None is the default device.
+        shardings: Tree of shardings like what is returned; None is the default device.
         report: Called with (tensors done, tensors in all) while loading.
         prefixes: What may stand before the names in the files.
+        quantise: A key of quantization.KINDS: kernels of stacked layers are quantised one by one
+            on the device, on which they are never all in floats. "" for none.
 
     Returns:
-        Tree of jax arrays like `shapes`.
+        Tree of jax arrays like `shapes`, or as `quantization.quantise_tree` makes of them.
 
     Raises:
         WeightsError: Every tensor without a rule, parameter without a tensor, wrong shape, tensor
@@ -255,7 +262,8 @@ def load_tree(
     flat_shapes = trees.flatten(shapes)
     flat_shardings = trees.flatten(shardings) if shardings is not None else {}
     stored, slots = _open(files, table, flat_shapes, prefixes)
-    flat: dict[str, jax.Array | np.ndarray] = {}
+    small = quantization.names(shapes) if quantise else set()
+    flat: dict[str, quantization.Kernel | np.ndarray] = {}
     for done, (tensor, slot) in enumerate(slots.items()):
         name, sharding = slot.name, flat_shardings.get(slot.name)
         value = slot.transform.to_flax(stored[tensor].view())
@@ -263,6 +271,14 @@ def load_tree(
         kind = np.dtype(dtype) if dtype is not None and is_float else stored[tensor].kept
         if slot.layer is None:
             flat[name] = place(_fill(_aligned(value.shape, kind), value), sharding)
+        elif name in small:
+            part = place(_fill(_aligned(value.shape, kind), value), _of_layer(sharding))
+            part = _quantise(part, quantise, kind)
+            if name not in flat:
+                flat[name] = _empty_stack(flat_shapes[name].shape[0], part, sharding)
+            flat[name] = jax.tree.map(
+                lambda stack, x, layer=slot.layer: _write(stack, layer, x), flat[name], part
+            )
         elif _on_cpu(sharding):  # the stack is host memory anyway
             if name not in flat:
                 flat[name] = _aligned(flat_shapes[name].shape, kind)
@@ -270,7 +286,7 @@ def load_tree(
         else:
             if name not in flat:
                 flat[name] = _empty(flat_shapes[name].shape, kind, sharding)
-            part = _like(_fill(_aligned(value.shape, kind), value), sharding)
+            part = place(_fill(_aligned(value.shape, kind), value), _of_layer(sharding))
             flat[name] = _write(flat[name], slot.layer, part)
         # Else many tensors wait in host memory at once.
         jax.block_until_ready(flat[name])
@@ -385,9 +401,22 @@ def _empty(shape, dtype, sharding) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
 
-def _like(part: np.ndarray, sharding) -> jax.Array:
-    """Places one layer with the stacked array's sharding less its leading axis."""
+def _empty_stack(layers: int, part: trees.Tree, shardings) -> trees.Tree:
+    """Room for so many of the arrays of `part`, on a leading axis."""
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: None, part)
+    leaves, structure = jax.tree.flatten(part)
+    places = structure.flatten_up_to(shardings)
+    return structure.unflatten(
+        [_empty((layers, *x.shape), x.dtype, s) for x, s in zip(leaves, places, strict=True)]
+    )
+
+
+def _of_layer(sharding):
+    """The sharding of a stacked array, or of a quantised one's values, less its leading axis."""
+    sharding = sharding.qvalue if quantization.is_quantised(sharding) else sharding
     if not isinstance(sharding, jax.sharding.NamedSharding):
-        return place(part, sharding)
-    spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
-    return place(part, jax.sharding.NamedSharding(sharding.mesh, spec))
+        return sharding
+    return jax.sharding.NamedSharding(
+        sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:])
+    )

@@ -19,6 +19,7 @@ from dopsd_jax.core import memory, sharding, trees
 from dopsd_jax.core.checks import COUNT, noted, path_problem, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
+from dopsd_jax.models import quantization
 from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.models.family import Family, TextRules
 from dopsd_jax.models.qwen3 import Qwen3
@@ -40,6 +41,8 @@ from dopsd_jax.weights.qwen3_names import check_language_match, vision_table
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
 DTYPES = ("bfloat16", "float16", "float32")  # of weights and compute
+AS_DTYPE = "dtype"  # of base_dtype and encoder_dtype: not quantised
+BASE_DTYPES = (AS_DTYPE, *quantization.KINDS)
 C = TypeVar("C")
 
 
@@ -140,6 +143,28 @@ def check_dtype(name: str, dtype: str) -> None:
         raise ValueError(f"{name}: expected one of {DTYPES}, got {dtype!r}")
 
 
+def quantised_as(name: str, value: str) -> str:
+    """A key of quantization.KINDS, or "" for AS_DTYPE; raises ValueError for anything else."""
+    if value not in BASE_DTYPES:
+        raise ValueError(f"{name}: expected one of {BASE_DTYPES}, got {value!r}")
+    return "" if value == AS_DTYPE else value
+
+
+def quantised_shapes(shapes: trees.Tree, quantise: str, dtype: Any) -> trees.Tree:
+    """Shapes of parameters as they are kept: floats of a dtype, kernels perhaps quantised.
+
+    Args:
+        shapes: Of a network's parameters in floats.
+        quantise: A key of quantization.KINDS, or "" for none.
+        dtype: Of floats and of scales; None leaves them as they are.
+    """
+    if dtype is not None:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    if not quantise:
+        return shapes
+    return jax.eval_shape(lambda x: quantization.quantise_tree(x, quantise, dtype), shapes)
+
+
 def _check_is_directory(directory: Path, contents: str) -> None:
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing"
@@ -201,6 +226,8 @@ def load_pipeline(
     transformer_file: str | Path = "",
     vae_file: str | Path = "",
     text_encoder_file: str | Path = "",
+    base_dtype: str = AS_DTYPE,
+    encoder_dtype: str = AS_DTYPE,
 ) -> Pipeline:
     """Opens a directory as Tongyi-MAI/Z-Image-Turbo or FLUX.2-klein ships it.
 
@@ -219,13 +246,16 @@ def load_pipeline(
             what it needs without waiting for others.
         transformer_file, vae_file, text_encoder_file: A safetensors file each, as ComfyUI keeps
             them, whose weights replace the directory's, which then need not be there.
+        base_dtype: In which the kernels of the transformer's layers are kept: AS_DTYPE, or a key of
+            quantization.KINDS.
+        encoder_dtype: The same for the text encoder.
 
     Returns:
         The pipeline.
 
     Raises:
         WeightsError: Anything that is missing, unsupported or does not fit.
-        ValueError: An unknown dtype or part.
+        ValueError: An unknown dtype or part, or a dtype that the devices do not have.
     """
     if problem := path_problem(str(directory)):
         raise WeightsError(f"model: {directory!s:.60}.. {problem}")
@@ -234,6 +264,10 @@ def load_pipeline(
     directory = find_directory(directory, files, weights=bool(parts))
     check_dtype("dtype", dtype)
     check_dtype("vae_dtype", vae_dtype)
+    quantise = {
+        "transformer": quantised_as("base_dtype", base_dtype),
+        "text_encoder": quantised_as("encoder_dtype", encoder_dtype),
+    }
     if unknown := sorted(set(parts) - {*PARTS, DECODER}):
         raise ValueError(f"parts: expected some of {(*PARTS, DECODER)}, got {unknown}")
     dtype, vae_dtype = jnp.dtype(dtype), jnp.dtype(vae_dtype)
@@ -259,7 +293,7 @@ def load_pipeline(
     def load(part, dtype, mesh=None):
         folder = "vae" if part == DECODER else part
         return _load(part_files(directory, files, folder), nets.tables[part], shapes(part), dtype,
-                     mesh, folder, PREFIXES[folder])
+                     mesh, folder, PREFIXES[folder], quantise.get(part, ""))
 
     if "transformer" in parts:
         pipe.params = load("transformer", dtype, mesh)
@@ -362,9 +396,12 @@ def _open(directory: Path, dtype: jnp.dtype, vae_dtype: jnp.dtype, remat: str) -
 
 
 def load_vision_language(
-    directory: str | Path, pipe: Pipeline, *, dtype: str = "bfloat16"
+    directory: str | Path, pipe: Pipeline, *, dtype: str = "bfloat16",
+    encoder_dtype: str = AS_DTYPE,
 ) -> VisionLanguage:
     """Opens a directory in the format of Qwen3-VL-4B-Instruct for use with a pipeline.
+
+    dtype and encoder_dtype: as of `load_pipeline`.
 
     Raises:
         WeightsError: Anything missing or unsupported, and language tensors that are not, by name
@@ -382,22 +419,25 @@ def load_vision_language(
     )
     vision = VisionTower(config.vision, jnp.dtype(dtype))
     params = _load(weight_files(directory), vision_table(config.vision), vision_shapes(vision),
-                   dtype, pipe.encoder_mesh, directory.name)
+                   dtype, pipe.encoder_mesh, directory.name,
+                   quantise=quantised_as("encoder_dtype", encoder_dtype))
     return VisionLanguage(config, vision, params, prompts.load_tokenizer(directory), matched)
 
 
 def _load(
     files: list[Path], table, shapes, dtype, mesh: Mesh | None, name: str,
-    prefixes: Prefixes | None = None,
+    prefixes: Prefixes | None = None, quantise: str = "",
 ) -> trees.Tree:
     """The weights of what the log calls `name`."""
-    shardings = None if mesh is None else sharding.shard(mesh, shapes)
+    shardings = None
+    if mesh is not None:
+        shardings = sharding.shard(mesh, quantised_shapes(shapes, quantise, dtype))
     total = sum(f.stat().st_size for f in files)
     where = files[0] if len(files) == 1 else f"{files[0].parent}: {len(files)} files"
     log.info("reading %s, %.2f GB", where, total / 1e9)
     report = functools.partial(_report, name) if total > 5e8 else None
     tree = load_tree(files, table, shapes, dtype=dtype, shardings=shardings, report=report,
-                     prefixes=prefixes)
+                     prefixes=prefixes, quantise=quantise)
     if report:
         log.info("%s: loaded; %s", name, memory.report())
     return tree

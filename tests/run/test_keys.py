@@ -81,13 +81,13 @@ def test_what_may_change_when_a_run_is_continued():
 
 def test_what_an_entry_of_a_cache_depends_on():
     assert set(keys.affecting(keys.STUDENT)) == {
-        "recipe", "text_tokens", "truncate_prompts", "dtype"
+        "recipe", "text_tokens", "truncate_prompts", "dtype", "encoder_dtype"
     }
     assert set(keys.affecting(keys.TEACHER)) == {
-        "recipe", "teacher_tokens", "truncate_prompts", "dtype"
+        "recipe", "teacher_tokens", "truncate_prompts", "dtype", "encoder_dtype"
     }
     assert set(keys.affecting(keys.VISION)) == {
-        "vlm_rope_theta", "vlm_min_pixels", "vlm_max_pixels", "double_template"
+        "vlm_rope_theta", "vlm_min_pixels", "vlm_max_pixels", "double_template", "encoder_dtype"
     }
     assert set(keys.affecting(keys.LATENTS)) == {"vae_dtype"}
 

@@ -1,0 +1,106 @@
+"""Kernels of frozen linear layers in 8 or 4 bits, with a scale for every tile of a column.
+
+A quantised kernel is a `qwix.QArray` in the array's place in the parameter tree, with the stack's
+axis in front. Products dequantise one layer at a time, in forward and backward pass alike, so that
+a whole network in floats never exists. Adapters, activations and gradients stay what they are.
+
+Source: qwix, https://github.com/google/qwix; nf4: https://arxiv.org/abs/2305.14314, appendix E.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+
+from dopsd_jax.core import trees
+from dopsd_jax.core.trees import Tree
+
+# Name -> (what qwix calls it, inputs that share a scale). Short tiles lose less and take more
+# scales: 1/64 of a byte's weights for 8 bits, 1/16 for 4.
+KINDS: dict[str, tuple[Any, int]] = {
+    "int8": (jnp.int8, 128),
+    "fp8": (jnp.float8_e4m3fn, 128),
+    "nf4": ("nf4", 64),
+}
+SMALLEST_TILE = 8  # of columns that no tile divides, one scale for a whole column is kept
+Kernel = jax.Array | qwix.QArray
+
+
+def is_quantised(kernel: Any) -> bool:
+    return isinstance(kernel, qwix.QArray)
+
+
+def names(shapes: Tree) -> set[str]:
+    """Which parameters of a network are quantised: kernels of layers that are stacked.
+
+    What is left, such as embeddings of times, the first and the last linear, and all norms, is
+    small, and its errors are seen most.
+
+    Args:
+        shapes: Parameters or their shapes.
+    """
+    return {
+        name for name, x in trees.flatten(shapes).items()
+        if name.rpartition("/")[2] == "kernel" and len(x.shape) == 3
+    }
+
+
+def quantise(kernel: jax.Array, kind: str, dtype: Any = jnp.bfloat16) -> qwix.QArray:
+    """A kernel [.., in, out] of floats in a key of KINDS, rounded to the nearest.
+
+    Args:
+        kernel: Floats.
+        kind: A key of KINDS.
+        dtype: Of the scales and of what it dequantises to.
+    """
+    qtype, tile = KINDS[kind]
+    axis = kernel.ndim - 2
+    tile = math.gcd(kernel.shape[axis], tile)
+    tile = kernel.shape[axis] if tile < SMALLEST_TILE else tile
+    others = [i for i in range(kernel.ndim) if i != axis]
+    # In float32: a quotient of bfloat16 would be off by more than half a step of int8.
+    return qwix.quantize(
+        kernel.astype(jnp.float32), qtype, channelwise_axes=others, tiled_axes={axis: tile},
+        scale_dtype=dtype,
+    )
+
+
+def quantise_tree(params: Tree, kind: str, dtype: Any = jnp.bfloat16) -> Tree:
+    """The parameters with the kernels of `names` quantised; works on shapes under jax.eval_shape.
+
+    Args:
+        params: Floats.
+        kind: A key of KINDS.
+        dtype: See `quantise`.
+    """
+    which = names(params)
+    return trees.map_named(lambda n, x: quantise(x, kind, dtype) if n in which else x, params)
+
+
+def floats(kernel: Kernel, dtype: Any) -> jax.Array:
+    """What a kernel stands for, quantised or not, in a dtype."""
+    return qwix.dequantize(kernel).astype(dtype) if is_quantised(kernel) else kernel.astype(dtype)
+
+
+def product(x: jax.Array, kernel: Kernel) -> jax.Array:
+    """x [N, in] times a kernel [in, out]; of a quantised one nothing is differentiated.
+
+    Its gradient dequantises the kernel again: kept between the passes, the floats of all layers
+    would take more memory than the quantisation saves, whatever the policy of rematerialisation.
+    """
+    return _product(x, kernel) if is_quantised(kernel) else x @ kernel
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: qwix.QArray) -> jax.Array:
+    return x @ floats(kernel, x.dtype)
+
+
+_product.defvjp(
+    lambda x, kernel: (_product(x, kernel), kernel),
+    lambda kernel, g: (g @ floats(kernel, g.dtype).T, None),
+)

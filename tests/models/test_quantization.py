@@ -1,0 +1,127 @@
+"""Quantised kernels: what they hold, what they stand for, and what a backward pass keeps of them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dopsd_jax.core import trees
+from dopsd_jax.models import quantization
+from dopsd_jax.models.layers import REMAT_POLICIES, Dense, ParamNames, scan_layers
+
+# Appendix E of the QLoRA paper.
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+])
+LAYERS, WIDTH = 3, 96
+
+
+def weights(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def by_tiles(kernel, tile):
+    """[in, out] -> [tiles, tile, out]."""
+    return kernel.reshape(-1, tile, kernel.shape[1])
+
+
+@pytest.mark.parametrize("kind", quantization.KINDS)
+def test_a_kernel_is_rounded_to_the_nearest_of_its_tile(kind):
+    kernel, tile = weights(WIDTH, 40), 32
+    q = quantization.quantise(jnp.asarray(kernel), kind, jnp.float32)
+    assert q.qvalue.dtype == {"int8": jnp.int8, "nf4": jnp.uint4, "fp8": jnp.float8_e4m3fn}[kind]
+    assert q.scale.shape == (WIDTH // tile, 40)  # 96 is no multiple of 64 or 128, but of 32
+    tiles = by_tiles(kernel, tile)
+    largest = np.abs(tiles).max(1, keepdims=True)
+    got = by_tiles(np.asarray(quantization.floats(q, jnp.float32)), tile)
+    if kind == "int8":  # the largest lies halfway between two
+        step = largest / 127.5
+        assert np.all(np.abs(got - tiles) <= step / 2 * 1.0001)
+        want = np.round(got / step) * step
+    elif kind == "nf4":
+        nearest = np.abs((tiles / largest)[..., None] - NF4).argmin(-1)
+        want = NF4[nearest] * largest
+    else:
+        step = largest / 448
+        want = np.asarray(jnp.asarray(tiles / step).astype(jnp.float8_e4m3fn), np.float32) * step
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_columns_that_no_tile_divides_have_one_scale():
+    assert quantization.quantise(jnp.ones((170, 8)), "int8").scale.shape == (1, 8)
+
+
+def test_the_layers_of_stacks_are_quantised_and_nothing_else():
+    params = {
+        "layers": {"to_q": {"kernel": jnp.ones((2, 64, 8)), "bias": jnp.ones((2, 8))},
+                   "norm": {"scale": jnp.ones((2, 64))}},
+        "x_embedder": {"kernel": jnp.ones((64, 8))},
+    }
+    flat = trees.flatten(quantization.quantise_tree(params, "int8"))
+    assert [n for n, x in flat.items() if quantization.is_quantised(x)] == ["layers/to_q/kernel"]
+
+
+def test_bytes_are_counted_by_bits():
+    kernel = jnp.ones((4, 128, 256))
+    for kind, bits in (("int8", 8), ("fp8", 8), ("nf4", 4)):
+        q = jax.eval_shape(lambda x, kind=kind: quantization.quantise(x, kind), kernel)
+        assert trees.num_bytes(q.qvalue) == 4 * 128 * 256 * bits // 8
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.silu(Dense(WIDTH, dtype=x.dtype, name="to_q")(x)), None
+
+
+def network(remat):
+    names = ParamNames(columns=("to_q",))
+    return scan_layers(Layer, LAYERS, remat, names, 0)()
+
+
+def variables(kind=""):
+    params = {"to_q": {"kernel": jnp.asarray(weights(LAYERS, WIDTH, WIDTH) / WIDTH**0.5),
+                       "bias": jnp.asarray(weights(LAYERS, WIDTH, seed=1))}}
+    lora = {"to_q": {"a": jnp.asarray(weights(LAYERS, WIDTH, 4, seed=2)),
+                     "b": jnp.asarray(weights(LAYERS, 4, WIDTH, seed=3)) / WIDTH}}
+    quantised = quantization.quantise_tree(params, kind, jnp.float32) if kind else params
+    return quantised, lora
+
+
+def loss(lora, params, x, remat):
+    y, _ = network(remat).apply({"params": params, "lora": lora}, x)
+    return jnp.sum(y**2)
+
+
+@pytest.mark.parametrize("kind", quantization.KINDS)
+def test_gradients_are_those_of_what_the_kernels_stand_for(kind):
+    quantised, lora = variables(kind)
+    floats = jax.tree.map(lambda x: quantization.floats(x, jnp.float32), quantised,
+                          is_leaf=quantization.is_quantised)
+    x = jnp.asarray(weights(2, 5, WIDTH, seed=4))
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 2)), static_argnums=3)
+    got, want = run(lora, quantised, x, "full"), run(lora, floats, x, "full")
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_no_policy_keeps_floats_of_a_quantised_kernel(remat):
+    quantised, lora = variables("int8")
+    x = jnp.asarray(weights(1, 2, WIDTH, seed=4))
+
+    def kept(params):
+        _, backward = jax.vjp(lambda lora: loss(lora, params, x, remat), lora)
+        # Without the arguments, which are there anyway.
+        return [
+            leaf for leaf in jax.tree.leaves(backward) if leaf.dtype == jnp.float32
+            and leaf.size >= WIDTH * WIDTH
+            and not any(leaf is other for other in jax.tree.leaves(params))
+        ]
+
+    assert [leaf.shape for leaf in kept(quantised)] == []

@@ -1,0 +1,113 @@
+"""Runs and pictures on a quantised model: those of the floats that its weights stand for."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dopsd_jax import sample
+from dopsd_jax import train as train_lib
+from dopsd_jax.core import trees
+from dopsd_jax.core.metrics import read_metrics
+from dopsd_jax.models import quantization
+from dopsd_jax.weights.pipeline import load_pipeline
+from tests.commands import ROOT, environment
+
+STACKS = (r"(model\.)?(layers|noise_refiner|context_refiner|language_model\.layers|"
+          r"visual\.blocks|visual\.deepstack_merger_list)\.")
+
+
+@pytest.fixture(scope="module")
+def rounded(tiny, tmp_path_factory):
+    """The tiny models whose layers' weights are floats that int8 holds."""
+    directory = tmp_path_factory.mktemp("rounded")
+    made = type(tiny)(directory / "pipeline", directory / "vlm")
+    for old, new in zip((tiny.pipeline, tiny.vlm), (made.pipeline, made.vlm), strict=True):
+        shutil.copytree(old, new)
+    for file in (*made.pipeline.glob("t*r/*.safetensors"), *made.vlm.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name, w in tensors.items():
+            if re.match(STACKS, name) and w.ndim == 2:
+                q = quantization.quantise(jnp.asarray(w.T), "int8", jnp.float32)
+                tensors[name] = np.ascontiguousarray(quantization.floats(q, jnp.float32).T)
+        save_file(tensors, file, {"format": "pt"})
+    return made
+
+
+@pytest.mark.parametrize("family", ["tiny", "tiny_flux2"])
+def test_weights_are_quantised_as_they_are_read(request, family):
+    model = request.getfixturevalue(family)
+    model = getattr(model, "pipeline", model)
+    parts = {"dtype": "float32", "parts": ("transformer", "text_encoder")}
+    floats = load_pipeline(model, **parts)
+    got = load_pipeline(model, **parts, base_dtype="int8", encoder_dtype="nf4")
+    for kind, found, want in (("int8", got.params, floats.params),
+                              ("nf4", got.text_params, floats.text_params)):
+        found = trees.flatten(found)
+        want = trees.flatten(quantization.quantise_tree(want, kind, jnp.float32))
+        assert found.keys() == want.keys()
+        quantised = 0
+        for name, x in want.items():
+            assert type(found[name]) is type(x)
+            if quantization.is_quantised(x):
+                quantised += 1
+                assert found[name].qtype == x.qtype
+                np.testing.assert_array_equal(found[name].qvalue, x.qvalue, err_msg=name)
+                np.testing.assert_array_equal(found[name].scale, x.scale, err_msg=name)
+            else:
+                np.testing.assert_array_equal(found[name], x, err_msg=name)
+        assert quantised >= 7
+
+
+def numbers(workdir):
+    return [{k: row[k] for k in ("loss", "grad_norm")} for row in read_metrics(workdir)]
+
+
+def test_a_run_on_int8_is_the_run_on_what_int8_holds(short_run, rounded, tmp_path):
+    short_run.update({"base_dtype": "int8", "encoder_dtype": "int8", "sample_every": 0})
+    train_lib.train(short_run, tmp_path / "int8")
+    quantised = numbers(tmp_path / "int8")
+
+    with pytest.raises(ValueError, match="base_dtype"):
+        short_run.base_dtype, short_run.num_train_steps = "nf4", 3
+        train_lib.train(short_run, tmp_path / "int8")
+
+    short_run.update({"base_dtype": "dtype", "encoder_dtype": "dtype", "num_train_steps": 2})
+    short_run.model, short_run.vlm = str(rounded.pipeline), str(rounded.vlm)
+    train_lib.train(short_run, tmp_path / "floats")
+    floats = numbers(tmp_path / "floats")
+    assert len(quantised) == len(floats) == 2
+    for a, b in zip(quantised, floats, strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+
+
+def test_full_fine_tuning_of_a_quantised_model_is_refused(short_run, tmp_path):
+    short_run.update({"trainable": "full", "base_dtype": "int8"})
+    with pytest.raises(ValueError, match="base_dtype: expected dtype with trainable = full"):
+        train_lib.train(short_run, tmp_path / "run")
+
+
+def test_pictures_on_int8_are_those_of_what_int8_holds(tiny, rounded):
+    how = {"num_steps": 2, "height": 64, "width": 64, "seed": 1}
+    pipe = load_pipeline(tiny.pipeline, dtype="float32", base_dtype="int8", encoder_dtype="int8")
+    got = sample.generate(pipe, ["a fox"], **how).astype(int)
+    want = sample.generate(load_pipeline(rounded.pipeline, dtype="float32"), ["a fox"], **how)
+    assert np.abs(got - want).max() <= 1
+
+
+def test_the_command_draws_on_int8_and_says_so(tiny, tmp_path):
+    out = tmp_path / "out"
+    flags = {"model": tiny.pipeline, "prompt": "a fox", "base_dtype": "int8", "height": 64,
+             "width": 64, "num_steps": 1, "out": out}
+    subprocess.run(
+        [sys.executable, "-m", "dopsd_jax.sample", *(f"--{k}={v}" for k, v in flags.items())],
+        cwd=ROOT, env=environment(), check=True,
+    )
+    (made,) = out.glob("*.json")
+    assert json.loads(made.read_text())["base_dtype"] == "int8"
