@@ -15,7 +15,7 @@ LAYERS = [
     ("core", ["core/"]),
     ("maths, shared layers, data",
      ["method/flow.py", "method/__init__.py", "data/", "models/rope.py", "models/attention.py",
-      "models/adapters.py", "models/layers.py"]),
+      "models/adapters.py", "models/layers.py", "models/quantization.py"]),
     ("networks, LoRA trees",
      ["models/z_image.py", "models/flux2.py", "models/vae.py", "models/qwen3.py",
       "models/qwen3_vl.py", "models/__init__.py", "method/lora.py",

@@ -1,4 +1,4 @@
-"""Quantised kernels: what they hold, what they stand for, and what a backward pass keeps of them."""
+"""Quantised kernels: what they hold and stand for, and what a backward pass keeps of them."""
 
 import functools
 
