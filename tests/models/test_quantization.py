@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 
 from dopsd_jax.core import trees
 from dopsd_jax.models import quantization
@@ -33,10 +34,10 @@ def by_tiles(kernel, tile):
 
 @pytest.mark.parametrize("kind", quantization.KINDS)
 def test_a_kernel_is_rounded_to_the_nearest_of_its_tile(kind):
-    kernel, tile = weights(WIDTH, 40), 32
+    kernel, tile = weights(WIDTH, 40), 32 if kind == "nf4" else WIDTH
     q = quantization.quantise(jnp.asarray(kernel), kind, jnp.float32)
     assert q.qvalue.dtype == {"int8": jnp.int8, "nf4": jnp.uint4, "fp8": jnp.float8_e4m3fn}[kind]
-    assert q.scale.shape == (WIDTH // tile, 40)  # 96 is no multiple of 64 or 128, but of 32
+    assert q.scale.shape == (WIDTH // tile, 40)  # 96 is no multiple of 64, but of 32
     tiles = by_tiles(kernel, tile)
     largest = np.abs(tiles).max(1, keepdims=True)
     got = by_tiles(np.asarray(quantization.floats(q, jnp.float32)), tile)
@@ -54,7 +55,15 @@ def test_a_kernel_is_rounded_to_the_nearest_of_its_tile(kind):
 
 
 def test_columns_that_no_tile_divides_have_one_scale():
-    assert quantization.quantise(jnp.ones((170, 8)), "int8").scale.shape == (1, 8)
+    assert quantization.quantise(jnp.ones((170, 8)), "nf4").scale.shape == (1, 8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_levels_are_those_of_qwix(dtype):
+    q = quantization.quantise(jnp.asarray(weights(2, WIDTH, 40)), "nf4", dtype)
+    got, want = quantization.floats(q, dtype), qwix.dequantize(q)
+    assert len(np.unique(np.asarray(q.qvalue))) == 16
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
 def test_the_layers_of_stacks_are_quantised_and_nothing_else():
