@@ -26,7 +26,7 @@ parse launch/gpu_bench.sh "python=python3 vendor= pack=" "$@"
 if [ -n "$PACK" ]; then
   # Pure Python, and without what they require: jax and torch stay those of the machine.
   run "$PYTHON" -m pip install --quiet --no-deps --target "$PACK" \
-    diffusers ml-collections absl-py etils importlib-metadata zipp
+    diffusers ml-collections absl-py etils importlib-metadata zipp qwix opt-einsum
   exit
 fi
 run env "PYTHONPATH=.${VENDOR:+:$VENDOR}" XLA_PYTHON_CLIENT_MEM_FRACTION=.95 \

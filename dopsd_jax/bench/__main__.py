@@ -29,6 +29,7 @@ from dopsd_jax.core import cli
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.models.layers import REMAT_POLICIES
+from dopsd_jax.models.quantization import KINDS
 
 FLAGS = flags.FLAGS
 OURS, AGAIN, TORCH = "dopsd_jax", "dopsd_jax, second start", "torch"
@@ -61,9 +62,12 @@ class Bench:
         ))
         return None if isinstance(found, str) else found
 
-    def everything(self, sides: list[int], case: Case, policies: Sequence[str]) -> None:
+    def everything(
+        self, sides: list[int], case: Case, policies: Sequence[str], base_dtypes: Sequence[str] = ()
+    ) -> None:
         """First what matters most: one picture of the first size with every policy of remat, and
-        torch beside it; then other sizes and lengths with the fastest, then larger batches."""
+        torch beside it; then other sizes and lengths with the fastest, then the same with quantised
+        bases, then larger batches."""
         first = dataclasses.replace(case, side=sides[0], batch=1)
         found = {
             policy: self.run(OURS, dataclasses.replace(first, remat=policy)) for policy in policies
@@ -78,6 +82,8 @@ class Bench:
             for program in (OURS, TORCH):
                 self.run(program, other)
         self.run(AGAIN, first)
+        for kind in base_dtypes:
+            self.run(OURS, dataclasses.replace(first, base_dtype=kind))
         # What keeps more than the fastest policy does gains nothing by more pictures.
         policies = policies[list(policies).index(best):]
         for side in sides:
@@ -119,6 +125,9 @@ def main() -> None:
     if not FLAGS.remat or (wrong := set(FLAGS.remat) - set(REMAT_POLICIES)):
         raise ValueError(f"--remat: expected some of {', '.join(REMAT_POLICIES)}, got "
                          f"{', '.join(sorted(wrong)) if FLAGS.remat else 'nothing'}")
+    if wrong := set(FLAGS.base_dtype) - set(KINDS):
+        raise ValueError(f"--base_dtype: expected some of {', '.join(KINDS)}, got "
+                         f"{', '.join(sorted(wrong))}")
     if not sides or any(s < 16 or s % 16 for s in sides):
         raise ValueError(f"--sides: expected pixels in multiples of 16, got {FLAGS.sides}")
     out = Path(FLAGS.out)
@@ -129,7 +138,7 @@ def main() -> None:
         FLAGS.model, sides[0], 1, FLAGS.updates, FLAGS.student_tokens, FLAGS.teacher_tokens
     )
     bench = Bench(out, FLAGS.seconds)
-    bench.everything(sides, case, FLAGS.remat)
+    bench.everything(sides, case, FLAGS.remat, FLAGS.base_dtype)
     print(as_markdown(bench.results))
     print(f"{out}/bench.md, bench.json")
     if not any(isinstance(r.found, Measured) for r in bench.results):
@@ -145,5 +154,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("teacher_tokens", 512, "Of prompt and picture.", lower_bound=32)
     flags.DEFINE_list("remat", ["linears", "matmuls", "attention", "full"], "Our policies of "
                       "rematerialisation, the one that computes least again first.")
+    flags.DEFINE_list("base_dtype", ["int8", "nf4"], "Quantised bases to measure with the fastest "
+                      "policy.")
     flags.DEFINE_float("seconds", 540.0, "When to stop.", lower_bound=1.0)
     cli.run_command(main)

@@ -45,6 +45,7 @@ class Case:
         updates: Timed ones; their median counts.
         student_tokens, teacher_tokens: Of the two contexts.
         remat: Rematerialisation policy, of ours alone.
+        base_dtype: Of the frozen layers, of ours alone; see the key of a run.
         compiled: Whether torch compiles its blocks.
     """
 
@@ -55,6 +56,7 @@ class Case:
     student_tokens: int = 128
     teacher_tokens: int = 512
     remat: str = "full"
+    base_dtype: str = "dtype"
     compiled: bool = False
 
     @property

@@ -18,6 +18,7 @@ from dopsd_jax.bench.case import ALPHA, DTYPES, MODELS, RANK, STEPS, WARM_UPS, C
 from dopsd_jax.core import sharding
 from dopsd_jax.core.trees import Tree, map_named
 from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.models import quantization
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
@@ -40,6 +41,7 @@ def config_of(case: Case) -> ConfigDict:
     config.update_from_flattened_dict(CHANGES | {
         "text_tokens": case.student_tokens, "teacher_tokens": case.teacher_tokens,
         "batch_size": case.batch, "dtype": DTYPES[case.model], "remat": case.remat,
+        "base_dtype": case.base_dtype,
     })
     return config
 
@@ -55,12 +57,14 @@ def step_of(case: Case) -> Step:
     return Step(config_of(case), denoiser_of(case), Z_IMAGE_TARGETS, mesh)
 
 
-def random_weights(shapes: Tree) -> Tree:
+def random_weights(shapes: Tree, base_dtype: str = "dtype") -> Tree:
     """Weights that keep the scale of what passes through, made on the device."""
-    def make(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def make(name: str, shape: jax.ShapeDtypeStruct) -> quantization.Kernel:
         key = jax.random.fold_in(jax.random.key(0), sum(map(ord, name)))
         scale = shape.shape[-2] ** -0.5 if name.endswith("kernel") else 0.02
         draw = scale * jax.random.normal(key, shape.shape, shape.dtype)
+        if quantization.is_quantised(shape):
+            return quantization.quantise(draw, base_dtype, shape.dtype)
         return 1 + draw if "norm" in name else draw
 
     where = jax.tree.map(lambda s: s.sharding, shapes)
@@ -83,7 +87,7 @@ def measure(case: Case) -> Measured:
     """Compiles and runs the step of a case."""
     step, bucket = step_of(case), Bucket(case.side, case.side)
     base_shapes = step.base_shapes or {"params": step.state_shapes.student}
-    base, state = step.init(random_weights(base_shapes["params"]))
+    base, state = step.init(random_weights(base_shapes["params"], case.base_dtype))
     features = (*contexts(case), None)
 
     def update(state, number: int):

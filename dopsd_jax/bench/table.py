@@ -65,7 +65,8 @@ def as_markdown(results: Sequence[Result]) -> str:
     for r in results:
         side, batch, *tokens = same(r.case)
         policy = "checkpointing" if r.program.startswith("torch") else r.case.remat
-        head = f"| {side} | {batch} | {tokens[0]}, {tokens[1]} | {r.program} | {policy} |"
+        base = "" if r.case.base_dtype == "dtype" else f", {r.case.base_dtype} base"
+        head = f"| {side} | {batch} | {tokens[0]}, {tokens[1]} | {r.program}{base} | {policy} |"
         if isinstance(r.found, str):
             lines.append(f"{head} {r.found} |" + " |" * 6)
             continue

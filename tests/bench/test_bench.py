@@ -86,6 +86,17 @@ def test_other_lengths_are_another_case():
     assert "| 512, 512 | dopsd_jax | full | 0.500 | 0.750 | 2 |  |" in text
 
 
+def test_quantised_bases_are_measured_with_the_fastest_policy(tmp_path, monkeypatch):
+    seconds = {"full": 1.0, "linears": 2.0}
+    monkeypatch.setattr(bench, "_child", lambda program, case, *_: measured(seconds[case.remat]))
+    run = bench.Bench(tmp_path, 1000)
+    run.everything([64], SMALL, ["linears", "full"], ["int8", "nf4"])
+    quantised = [r for r in run.results if r.case.base_dtype != "dtype"]
+    assert [(r.case.base_dtype, r.case.remat, r.case.batch) for r in quantised] == [
+        ("int8", "full", 1), ("nf4", "full", 1)]
+    assert "| 64 | 1 | 128, 512 | dopsd_jax, int8 base | full |" in as_markdown(run.results)
+
+
 def test_what_a_child_cannot_do_is_told(tmp_path, monkeypatch):
     wrong = bench._child("dopsd_jax", Case("no_such", 64, 1), 100, tmp_path)
     assert wrong.startswith("failed: KeyError: 'no_such'")
