@@ -35,6 +35,7 @@ from dopsd_jax.weights import hub, lora_files
 from dopsd_jax.weights.families import example, family_of_tree, find, transformer_table
 from dopsd_jax.weights.names import Modules
 from dopsd_jax.weights.pipeline import (
+    AS_DTYPE,
     Pipeline,
     load_pipeline,
     load_transformer,
@@ -201,6 +202,13 @@ def _write_merged(pipe: Pipeline, loras: list, out: str, overwrite: bool) -> Non
         merged = jax.tree.map(np.asarray, lora_lib.merge(params, tree, 1.0))
         changed, error = lora_lib.rounding(params, merged, tree)
     dtype = next(x.dtype for n, x in trees.flatten(merged).items() if n.endswith("/kernel"))
+    for name in (_named(member).path for member in loras):
+        kind = AS_DTYPE
+        if workdir_lib.is_workdir(name):
+            kind = workdir_lib.read_config(name).get("base_dtype", AS_DTYPE)
+        if kind != AS_DTYPE:
+            log.warning("%s: was trained on weights in %s, and is merged into those of %s as they "
+                        "are, %s", name, kind, pipe.directory.name, dtype)
     log.info("merged in %s: %.1f%% of the elements of adapted layers changed; what was added is "
              "off by %.2g of it, which as a LoRA it would not be", dtype, 100 * changed, error)
     write_component(

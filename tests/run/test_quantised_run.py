@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dopsd_jax import sample
+from dopsd_jax import export, sample
 from dopsd_jax import train as train_lib
 from dopsd_jax.core import trees
 from dopsd_jax.core.metrics import read_metrics
@@ -69,10 +69,14 @@ def numbers(workdir):
     return [{k: row[k] for k in ("loss", "grad_norm")} for row in read_metrics(workdir)]
 
 
-def test_a_run_on_int8_is_the_run_on_what_int8_holds(short_run, rounded, tmp_path):
+def test_a_run_on_int8_is_the_run_on_what_int8_holds(short_run, rounded, tmp_path, caplog):
     short_run.update({"base_dtype": "int8", "encoder_dtype": "int8", "sample_every": 0})
     train_lib.train(short_run, tmp_path / "int8")
     quantised = numbers(tmp_path / "int8")
+
+    export.export_loras(short_run.model, [str(tmp_path / "int8")], "diffusers",
+                        str(tmp_path / "merged"), full=True, with_card=False)
+    assert "was trained on weights in int8, and is merged into those of" in caplog.text
 
     with pytest.raises(ValueError, match="base_dtype"):
         short_run.base_dtype, short_run.num_train_steps = "nf4", 3
