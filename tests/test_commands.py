@@ -96,6 +96,10 @@ MODEL = ("--model", "{model}")
 @pytest.mark.parametrize(
     "args,message",
     [(("--model", "README.md", "--prompt=a"), "README.md: expected a directory with "),
+     (("--model", "https://huggingface.co/org/model", "--prompt=a"),
+      "found nothing; a model on the hub is named OWNER/NAME\n"),
+     (("--model", "{model}/text_encoder/model.safetensors", "--prompt=a"),
+      "found a file; one file of a model is named by transformer_file, beside model\n"),
      ((*MODEL, "--prompt=a", "--out=README.md"), "README.md: expected a directory, found a file\n"),
      ((*MODEL, "--prompt=a", "--dtype=float12"),
       "flag --dtype=float12: value should be one of <bfloat16|float16|float32>\n"),
