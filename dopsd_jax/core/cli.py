@@ -26,7 +26,7 @@ OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
 # What stands above the flags that a module defines for several commands, by its last name.
 HEADINGS = {
-    "model": "parts of the model as one file", "metric_weights": "metrics",
+    "model": "how the model is read", "metric_weights": "metrics",
     "distributed": "several processes",
 }
 
