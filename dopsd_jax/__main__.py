@@ -11,7 +11,7 @@ from pathlib import Path
 
 COMMANDS = (
     "train", "data", "tasks", "sample", "encode", "export", "evaluate", "score", "paired", "plan",
-    "report", "demo", "quickstart",
+    "report", "demo", "quickstart", "completion",
 )
 
 
@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: No such command, with the nearest one; and as the command does.
     """
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command == "help" and rest:
+        command, *rest = rest[0], "--help"
     if command in ("--help", "-h", "help"):
         print(overview())
         return

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -215,8 +216,22 @@ def define_flags() -> None:
     flags.DEFINE_integer("port", 7860, "Port to serve at.", lower_bound=0, upper_bound=65535)
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises ValueError where no page can be served at, before weights are read for it."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as e:
+        reason = str(e.strerror).partition(" (")[0]
+        raise ValueError(
+            f"--host {host} --port {port}: no page can be served there ({reason}); take another "
+            "port, or 0 for any that is free"
+        ) from e
+
+
 def main() -> None:
     load_gradio()
+    check_address(FLAGS.host, FLAGS.port)
     named = [loras.parse(text) for text in FLAGS.lora]
     chosen = {name: FLAGS[name].value for name in ("model", *model.FILES)}
     if not FLAGS.model:

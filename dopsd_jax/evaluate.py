@@ -343,6 +343,12 @@ def evaluate(config: ConfigDict, workdir: Path) -> str:
     return text
 
 
+def define_flags() -> None:
+    """The command's flags; a function, so that importing this module defines none."""
+    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Directory of everything.", required=True)
+
+
 def main() -> None:
     if FLAGS.config is None:
         raise ValueError("--config is needed, such as --config configs/mini_claim.py")
@@ -356,6 +362,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Directory of everything.", required=True)
+    define_flags()
     cli.run_command(main)

@@ -21,6 +21,11 @@ FLAGS = flags.FLAGS
 CONFIG = "configs/mini_style.py"
 
 
+def define_flags() -> None:
+    """The command's flags; a function, so that importing this module defines none."""
+    flags.DEFINE_string("out", "runs/quickstart", "Where everything goes.")
+
+
 def main() -> None:
     out = Path(FLAGS.out)
     cli.check_directory(out)
@@ -51,5 +56,5 @@ The same with Z-Image-Turbo and your own pictures (README, "Real weights"):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", "runs/quickstart", "Where everything goes.")
+    define_flags()
     cli.run_command(main)

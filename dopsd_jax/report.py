@@ -204,6 +204,12 @@ def tasks_page(workdir: str | Path) -> str:
     return document(f"{workdir.resolve().name}: {len(runs)} tasks", parts)
 
 
+def define_flags() -> None:
+    """The command's flags; a function, so that importing this module defines none."""
+    flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
+    flags.DEFINE_string("out", None, "The page; default: report.html in the run's directory.")
+
+
 def main() -> None:
     workdir = mirror.local_copy(FLAGS.workdir)
     out = Path(FLAGS.out) if FLAGS.out else workdir / "report.html"
@@ -215,6 +221,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-    flags.DEFINE_string("out", None, "The page; default: report.html in the run's directory.")
+    define_flags()
     cli.run_command(main)

@@ -310,6 +310,13 @@ def write_pages(workdir: Path, tasks: Sequence[Task]) -> None:
     write_atomic(workdir / "report.html", report.tasks_page(workdir))
 
 
+def define_flags() -> None:
+    """The command's flags; a function, so that importing this module defines none."""
+    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Directory of the sequence.", required=True)
+    distributed.define_flags()
+
+
 def main() -> None:
     if FLAGS.config is None:
         raise ValueError("--config is needed, such as --config configs/mini_tasks.py")
@@ -326,7 +333,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Directory of the sequence.", required=True)
-    distributed.define_flags()
+    define_flags()
     cli.run_command(main, errors=(loop.TrainingError,))

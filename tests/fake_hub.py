@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "api/repos/create":
             return self.create(json.loads(content))
         if path == "api/validate-yaml":
-            front = json.loads(content)["content"].split("---")[1]
+            front = json.loads(content)["content"].split("\n---\n")[0].removeprefix("---\n")
             return self.answer_json({"errors": [] if yaml.safe_load(front) else ["empty"],
                                      "warnings": []})
         if path.endswith(".git/info/lfs/objects/batch"):

@@ -281,6 +281,19 @@ def test_the_averaged_weights_show_no_pictures_of_others(run, tmp_path):
     assert not (tmp_path / "images").exists()
 
 
+def test_words_of_users_do_not_act_as_markdown(tiny, tmp_path):
+    prompts = ("one\n---\n# two ``` three", "a | b ](x) <script>")
+    odd = make_run(tmp_path / "run", tiny.pipeline, sample_prompts=prompts)
+    export_lib.export(str(odd), "diffusers", str(tmp_path / "a" / "x.safetensors"),
+                      told=story.Told("", "", "`style` | x"))
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "Trigger words: `` `style` | x ``.\n" in text
+    assert r": one --- \# two \`\`\` three; a \| b \](x) \<script\>." in text
+    assert text.count("\n````\n") == 3 and text.count("\n````python\n") == 1
+    read = ModelCard.load(tmp_path / "a" / "README.md").data
+    assert [w["text"] for w in read.widget] == list(prompts)
+
+
 def test_several_loras_are_named_without_their_folders(run, tiny, tmp_path):
     members = [Named(str(run), 0.5)]
     export_lib.export_loras(str(tiny.pipeline), members, "diffusers",

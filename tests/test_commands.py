@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dopsd_jax import __main__ as dopsd
+from tests.commands import environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,6 +96,10 @@ MODEL = ("--model", "{model}")
 @pytest.mark.parametrize(
     "args,message",
     [(("--model", "README.md", "--prompt=a"), "README.md: expected a directory with "),
+     (("--model", "https://huggingface.co/org/model", "--prompt=a"),
+      "found nothing; a model on the hub is named OWNER/NAME\n"),
+     (("--model", "{model}/text_encoder/model.safetensors", "--prompt=a"),
+      "found a file; one file of a model is named by transformer_file, beside model\n"),
      ((*MODEL, "--prompt=a", "--out=README.md"), "README.md: expected a directory, found a file\n"),
      ((*MODEL, "--prompt=a", "--dtype=float12"),
       "flag --dtype=float12: value should be one of <bfloat16|float16|float32>\n"),
@@ -179,6 +184,87 @@ def test_one_word_runs_a_command_as_its_module_does(tmp_path):
         assert done.returncode == 1
         found.append(done.stderr)
     assert found[0] == found[1] and "none: expected a directory" in found[0]
+
+
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory):
+    """What a real bash offers for a line that is typed up to its end, in a folder with runs/."""
+    folder = tmp_path_factory.mktemp("shell")
+    (folder / "runs").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "dopsd_jax", "completion", "--out", "made/dopsd"], cwd=folder,
+        env=environment(), capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    script = """source made/dopsd || exit 3
+        [ "$(complete -p dopsd)" = "complete -o bashdefault -F _dopsd dopsd" ] || exit 4
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+        _dopsd dopsd "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
+        printf '%s\n' "${COMPREPLY[@]}" """
+
+    def ask(line):
+        # As bash cuts it, where = is a word of its own.
+        words = [w for word in line.split(" ") for w in re.split("(=)", word)]
+        if words[-2] == "=" and not words[-1]:
+            words.pop()
+        done = subprocess.run(["bash", "-c", script, "bash", *words], cwd=folder,
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "command not found" not in done.stderr, done.stderr
+        return done.stdout.split()
+
+    return ask
+
+
+@pytest.mark.skipif(importlib.util.find_spec("shtab") is None, reason="shtab is not installed")
+@pytest.mark.parametrize("line, words", [
+    ("dopsd tra", "train"), ("dopsd exp", "export"), ("dopsd train --wor", "--workdir"),
+    ("dopsd train --config.lora.ra", "--config.lora.rank"),
+    ("dopsd data --config=x.py --config.seed 3 --li", "--limit"),
+    ("dopsd export --format ", "comfyui comfyui_fused diffusers peft"),
+    ("dopsd export --format=", "comfyui comfyui_fused diffusers peft"),
+    ("dopsd export --format=pe", "peft"), ("dopsd export --noca", "--nocard"),
+    ("dopsd sample --lora a --lora b --transf", "--transformer_file"),
+    ("dopsd score --cl", "--clip"), ("dopsd tasks --pro", "--process_id"),
+    ("dopsd train --workdir ru", "runs"), ("dopsd train --workdir=ru", "runs"),
+    ("dopsd export --formatt", ""),
+])
+def test_bash_completes_commands_flags_values_paths_and_keys(completed, line, words):
+    assert completed(line) == words.split()
+
+
+@pytest.mark.parametrize("start", [["help", "score"], ["score", "--help"], ["score", "-h"]])
+def test_help_has_an_example_and_the_flags_of_a_command_in_groups(start, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "dopsd_jax", *start], cwd=tmp_path, text=True,
+                          capture_output=True, check=False, env=environment())
+    assert done.returncode == 0 and done.stderr == ""
+    example, flags, metrics = (done.stdout.index(x) for x in (
+        "    python -m dopsd_jax.score --pictures ", "\nflags:\n  --dino_size: ",
+        "\nmetrics:\n  --clip: ",
+    ))
+    assert example < flags < metrics and "absl" not in done.stdout
+
+
+def test_help_says_where_keys_of_a_config_are():
+    done = subprocess.run([sys.executable, "-m", "dopsd_jax.train", "--help"], cwd=ROOT, text=True,
+                          capture_output=True, check=True, env=environment())
+    assert " \\\n        --config.model=DIR" in done.stdout
+    assert "python -m dopsd_jax.run.keys" in done.stdout and "--coordinator: " in done.stdout
+
+
+def test_a_flag_that_is_none_gets_the_nearest_flag_or_key(command):
+    assert command("train", *TINY, "--seed=3", "--lerning-rate=1", "--xyzzy=1", "--Workdir=x") == (
+        "error: --seed: no such flag; did you mean --config.seed? --help lists all\n"
+        "  --lerning-rate: no such flag; did you mean --config.learning_rate? --help lists all\n"
+        "  --xyzzy: no such flag; --help lists all\n"
+        "  --Workdir: no such flag; did you mean --workdir? --help lists all\n"
+    )
+    assert command("sample", "--promt=a") == (
+        "error: --promt: no such flag; did you mean --prompt? --help lists all\n"
+    )
+    assert command("sample", "--out=x") == (
+        "error: --model is needed; --help says what it is\n"
+        "  --prompt is needed; --help says what it is\n"
+    )
 
 
 def test_an_unknown_word_gets_the_nearest_one():

@@ -1,6 +1,7 @@
 """The page to play with LoRAs: its pictures are those of `sample`, and no slider compiles."""
 
 import shutil
+import socket
 
 import jax
 import numpy as np
@@ -33,6 +34,17 @@ def files(pipe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def player(pipe, files):
     return demo.Player(pipe, [loras.Named(f) for f in files], SIDE, SIDE)
+
+
+def test_an_address_where_no_page_can_be_served_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: no page .* in use\\); take another"):
+            demo.check_address("127.0.0.1", port)
+    demo.check_address("127.0.0.1", port)
+    demo.check_address("127.0.0.1", 0)
+    with pytest.raises(ValueError, match="--host 203.0.113.1 --port 0: no page can be served"):
+        demo.check_address("203.0.113.1", 0)
 
 
 def test_the_pictures_are_those_of_sample(player, pipe, files):

@@ -190,7 +190,8 @@ def test_the_commands_take_several(two, tiny, tmp_path):
 @pytest.mark.parametrize("text,path,strength", [
     ("runs/a", "runs/a", 1.0), ("b.safetensors:0.7", "b.safetensors", 0.7),
     ("gs://bucket/run", "gs://bucket/run", 1.0), ("gs://bucket/run:-1", "gs://bucket/run", -1.0),
-    ("a:b/c:2e-1", "a:b/c", 0.2),
+    ("a:b/c:2e-1", "a:b/c", 0.2), ("C:\\runs\\a", "C:\\runs\\a", 1.0),
+    ("C:\\runs\\a.safetensors:0.5", "C:\\runs\\a.safetensors", 0.5),
 ])
 def test_a_strength_stands_behind_the_path(text, path, strength):
     assert loras.parse(text) == (path, strength)

@@ -9,7 +9,7 @@ import runpy
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from absl import app, flags
@@ -22,7 +22,13 @@ from dopsd_jax.core.log import show
 # Of a GPU's memory what JAX takes when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION says
 # otherwise. Its own default, three quarters, leaves too little of a card of 24 GB.
 MEM_FRACTION = "0.92"
-OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
+HELP = {"--help", "-help", "--helpshort", "-h", "-?"}
+# What stands above the flags that a module defines for several commands, by its last name.
+HEADINGS = {
+    "model": "how the model is read", "metric_weights": "metrics",
+    "distributed": "several processes",
+}
 
 
 def run_command(
@@ -63,15 +69,63 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """
     values = flags.FLAGS
     try:
+        if HELP & set(argv[1:]):
+            print(help_text(values))
+            raise SystemExit(0)
+        expanded = values.read_flags_from_files(list(argv), force_gnu=False)
         if "config" in values:
-            check_config_flags(values.read_flags_from_files(list(argv), force_gnu=False))
+            check_config_flags(expanded)
         rest = values(argv)  # also makes flags of the config's keys that are given
-        check_given_once(values.read_flags_from_files(list(argv), force_gnu=False), values)
+        check_given_once(expanded, values)
         return rest
+    except flags.UnrecognizedFlagError as e:
+        raise SystemExit(f"error: {unknown_flags(expanded, values) or e}") from e
     except flags.IllegalFlagValueError as e:
-        raise SystemExit(f"error: {e}{_expected_type(str(e))}") from e
+        missing = re.findall(r"Flag (--\w+) must have a value other than None", str(e))
+        words = "\n  ".join(f"{flag} is needed; --help says what it is" for flag in missing)
+        raise SystemExit(f"error: {words or str(e) + _expected_type(str(e))}") from e
     except (flags.Error, ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from e
+
+
+def help_text(values: flags.FlagValues) -> str:
+    """What a command is for, with examples, and its flags, those of several commands by heading."""
+    doc = (sys.modules["__main__"].__doc__ or "").strip()
+    groups = {"flags": values.main_module_help()}
+    for module in sorted(values.flags_by_module_dict()):
+        if module.startswith("dopsd_jax.") and (text := values.module_help(module)):
+            groups[HEADINGS.get(module.rpartition(".")[2], module)] = text
+    parts = [re.sub(r"(?<=\S) {2,}(?=--)", " \\\\\n        ", doc)]
+    # Each begins with the module's name, which says nothing to a user.
+    parts += [f"{title}:\n{text.strip().partition(chr(10))[2]}" for title, text in groups.items()]
+    if "config" in values:
+        parts.append(
+            "keys of the config:\n  --config.KEY=VALUE sets one, as --config.seed=1 and "
+            "--config.lora.rank=32.\n  docs/keys.md has all of them, and so has: "
+            "python -m dopsd_jax.run.keys"
+        )
+    return "\n\n".join(parts)
+
+
+def flag_names(values: flags.FlagValues) -> list[str]:
+    """The flags of a command itself, without those of absl and other libraries."""
+    return sorted(
+        flag.name for module, found in values.flags_by_module_dict().items() for flag in found
+        if "." not in flag.name and (module == sys.argv[0] or module.startswith("dopsd_jax."))
+    )
+
+
+def unknown_flags(argv: Sequence[str], values: flags.FlagValues) -> str:
+    """Says of every unknown flag which may be meant: one of the command's, or a config's key."""
+    known = {name: f"--{name}" for name in flag_names(values)}
+    if "config" in values and values["config"].value is not None:
+        known |= {key: f"--config.{key}" for key in config_keys(values["config"].value)}
+    problems = []
+    for name, _ in given_flags(argv, values, unknown=True):
+        near = _near(name.replace("-", "_").lower(), list(known))
+        hint = f"did you mean {' or '.join(known[k] for k in near)}? " if near else ""
+        problems.append(f"--{name}: no such flag; {hint}--help lists all")
+    return "\n  ".join(problems)
 
 
 def check_given_once(argv: Sequence[str], values: flags.FlagValues) -> None:
@@ -85,21 +139,9 @@ def check_given_once(argv: Sequence[str], values: flags.FlagValues) -> None:
         ValueError: With every such flag and all that is given for it.
     """
     given: dict[str, list[str]] = {}
-    waiting = iter(argv[1:])
-    for arg in waiting:
-        if not arg.startswith("-") or arg in ("-", "--"):
-            break  # absl too reads no flag beyond these
-        name, equals, value = arg.lstrip("-").partition("=")
-        if name not in values and name[:2] == "no" and name[2:] in values:
-            name, equals, value = name[2:], "=", "false"
-        if name not in values:
-            continue  # --undefok, which absl handles itself, and the names that it allows
-        flag = values[name]
-        if not equals:
-            value = "true" if flag.boolean else next(waiting, "")
-        if isinstance(flag, flags.MultiFlag):
-            continue
-        given.setdefault(flag.name, []).append(value)
+    for name, value in given_flags(argv, values):
+        if not isinstance(values[name], flags.MultiFlag):
+            given.setdefault(values[name].name, []).append(value)
     problems = [
         f"--{name} takes one value and is given {len(all_values)}: {', '.join(all_values)}; "
         "give it once"
@@ -107,6 +149,34 @@ def check_given_once(argv: Sequence[str], values: flags.FlagValues) -> None:
     ]
     if problems:
         raise ValueError("\n  ".join(problems))
+
+
+def given_flags(
+    argv: Sequence[str], values: flags.FlagValues, *, unknown: bool = False
+) -> Iterator[tuple[str, str]]:
+    """(name, value) of what a command line gives, as far as absl reads flags.
+
+    Args:
+        argv: The command line, the program's name first.
+        values: The flags there are, the config's keys among them.
+        unknown: Yield what is no flag in place of what is one.
+    """
+    waiting = iter(argv[1:])
+    for arg in waiting:
+        if not arg.startswith("-") or arg in ("-", "--"):
+            return  # absl too reads no flag beyond these
+        name, equals, value = arg.lstrip("-").partition("=")
+        if name not in values and name[:2] == "no" and name[2:] in values:
+            name, equals, value = name[2:], "=", "false"
+        if name not in values:
+            # --undefok, which absl handles itself, allows other names.
+            if unknown and name != "undefok":
+                yield name, value
+            continue
+        if not equals:
+            value = "true" if values[name].boolean else next(waiting, "")
+        if not unknown:
+            yield name, value
 
 
 def _expected_type(message: str) -> str:
@@ -145,11 +215,18 @@ def check_config_flags(argv: Sequence[str]) -> None:
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:
-    """The known keys that `key` may stand for: its own keys, its letters as initials, alike."""
+    """"did you mean A or B? " of the known keys that `key` may stand for; "" for none."""
+    near = _near(key, known)
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def _near(key: str, known: Sequence[str]) -> list[str]:
+    """The known names that may be meant: itself, its own keys, by its initials, alike."""
+    if key in known:
+        return [key]
     inside = [k for k in known if k.startswith(f"{key}.")]
     initials = [k for k in known if "".join(w[0] for w in re.split(r"[._]", k)) == key]
-    near = inside or initials + difflib.get_close_matches(key, known, n=3)
-    return f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+    return list(dict.fromkeys(inside or initials + difflib.get_close_matches(key, known, n=3)))
 
 
 def config_keys(config: ConfigDict) -> dict[str, object]:

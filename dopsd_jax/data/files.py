@@ -145,8 +145,10 @@ def _unreadable(path: str | ImageSource, error: Exception) -> DataError:
         return DataError(f"{path}: expected an image file, got no such file; check the path")
     if isinstance(error, DataError):  # of bytes that could not be had
         return error
-    # PIL tells no more than the name of the file, or the address of bytes in memory.
-    detail = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+    # PIL tells no more than the name of the file, or the address of bytes in memory; a plugin,
+    # in several lines, how to build it.
+    words = "" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
+    detail = f": {words.strip()}" if words else ""
     return DataError(
         f"{path}: expected a whole {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]} "
         f"image, got {type(error).__name__}{detail}; download or export it again"

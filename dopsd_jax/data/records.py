@@ -98,10 +98,11 @@ def _open_folder(data: Path) -> Records | None:
 
 
 def _open_file(file: Path) -> Records:
+    if file.suffix.lower() == webdataset.SUFFIX:
+        return webdataset.WebDataset([file])
+    tables.check_is_text(file)
     if file.suffix.lower() == ".csv":
         return tables.Csv(file)
-    if file.suffix == webdataset.SUFFIX:
-        return webdataset.WebDataset([file])
     return tables.JsonArray(file) if tables.is_json_array(file) else JsonLines(file)
 
 

@@ -26,7 +26,7 @@ from dopsd_jax.data.files import (
     StoredImage,
     measure_all,
 )
-from dopsd_jax.data.records import PARQUET, Records, iterate, open_records
+from dopsd_jax.data.records import Records, iterate, open_records
 
 MAX_LISTED = 20
 
@@ -110,8 +110,8 @@ def check_rows(
         expected = f"an image ({', '.join(IMAGE_EXTENSIONS)})"
     else:
         drafts = [draft_of(where, record, needs) for where, record in iterate(records)]
-        is_json = data.is_file() and data.suffix != PARQUET
-        expected = "a JSON object per line" if is_json else "rows"
+        is_lines = data.is_file() and data.suffix in ("", ".jsonl", ".json")
+        expected = "a JSON object per line" if is_lines else "rows"
     if not drafts:
         raise DataError(f"{data}: expected {expected}, found none; zero usable rows")
 

@@ -42,6 +42,28 @@ class JsonArray:
         return self._hash
 
 
+# How files begin whose every line would be refused by itself.
+BEGINNINGS = {
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
+    b"7z\xbc\xaf": "7z", b"\x28\xb5\x2f\xfd": "zstd", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}
+
+
+def check_is_text(file: Path) -> None:
+    """Raises DataError where a file of rows is packed, in UTF-16 or no text at all."""
+    with file.open("rb") as opened:
+        head = opened.read(4096)
+    found = next((name for start, name in BEGINNINGS.items() if head.startswith(start)), "")
+    if found or b"\0" in head:
+        advice = {"UTF-16": "save it as UTF-8", "": "is it another kind of file?"}.get(
+            found, "unpack it; a .tar is read as it is"
+        )
+        raise DataError(
+            f"{file}: expected JSONL, a JSON array, CSV, Parquet or an uncompressed .tar, got "
+            f"{found or 'bytes that are no text'}; {advice}"
+        )
+
+
 def is_json_array(file: Path) -> bool:
     """Whether a file begins as a JSON array does."""
     with file.open("rb") as opened:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
-from dopsd_jax.core.markdown import markdown_table
+from dopsd_jax.core.markdown import code, fenced, markdown_table, plain
 from dopsd_jax.method.contexts import RECIPES, STUDENT
 from dopsd_jax.run import previews
 from dopsd_jax.run.story import Story, shown, summary
@@ -129,7 +129,7 @@ def _task(story: Story) -> str:
 def _notes(story: Story) -> list[str]:
     told, notes = story.told, []
     if told.trigger:
-        notes.append(f"Trigger words: `{told.trigger}`.")
+        notes.append(f"Trigger words: {code(told.trigger)}.")
     if story.below:
         notes.append(
             f"It was trained on top of {story.below} other LoRA{'s' * (story.below > 1)}, which "
@@ -148,7 +148,7 @@ def _notes(story: Story) -> list[str]:
 def _pictures(story: Story) -> list[str]:
     words = {
         "prompts": "Left the untuned model, right this one, each row from the same noise"
-        + (": " + "; ".join(story.prompts) if story.prompts else "") + ".",
+        + (": " + "; ".join(map(plain, story.prompts)) if story.prompts else "") + ".",
         "learned": "Prompts of the training data, on the same noise: the untuned model, this one.",
         "unrelated": "Prompts that have nothing to do with the data: what they were, what they "
         "are.",
@@ -230,7 +230,7 @@ def _diffusers(name: str, fmt: str, story: Story) -> list[str]:
         *(f"    {key}={value!r}," for key, value in arguments.items()),
         ").images[0]", 'image.save("drawn.png")',
     ]
-    return ["### diffusers", "```python\n" + "\n".join(lines) + "\n```"]
+    return ["### diffusers", fenced("\n".join(lines), "python")]
 
 
 def _elsewhere(name: str, fmt: str, story: Story) -> list[str]:
@@ -253,4 +253,4 @@ def _elsewhere(name: str, fmt: str, story: Story) -> list[str]:
         f"python -m dopsd_jax.sample --model {story.base_model or story.model} --lora {name} "
         f"--prompt {shlex.quote(prompt)} --num_steps {story.sample_steps or 4} --height {height} "
         f"--width {width} --out drawn")
-    return [*parts, "### dopsd_jax", f"```\n{command}\n```"]
+    return [*parts, "### dopsd_jax", fenced(command)]

@@ -41,14 +41,16 @@ def parse(text: str) -> Named:
         ValueError: A strength that is no finite number, or no path.
     """
     path, colon, strength = text.rpartition(":")
-    # A colon may belong to the path: gs://bucket/run, or a name that exists as it is.
-    if not colon or "/" in strength or os.path.exists(text):
+    # A colon may belong to the path: gs://bucket/run, C:\\runs, or a name that exists as it is.
+    if not colon or "/" in strength or "\\" in strength or os.path.exists(text):
         path, strength = text, "1"
+    if not path:
+        raise ValueError(f"expected PATH or PATH:STRENGTH of a LoRA, got {text!r}")
     try:
         value = float(strength)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or not path:
+    if not math.isfinite(value):
         raise ValueError(
             f"{text}: expected PATH or PATH:STRENGTH with a number such as 0.7 for the strength, "
             f"got {strength!r}"

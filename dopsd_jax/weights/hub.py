@@ -75,9 +75,9 @@ def fetch(name: str, *, pipeline: bool, weights: bool | tuple[str, ...]) -> Path
         raise ValueError(f"{name}: the hub has this model, but no such revision") from e
     except errors.LocalEntryNotFoundError as e:
         raise ValueError(
-            f"{name}: expected a directory here, or a model in the hub's cache, found neither, and "
-            "the hub cannot be reached (or HF_HUB_OFFLINE is set); go online once, or give the "
-            "directory"
+            f"{name}: expected a directory here, or a whole model in the hub's cache, found "
+            "neither, and the hub cannot be reached (or HF_HUB_OFFLINE is set); go online once, or "
+            "give the directory"
         ) from e
     except (errors.HfHubHTTPError, errors.HFValidationError) as e:
         raise ValueError(f"{name}: the hub answered: {e!s:.300}") from e

@@ -56,9 +56,9 @@ def check_dims(keys: Keys, dims: dict) -> tuple[dict, list[str]]:
             )
         if "alpha" in parts and math.prod(shapes["alpha"]) != 1:
             problems.append(f"{parts['alpha']}: expected one number, got {shapes['alpha']}")
-    if len(listed) > 1:
+    if len(listed) > 1 and kinds != {True}:  # a smaller LoRA is one of more ranks, with zeros
         text = "; ".join(f"{r} in {len(n)}, first {n[0]}" for r, n in sorted(listed.items()))
-        problems.append(f"expected one rank in all modules, got {text}; resize the LoRA to one")
+        problems.append(f"expected one rank in all modules, got {text}; resize the LoKr to one")
     return ranks, problems
 
 
@@ -88,11 +88,12 @@ def check_layers(
     """Number of layers by tree path, and what does not fit the network or lacks layers."""
     stacks = {r.target: stack_of(r.template) for r in modules}
     params = trees.flatten(shapes) if shapes is not None else None
-    problems, present, highest = [], defaultdict(set), defaultdict(int)
+    problems, present, highest, doras = [], defaultdict(set), defaultdict(int), set()
     sizes: dict[str, set] = defaultdict(set)
     for (target, layer), parts in keys.items():
         own = {part: shape for part, shape in dims[target, layer].items() if part != "alpha"}
         if layer is not None:
+            doras |= {target} if "m" in parts else set()
             present[target].add(layer)
             sizes[target].add(tuple(sorted(own.items())))
             highest[stacks[target]] = max(highest[stacks[target]], layer + 1)
@@ -114,12 +115,14 @@ def check_layers(
             problems += _break_stack(target, sizes[target], sized=kernel is not None)
         if max(have) >= count:
             problems.append(f"{target}: the network has {count} layers, the file one {max(have)}")
+        if kernel is not None and target not in doras:
+            continue  # the file changes nothing in layers that it lacks
         # A file may name any index, so the missing ones are not listed beyond the first few.
         if missing := list(itertools.islice((i for i in range(count) if i not in have), 10)):
             problems.append(
                 f"{target}: expected all {count} layers, got {len(have)}, missing "
-                f"{', '.join(map(str, missing))}{' ..' if len(missing) == 10 else ''}; a LoRA of "
-                "some layers only is not read, add the missing ones with a lora_B of zeros"
+                f"{', '.join(map(str, missing))}{' ..' if len(missing) == 10 else ''}; a DoRA of "
+                "some layers only is not read, nor any file of some without the network's shapes"
             )
     return layers, problems
 

@@ -64,8 +64,8 @@ def match_keys(file: Path, names: Iterable[str], modules: Modules) -> tuple[Keys
     if not any(m.lastgroup in ("a", "b", *lokr_files.PARTS) for m in matches.values()):
         raise LoraFileError(
             f"{file}: expected LoRA tensors (X.lora_A.weight and X.lora_B.weight, lora_down and "
-            f"lora_up, or lokr_w1 and lokr_w2), found {len(names)} others such as "
-            f"{', '.join(names[:3]) or 'none'}; "
+            "lora_up, or lokr_w1 and lokr_w2), found "
+            + (f"{len(names)} others such as {', '.join(names[:3])}; " if names else "none; ")
             + (f"this is {kind}, which is not read here" if (kind := _kind(names))
                else "this is no LoRA")
         )

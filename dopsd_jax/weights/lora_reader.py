@@ -119,7 +119,9 @@ def read_lora(
     Returns:
         Tree of float32 NumPy leaves `a [(layers,) in, r]`, `b [(layers,) r, out]`, of a DoRA also
         `m [(layers,) out]`, of a LoKr those of models/adapters.py, and its spec. Where alpha
-        differs between modules it is folded into `b` and spec.alpha is the rank.
+        differs between modules it is folded into `b` and spec.alpha is the rank. Where ranks
+        differ they are filled up with zeros to the highest, and so are layers of a stack that the
+        file does not change.
 
     Raises:
         LoraFileError: Everything that is wrong with names, shapes and scale, together; a file that
@@ -175,7 +177,9 @@ def _read_leaves(
             if not np.isfinite(tensors[part]).all():
                 problems.append(f"{parts[part]}: holds NaN or infinity")
         if "a" in parts:
-            leaves = {name: tensors[name].T for name in ("a", "b")}
+            more = (0, scale.spec.rank - len(tensors["a"]))  # where ranks differ
+            leaves = {"a": np.pad(tensors["a"].T, ((0, 0), more)),
+                      "b": np.pad(tensors["b"].T, (more, (0, 0)))}
             leaves |= {"m": tensors["m"].ravel()} if "m" in parts else {}
         else:
             index, count = handle.part(key_of(parts))
@@ -189,7 +193,7 @@ def _read_leaves(
                 flat[name] = np.ascontiguousarray(value)
                 continue
             if name not in flat:
-                flat[name] = np.empty((layers[target], *value.shape), np.float32)
+                flat[name] = np.zeros((layers[target], *value.shape), np.float32)
             flat[name][layer] = value
     return flat
 
@@ -263,20 +267,26 @@ def _find_scale(
             "on what that means, save the LoRA again with one of them"
         )
     ranked = {m: r for m, r in ranks.items() if "w2" not in keys[m]}
-    rank = next(iter(ranked.values()), None)
+    rank = max(ranked.values(), default=None)
     whole = [module for module, parts in keys.items() if "w2" in parts]
     if ours and (wrong := value_problems({"scale_in_b": False, **ours}, OUR_KINDS)):
         raise LoraFileError(f"{file}, {OUR_METADATA}: " + "; ".join(wrong.values()))
     if ours.get("scale_in_b") and not alphas and rank in (None, ours["rank"]):
         return _Scale(LoraSpec(ours["rank"], ours["alpha"], ours["base_model"]), divided=True)
     if is_peft or theirs:
+        if len(set(ranked.values())) > 1:
+            raise LoraFileError(
+                f"{file}: expected one rank in all modules of a PEFT adapter (rank_pattern is not "
+                f"read), got {', '.join(map(str, sorted(set(ranked.values()))))}"
+            )
         config = _read_json(file.with_name(PEFT_CONFIG)) if is_peft else {
             k.removeprefix("transformer."): v for k, v in theirs.items()
         }
         spec = _spec_of_config(file, config, rank, keys)
         return _Scale(spec, whole=dict.fromkeys(whole, spec.scale))
     scales = {m: alphas[m] / ranks[m] for m in whole if m in alphas and ranks[m]}
-    by_module = {m: alphas.get(m, float(r)) for m, r in ranked.items()}
+    by_module = {m: alphas.get(m, float(r)) * (1 if r == rank else rank / max(r, 1))
+                 for m, r in ranked.items()}  # alpha / rank is that of the module
     found = by_module.values()
     if found and max(found) - min(found) <= SAME * abs(max(found)):
         alpha = next(iter(found))

@@ -168,7 +168,14 @@ def quantised_shapes(shapes: trees.Tree, quantise: str, dtype: Any) -> trees.Tre
 def _check_is_directory(directory: Path, contents: str) -> None:
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing"
-        raise WeightsError(f"{directory}: expected a directory with {contents}, found {found}")
+        advice = ""
+        if directory.suffix == ".safetensors" and directory.exists():
+            advice = "; one file of a model is named by transformer_file, beside model"
+        elif str(directory).startswith(("https:", "http:")):
+            advice = "; a model on the hub is named OWNER/NAME"
+        raise WeightsError(
+            f"{directory}: expected a directory with {contents}, found {found}{advice}"
+        )
 
 
 def read_vl_config(directory: str | Path) -> Qwen3VLConfig:

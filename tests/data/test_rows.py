@@ -1,5 +1,6 @@
 """Rows: what is accepted, and the message for everything that is not."""
 
+import gzip
 import io
 import json
 import logging
@@ -191,6 +192,22 @@ def test_zero_rows_are_refused(tmp_path):
         ["expected a JSON object per line, found none", "zero usable rows"],
         write_jsonl(tmp_path, raw=b"\n \n"),
     )
+    (tmp_path / "empty.csv").write_text("file_name,text\n")
+    assert_refused(["expected rows, found none", "zero usable rows"], tmp_path / "empty.csv")
+
+
+@pytest.mark.parametrize("raw, found", [
+    (gzip.compress(b'{"caption": "a"}\n' * 9), "gzip; unpack it; a .tar is read as it is"),
+    (b"PK\x03\x04" + b"\n" * 9, "zip; unpack it"),
+    ('{"caption": "a"}'.encode("utf-16"), "UTF-16; save it as UTF-8"),
+    (b'{"caption": "a"}\n\0\n', "bytes that are no text; is it another kind of file"),
+])
+def test_what_is_no_text_is_refused_once_not_line_by_line(tmp_path, raw, found):
+    for name in ("x.tar.gz", "x.csv", "x.json"):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(DataError, match=re.escape(found)) as e:
+            read_rows(tmp_path / name)
+        assert "\n" not in str(e.value)
 
 
 def test_missing_image_file_is_refused(folder):

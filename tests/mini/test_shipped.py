@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from configs import mini_style
-from dopsd_jax import sample, train, weights
+from dopsd_jax import sample, weights
 from dopsd_jax.core import trees
 from dopsd_jax.export import export
 from dopsd_jax.method import lora as lora_lib
@@ -13,6 +12,7 @@ from dopsd_jax.mini.before_after import before_and_after
 from dopsd_jax.run import loras
 from dopsd_jax.weights.pipeline import load_vision_language
 from dopsd_jax.weights.shipped import ASSETS, PIPELINES, UNDISTILLED
+from tests.notebook import executed
 
 PROMPTS = ["a red umbrella and a small cat, noto style", "a star, neon style"]
 
@@ -28,13 +28,16 @@ def noise(pipe):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The workdir of two updates of configs/mini_style.py."""
+def notebook_and_run(tmp_path_factory):
+    """docs/quickstart.ipynb, executed, and its workdir: two updates of configs/mini_style.py."""
     workdir = tmp_path_factory.mktemp("style") / "run"
-    c = mini_style.get_config()
-    c.num_train_steps, c.sample_every, c.checkpoint_every, c.warmup_steps = 2, 2, 2, 0
-    train.train(c, workdir)
-    return workdir
+    return executed(workdir, updates=2), workdir
+
+
+@pytest.fixture(scope="module")
+def run(notebook_and_run):
+    """The workdir of two updates of configs/mini_style.py."""
+    return notebook_and_run[1]
 
 
 def test_it_is_small_and_whole(pipe):
@@ -67,6 +70,16 @@ def test_the_undoing_lora_makes_another_model_of_it(pipe, noise):
     few = sample.generate(pipe, PROMPTS, num_steps=2, noise=noise)
     undone = sample.generate(pipe, PROMPTS, num_steps=2, noise=noise, lora=(tree, scale))
     assert np.abs(few.astype(float) - undone).mean() > 3
+
+
+def test_the_notebook_runs_from_the_first_cell_to_the_last(notebook_and_run):
+    notebook, run = notebook_and_run
+    for name in ("checkpoints/2", "samples/step_000002.png", "lora.safetensors", "report.html",
+                 "drawn/0000-a-cat-blueprint-style.png"):
+        assert (run / name).exists(), name
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 8 + 4 + 2
+    assert not [o for o in outputs if o.output_type == "error"]
 
 
 def test_a_lora_trained_on_it_draws_the_same_in_diffusers(

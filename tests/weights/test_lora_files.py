@@ -29,7 +29,7 @@ from lora_examples import (
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from dopsd_jax.core import trees
 from dopsd_jax.weights.lora_files import (
@@ -284,6 +284,35 @@ def test_alphas_that_differ_are_folded_into_b(tmp_path):
     lora["layers"]["attention"]["to_q"]["b"][1] *= 2
     lora["context_refiner"]["feed_forward"]["w2"]["b"] *= 0.5
     jax.tree.map(np.testing.assert_array_equal, got, lora)
+
+
+def test_a_lora_of_some_layers_with_several_ranks_is_what_diffusers_makes_of_it(base, tmp_path):
+    """As tools write that train or keep some layers, or cut each layer's ranks by its singular
+    values; alphas of all kinds."""
+    rng = np.random.default_rng(3)
+    ranks = {"layers.1.attention.to_q": (5, 5.0), "layers.1.attention.to_k": (2, 6.0),
+             "layers.0.feed_forward.w2": (3, 1.0), "context_refiner.0.attention.to_v": (1, 2.0)}
+    tensors = {}
+    for module, (rank, alpha) in ranks.items():
+        out, size_in = base.get_submodule(module).weight.shape
+        key = f"diffusion_model.{module}"
+        tensors[f"{key}.lora_A.weight"] = rng.standard_normal((rank, size_in), np.float32) * 0.2
+        tensors[f"{key}.lora_B.weight"] = rng.standard_normal((out, rank), np.float32)
+        tensors[f"{key}.alpha"] = np.full((), alpha, np.float32)
+    save_file(tensors, tmp_path / "x.safetensors")
+    shapes = shapes_of(random_lora(BLOCK))
+    lora, spec = read_lora(tmp_path / "x.safetensors", Z_IMAGE_MODULES, shapes)
+    assert spec == LoraSpec(5, 5.0)
+    assert lora["layers"]["attention"]["to_q"]["a"].shape == (2, 64, 5)
+    pipe = ZImagePipeline(
+        FlowMatchEulerDiscreteScheduler(), None, None, None, copy.deepcopy(base)
+    )
+    pipe.load_lora_weights(tmp_path / "x.safetensors")
+    assert_same_picture(run(pipe.transformer), base, lora, spec)
+    # What is written of it is the same, zeros included.
+    save_diffusers(tmp_path / "y.safetensors", lora, spec, Z_IMAGE_MODULES)
+    again, _ = read_lora(tmp_path / "y.safetensors", Z_IMAGE_MODULES, shapes)
+    jax.tree.map(np.testing.assert_array_equal, again, lora)
 
 
 def test_published_output_directory_gives_its_student(tmp_path):

@@ -59,17 +59,27 @@ def test_all_that_is_wrong_with_the_names_is_said_at_once(tensors):
         "text_encoder.layers.1.lora_A.weight: unknown key",
         f"{A}: lora_B of the same module is missing",
         "transformer.noise_refiner.0.feed_forward.w2.lora_B.weight: lora_A of the same module is",
-        "layers/attention/to_q: expected all 2 layers, got 1, missing 1; a LoRA of some layers "
-        "only is not read, add the missing ones with a lora_B of zeros",
+        "layers/attention/to_q: expected all 2 layers, got 1, missing 1; a DoRA of some layers "
+        "only is not read, nor any file of some without the network's shapes",
     ):
         assert line in text
 
 
-def test_differing_ranks_are_refused(tensors):
-    t, read = tensors
-    t[A], t[B] = np.zeros((5, 64), np.float32), np.zeros((64, 5), np.float32)
-    fails(rf"expected one rank in all modules, got 3 in 27, first .*; 5 in 1, first {A}; resize",
-          t, f=read)
+def test_a_dora_of_some_layers_and_a_peft_adapter_of_several_ranks_are_refused(tmp_path):
+    lora = random_lora(BLOCK)
+    save_peft(tmp_path, lora, SPEC, Z_IMAGE_MODULES)
+    t = load_file(tmp_path / "adapter_model.safetensors")
+    a, b = (f"base_model.model.{key.removeprefix('transformer.')}" for key in (A, B))
+    save_file({**t, a: np.zeros((5, 64), np.float32), b: np.zeros((64, 5), np.float32)},
+              tmp_path / "adapter_model.safetensors")
+    fails(r"one rank in all modules of a PEFT adapter \(rank_pattern is not read\), got 3, 5",
+          tmp_path, Z_IMAGE_MODULES)
+    q = A.replace("lora_A.weight", "")
+    save_file({f"{q}lora_A.weight": np.ones((3, 64), np.float32),
+               f"{q}lora_B.weight": np.ones((64, 3), np.float32),
+               f"{q}lora_magnitude_vector": np.ones(64, np.float32)}, tmp_path / "d.safetensors")
+    fails("layers/attention/to_q: expected all 2 layers, got 1, missing 0; a DoRA of some layers",
+          tmp_path / "d.safetensors", Z_IMAGE_MODULES, shapes_of(lora))
 
 
 @pytest.mark.parametrize("key,shape,text", [
@@ -90,10 +100,9 @@ def test_shapes_and_layers_are_checked_against_the_network(tensors):
     shapes["layers/attention/to_q/kernel"] = jax.ShapeDtypeStruct((3, 96, 96), jnp.float32)
     shapes["layers/attention/to_k/kernel"] = jax.ShapeDtypeStruct((1, 64, 64), jnp.float32)
     del shapes["noise_refiner/feed_forward/w1/kernel"]
-    text = fails("5 problems", t, trees.unflatten(shapes), f=read)
+    text = fails("4 problems", t, trees.unflatten(shapes), f=read)
     for line in (
         f"{A}: expected (r, 96) and (out, r) = (96, r), got (3, 64) and (64, 3); is it of another",
-        "layers/attention/to_q: expected all 3 layers, got 2, missing 2; a LoRA of some",
         "layers/attention/to_k: the network has 1 layers, the file one 1",
         "w1.lora_A.weight: the network has no parameter noise_refiner/feed_forward/w1/kernel",
     ):
