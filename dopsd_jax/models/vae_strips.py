@@ -12,7 +12,8 @@ Of the parameters, which are those of models/vae.py, this module only reads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +29,25 @@ Stats = tuple[jax.Array, jax.Array, jax.Array]  # pixels seen; mean and squared 
 
 
 @dataclasses.dataclass(frozen=True)
+class Span:
+    """Rows of a picture: `count` from `start` on, at most `out` of them above it, or below it."""
+
+    start: jax.Array
+    count: int
+    out: int
+
+    def wider(self, rows: int) -> Span:
+        return Span(self.start - rows, self.count + 2 * rows, self.out + rows)
+
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """A picture [H, W, C] whose rows are read from memory or computed when they are asked for.
 
     Attributes:
         shape: (H, W, C).
         base: The kept array that rows are computed from.
-        read: (base, start, count) -> [1, count, W, C], the rows from `start` on, which is traced;
-            those above row 0 and below row H - 1 hold anything.
+        read: (base, span) -> [1, span.count, W, C]; rows outside the picture hold anything.
         bytes: Of one row of the widest array that is met on the way.
         first: Of a kept picture: the row of `base` that holds its row 0. None: it is not kept.
         stats: Of the groups of its GroupNorm, where they are known.
@@ -43,7 +55,7 @@ class Rows:
 
     shape: tuple[int, int, int]
     base: jax.Array
-    read: Callable[[jax.Array, jax.Array | int, int], jax.Array]
+    read: Callable[[jax.Array, Span], jax.Array]
     bytes: int
     first: int | None = None
     stats: Stats | None = None
@@ -61,6 +73,7 @@ class Strips:
     groups: int
     epsilon: float
     dtype: Dtype
+    fresh: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     def encode(self, params, images: jax.Array) -> jax.Array:
         """conv_in and all down_blocks: [B, H, W, 3] -> [B, h, w, D], one picture at a time.
@@ -104,16 +117,18 @@ class Strips:
         h = self._settle(self._conv(params["conv1"], x, params["norm1"]), KEPT // 2)
         h = self._measured(h)
 
-        def read(base, start, count):
+        def read(base, span):
             if h.first is None:  # computed from x, of which the outer rows are then for h alone
-                outer = x.read(base, start - 2, count + 4)
-                inner = self._conv_rows(params["conv1"], outer, start - 2, x, params["norm1"])
+                outer = x.read(base, span.wider(2))
+                inner = self._conv_rows(params["conv1"], outer, span.wider(2), x, params["norm1"])
                 skipped = outer[:, 2:-2]
             else:
-                inner, skipped = h.read(h.base, start - 1, count + 2), x.read(base, start, count)
+                inner, skipped = h.read(h.base, span.wider(1)), x.read(base, span)
             if "conv_shortcut" in params:
                 skipped = self._product(params["conv_shortcut"], skipped)
-            return skipped + self._conv_rows(params["conv2"], inner, start - 1, h, params["norm2"])
+            return skipped + self._conv_rows(
+                params["conv2"], inner, span.wider(1), h, params["norm2"]
+            )
 
         return self._settle(Rows(h.shape, x.base, read, max(x.bytes, h.bytes)), KEPT, over=x)
 
@@ -124,9 +139,8 @@ class Strips:
         H, W, _ = x.shape
         features = params["kernel"].shape[-1]
 
-        def read(base, start, count):
-            rows = x.read(base, start - 1, count + 2)
-            return self._conv_rows(params, rows, start - 1, x, norm)
+        def read(base, span):
+            return self._conv_rows(params, x.read(base, span.wider(1)), span.wider(1), x, norm)
 
         return Rows((H, W, features), x.base, read, max(x.bytes, self._row_bytes(W, features)))
 
@@ -134,11 +148,11 @@ class Strips:
         """Every pixel four times, then a convolution."""
         H, W, D = x.shape
 
-        def read(base, start, count):
-            above = start // 2  # rows of x; a pair of them begins at an even row
-            rows = x.read(base, above, count // 2 + 1)
+        def read(base, span):
+            first = span.start // 2  # of x
+            rows = x.read(base, Span(first, span.count // 2 + 1, span.out // 2 + 1))
             rows = jnp.repeat(jnp.repeat(rows, 2, axis=1), 2, axis=2)
-            return jax.lax.dynamic_slice_in_dim(rows, start - 2 * above, count, axis=1)
+            return jax.lax.dynamic_slice_in_dim(rows, span.start - 2 * first, span.count, axis=1)
 
         row_bytes = max(x.bytes // 2, self._row_bytes(2 * W, D))
         return self._conv(params, Rows((2 * H, 2 * W, D), x.base, read, row_bytes))
@@ -148,18 +162,19 @@ class Strips:
         H, W, _ = x.shape
         features = params["kernel"].shape[-1]
 
-        def read(base, start, count):
-            rows = _blank(x.read(base, 2 * start, 2 * count + 1), 2 * start, H)
+        def read(base, span):
+            wide = Span(2 * span.start, 2 * span.count + 1, 2 * span.out + 1)
+            rows = _blank(x.read(base, wide), wide, H)
             return self._product(params, rows, stride=2, columns=(0, 1))
 
         row_bytes = max(2 * x.bytes, self._row_bytes(W // 2, features))
         return Rows((H // 2, W // 2, features), x.base, read, row_bytes)
 
-    def _conv_rows(self, params, rows: jax.Array, start, x: Rows, norm=None) -> jax.Array:
-        """`rows` are those of x from `start` on; the outermost two are lost."""
+    def _conv_rows(self, params, rows: jax.Array, span: Span, x: Rows, norm=None) -> jax.Array:
+        """`rows` are the span of x; the outermost two are lost."""
         if norm is not None:
             rows = jax.nn.silu(self._normed(norm, rows, x.stats))
-        return self._product(params, _blank(rows, start, x.shape[0]), columns=(1, 1))
+        return self._product(params, _blank(rows, span, x.shape[0]), columns=(1, 1))
 
     def _product(self, params, rows: jax.Array, stride: int = 1, columns=(0, 0)) -> jax.Array:
         rows, kernel, bias = (
@@ -188,7 +203,7 @@ class Strips:
         height, count = _strips(x)
 
         def strip(i, stats):
-            rows = x.read(x.base, i * height, height)
+            rows = x.read(x.base, _span(x, height, i))
             return self._merged(stats, rows, x.shape[0] - i * height)
 
         return dataclasses.replace(x, stats=jax.lax.fori_loop(0, count, strip, self._nothing()))
@@ -211,11 +226,13 @@ class Strips:
             target = jnp.pad(target, ((0, 0), (0, missing), (0, 0), (0, 0)))
         else:
             first = HEAD
-            target = jnp.zeros((1, first + count * height + HEAD, W, C), self.dtype)
+            rows = first + count * height + HEAD
+            # Of a number of its own: XLA would keep one array of zeros and copy it every time.
+            target = jnp.full((1, rows, W, C), next(self.fresh), self.dtype)
 
         def strip(i, carry):
             target, stats = carry
-            rows = x.read(target if in_place else x.base, i * height, height)
+            rows = x.read(target if in_place else x.base, _span(x, height, i))
             stats = self._merged(stats, rows, H - i * height)
             # Fused with what reads `target`, the write would be into a copy of it.
             target, rows = jax.lax.optimization_barrier((target, rows))
@@ -257,25 +274,31 @@ def _kept(array: jax.Array, first: int = 0, height: int = 0, stats: Stats | None
     """A picture in memory: `height` rows of [1, .., W, C] from `first` on; 0: all of them."""
     _, there, W, C = array.shape
 
-    def read(base, start, count):
-        return _slice(base, first + start, count)
+    height = height or there
+    spare = min(first, there - first - height)
 
-    shape = (height or there, W, C)
+    def read(base, span):
+        return _slice(base, first + span.start, span.count, max(0, span.out - spare))
+
+    shape = (height, W, C)
     return Rows(shape, array, read, W * C * array.dtype.itemsize, first, stats)
 
 
-def _slice(array: jax.Array, start, count: int) -> jax.Array:
-    """Rows of [1, H, W, C] from `start` on, each where it belongs even at the array's ends."""
-    held = min(count, array.shape[1])
-    first = jnp.clip(start, 0, array.shape[1] - held)
-    rows = jax.lax.dynamic_slice_in_dim(array, first, held, axis=1)
-    rows = jnp.pad(rows, ((0, 0), (count, count), (0, 0), (0, 0)))
-    return jax.lax.dynamic_slice_in_dim(rows, start - first + count, count, axis=1)
+def _slice(array: jax.Array, start: jax.Array, count: int, out: int) -> jax.Array:
+    """Rows of [1, H, W, C] from `start` on, of which `out` may be above the array, or below it."""
+    if out:
+        held = min(count, array.shape[1])
+        first = jnp.clip(start, 0, array.shape[1] - held)
+        array = jax.lax.dynamic_slice_in_dim(array, first, held, axis=1)
+        # Rows in the array stay where they belong, where a slice would begin within it.
+        array = jnp.pad(array, ((0, 0), (out, out), (0, 0), (0, 0)))
+        start = start - first + out
+    return jax.lax.dynamic_slice_in_dim(array, start, count, axis=1)
 
 
-def _blank(rows: jax.Array, start, height: int) -> jax.Array:
+def _blank(rows: jax.Array, span: Span, height: int) -> jax.Array:
     """Zeros for rows outside the picture, as a convolution pads it."""
-    index = start + jnp.arange(rows.shape[1])
+    index = span.start + jnp.arange(span.count)
     inside = (index >= 0) & (index < height)
     return jnp.where(inside[:, None, None], rows, jnp.zeros((), rows.dtype))
 
@@ -286,6 +309,11 @@ def _strips(x: Rows) -> tuple[int, int]:
     most = max(1, min(H, STRIP // x.bytes))
     height = min(range(most, most // 2, -1), key=lambda height: -H % height)
     return height, -(-H // height)
+
+
+def _span(x: Rows, height: int, i: jax.Array) -> Span:
+    """The strip i."""
+    return Span(i * height, height, -x.shape[0] % height)
 
 
 def _in_order(params, prefix: str) -> list:
