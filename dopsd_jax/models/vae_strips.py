@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dopsd_jax.models.layers import Dtype
 
@@ -235,7 +236,7 @@ class Strips:
             rows = x.read(target if in_place else x.base, _span(x, height, i))
             stats = self._merged(stats, rows, H - i * height)
             # Fused with what reads `target`, the write would be into a copy of it.
-            target, rows = jax.lax.optimization_barrier((target, rows))
+            target, rows = jax.lax.optimization_barrier((target, _row_major(rows)))
             at = first + i * height
             return jax.lax.dynamic_update_slice_in_dim(target, rows, at, axis=1), stats
 
@@ -278,7 +279,8 @@ def _kept(array: jax.Array, first: int = 0, height: int = 0, stats: Stats | None
     spare = min(first, there - first - height)
 
     def read(base, span):
-        return _slice(base, first + span.start, span.count, max(0, span.out - spare))
+        rows = _slice(base, first + span.start, span.count, max(0, span.out - spare))
+        return jax.lax.optimization_barrier(_row_major(rows))
 
     shape = (height, W, C)
     return Rows(shape, array, read, W * C * array.dtype.itemsize, first, stats)
@@ -294,6 +296,12 @@ def _slice(array: jax.Array, start: jax.Array, count: int, out: int) -> jax.Arra
         array = jnp.pad(array, ((0, 0), (out, out), (0, 0), (0, 0)))
         start = start - first + out
     return jax.lax.dynamic_slice_in_dim(array, start, count, axis=1)
+
+
+def _row_major(rows: jax.Array) -> jax.Array:
+    if rows.shape[-1] < 8:
+        return rows
+    return with_layout_constraint(rows, Layout((0, 1, 2, 3)))
 
 
 def _blank(rows: jax.Array, span: Span, height: int) -> jax.Array:
