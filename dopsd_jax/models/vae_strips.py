@@ -228,8 +228,10 @@ class Strips:
         else:
             first = HEAD
             rows = first + count * height + HEAD
-            # Of a number of its own: XLA would keep one array of zeros and copy it every time.
-            target = jnp.full((1, rows, W, C), next(self.fresh), self.dtype)
+            # Of a number of its own that is not known before x.base is: else XLA makes the arrays
+            # of all blocks at the start, or one of zeros that it keeps and copies every time.
+            number = x.base[0, 0, 0, 0].astype(self.dtype) + next(self.fresh)
+            target = jnp.full((1, rows, W, C), number)
 
         def strip(i, carry):
             target, stats = carry
