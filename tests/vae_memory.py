@@ -25,6 +25,10 @@ FAMILIES = {
 }
 TPU = "v5e:1x1"
 BAR = 2.0  # GiB of temporaries
+CASES = [
+    ("Z-Image", "decode", 1024), ("Z-Image", "decode", 2048), ("Z-Image", "encode", 1024),
+    ("Z-Image", "encode", 2048), ("FLUX.2", "decode", 2048), ("FLUX.2", "encode", 2048),
+]
 
 
 @functools.cache
