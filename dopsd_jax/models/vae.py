@@ -27,6 +27,7 @@ from dopsd_jax.core.checks import (
 )
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, Dtype
+from dopsd_jax.models.vae_strips import Strips, wanted
 
 NORM_EPS = 1e-6
 STACKS = (r"(down|up)_blocks_\d+", "mid_block")
@@ -242,10 +243,13 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config, widths = self.config, self.config.block_out_channels
         groups, last = config.norm_num_groups, len(widths) - 1
-        x = _conv(widths[0], self.dtype, "conv_in")(x)
-        for i, width in enumerate(widths):
-            x = DownBlock(width, config.layers_per_block, i < last, groups, self.dtype,
-                          name=f"down_blocks_{i}")(x)
+        if self.is_initializing() or not wanted(*x.shape[1:3], widths[0], self.dtype):
+            x = _conv(widths[0], self.dtype, "conv_in")(x)
+            for i, width in enumerate(widths):
+                x = DownBlock(width, config.layers_per_block, i < last, groups, self.dtype,
+                              name=f"down_blocks_{i}")(x)
+        else:
+            x = Strips(groups, NORM_EPS, self.dtype).encode(self.variables["params"], x)
         x = MidBlock(groups, self.dtype, name="mid_block")(x)
         x = nn.silu(_norm(groups, self.dtype, "conv_norm_out")(x))
         return _conv(2 * config.latent_channels, self.dtype, "conv_out")(x)
@@ -263,6 +267,9 @@ class Decoder(nn.Module):
         groups, last = config.norm_num_groups, len(widths) - 1
         x = _conv(widths[0], self.dtype, "conv_in")(x)
         x = MidBlock(groups, self.dtype, name="mid_block")(x)
+        H, W = (side * 2**last for side in x.shape[1:3])
+        if wanted(H, W, widths[-1], self.dtype) and not self.is_initializing():
+            return Strips(groups, NORM_EPS, self.dtype).decode(self.variables["params"], x)
         for i, width in enumerate(widths):
             x = UpBlock(width, config.layers_per_block + 1, i < last, groups, self.dtype,
                         name=f"up_blocks_{i}")(x)

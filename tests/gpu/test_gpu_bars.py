@@ -1,4 +1,4 @@
-"""The LoRA step at Z-Image's size by XLA's GPU compiler, for cards that are not there.
+"""The LoRA step and the VAEs at full size by XLA's GPU compiler, for cards that are not there.
 
     bash launch/test.sh -n 0 -s -m gpu tests/gpu      # needs jax[cuda]; about a minute each
 
@@ -14,6 +14,7 @@ from configs import z_image_turbo_lora
 from dopsd_jax import plan
 from dopsd_jax.planning import compiler, hlo
 from dopsd_jax.planning.chips import GIB
+from tests import vae_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,3 +69,8 @@ def test_no_weight_is_copied_beside_a_loras_factor():
     for kind, dims in hlo.array_shapes(planned("h100", "full").text):
         wide = [d for d in dims if any(w < d <= w + 3 * 64 for w in WIDTHS)]
         assert not (len(dims) == 2 and wide), f"{kind}{list(dims)}"
+
+
+@pytest.mark.parametrize("family,direction,side", vae_memory.CASES)
+def test_the_vae_takes_two_gib(family, direction, side):
+    assert vae_memory.temporaries("4090", family, direction, side) <= vae_memory.BAR

@@ -21,6 +21,7 @@ from dopsd_jax.core import trees
 from dopsd_jax.planning import compiler, hlo, lowering
 from dopsd_jax.planning.chips import GIB
 from dopsd_jax.weights.pipeline import transformer_shapes
+from tests import vae_memory
 
 pytestmark = pytest.mark.skipif(
     not compiler.has_tpu_compiler(), reason="libtpu is not installed: pip install -e '.[test]'"
@@ -227,3 +228,10 @@ def test_estimated_utilisation(topology, bar):
     print(f"| | {p.total / GIB:.2f} GiB, {p.seconds:.2f} s per step | |")
     if 100 * p.mfu < bar:
         pytest.xfail(f"{topology}: estimated {100 * p.mfu:.1f}%, the bar is {bar}%")
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("family,direction,side", vae_memory.CASES)
+def test_the_vae_takes_two_gib(family, direction, side):
+    found = vae_memory.temporaries(vae_memory.TPU, family, direction, side)
+    assert found <= vae_memory.BAR
