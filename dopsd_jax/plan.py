@@ -2,19 +2,23 @@
 
     python -m dopsd_jax.plan --config configs/z_image_turbo_lora.py --topology v5e:4x4
     python -m dopsd_jax.plan --config .. --topology v5e:4x4,v6e:4x4 --sweep
-    python -m dopsd_jax.plan --config .. --device h100,4090
+    python -m dopsd_jax.plan --config .. --device h100,4090 --phases
+    python -m dopsd_jax.plan --config .. --fit 16
 
-The train step is compiled by the real TPU or GPU compiler, from shapes alone. Exit status: 0 fits,
-2 does not, 1 wrong input. Times are estimates, never measurements.
+The train step, and with --phases or --fit every other program of a run, is compiled by the real TPU
+or GPU compiler, from shapes alone. Exit status: 0 fits, 2 does not, 1 wrong input. Times are
+estimates, never measurements.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from dopsd_jax.core import cli, sharding
@@ -27,7 +31,6 @@ from dopsd_jax.planning.phases import Phase
 from dopsd_jax.planning.plans import (
     Plan,
     gib,
-    mesh_of,
     plan,
     policies,
     step_flops,
@@ -51,14 +54,15 @@ def report(config: ConfigDict, p: Plan) -> str:
     lines = [
         f"{p.topology}: {p.chips} chips, {p.batch:g} pictures per update and chip, remat {p.remat}",
     ]
+    most = f", most where the run is to {phases.WORDS[p.peak.name]}" if p.phases else ""
     if not p.fits:
-        needs = "more" if p.total is None else f"{p.total / GIB:.2f} GiB"
-        lines.append(f"DOES NOT FIT: needs {needs}, a chip has {p.limit / GIB:.2f} GiB")
-        return "\n".join([*lines, *_memory_lines(p)])
-    left = 1 - p.total / p.limit
-    lines.append(f"FITS: {p.total / GIB:.2f} of {p.limit / GIB:.2f} GiB per chip"
+        needs = "more" if math.isinf(p.needed) else f"{gib(p.needed)} GiB"
+        lines.append(f"DOES NOT FIT: needs {needs}, a chip has {p.limit / GIB:.2f} GiB{most}")
+        return "\n".join([*lines, *_phase_lines(p.phases), *_memory_lines(p)])
+    left = 1 - p.needed / p.limit
+    lines.append(f"FITS: {gib(p.needed)} of {p.limit / GIB:.2f} GiB per chip{most}"
                  + (f"; only {left:.0%} is left" if left < HEADROOM else ""))
-    lines += _memory_lines(p)
+    lines += [*_phase_lines(p.phases), *_memory_lines(p)]
     if p.collectives:
         lines.append("collectives per step and chip:")
     for op in hlo.COLLECTIVES:
@@ -78,6 +82,15 @@ def report(config: ConfigDict, p: Plan) -> str:
         f"planned in {p.seconds_compiling:.0f} s",
     ]
     return "\n".join(lines)
+
+
+def _phase_lines(found: list[Phase]) -> list[str]:
+    """What every phase of a run needs, in their order."""
+    if not found:
+        return []
+    lines = [f"  {phases.WORDS[p.name]:32} {gib(p.total):>8} GiB: program {gib(p.program)}, "
+             f"beside it {gib(p.beside)}" for p in found]
+    return ["phases of the run:", *lines, "the train step's program:"]
 
 
 def _memory_lines(p: Plan) -> list[str]:
@@ -134,35 +147,53 @@ def table(plans: list[Plan]) -> str:
     return "\n".join(lines)
 
 
-def plan_here(config: ConfigDict, batch: int = 0) -> str:
+def plan_here(config: ConfigDict, batch: int = 0, *, all_phases: bool = False) -> str:
     """The same for this machine's devices: memory by XLA's analysis, and FLOPs."""
     devices = jax.devices()
     check_values(config, besides=("model", "vlm", "data"))
     config, batch = with_batch(config, len(devices), batch)
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    share = remat.SHARE if config.remat == AUTO else 1.0
     for policy in policies(config):
         config = with_remat(config, policy)
         lowered, shapes = lowering.lower(config, mesh)
-        memory = lowered.compile().memory_analysis()
+        counted = memory_of(lowered.compile())
         preview = lowering.preview_bytes(config, shapes)
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + preview
-        if limit is None or total <= limit:
+        total = sum(counted.values()) + preview
+        if total <= share * limit:
             break
-    fits = "" if limit is None else ("FITS: " if total <= limit else "DOES NOT FIT: ")
-    of = "" if limit is None else f" of {limit / GIB:.2f}"
+    found = _phases_here(config, mesh, total - preview) if all_phases else []
+    needed = max([total, *(p.total for p in found)])
+    fits = "" if math.isinf(limit) else ("FITS: " if needed <= limit else "DOES NOT FIT: ")
+    of = "" if math.isinf(limit) else f" of {gib(limit)}"
     step = step_flops(config, lowering.step_of(config, mesh))
+    temporaries = sum(counted.values()) - counted["arguments"]
     return "\n".join([
         f"{len(devices)} x {devices[0].device_kind}, {batch:g} pictures per device, "
         f"remat {config.remat}",
-        f"{fits}{total / GIB:.2f}{of} GiB per device",
+        f"{fits}{gib(needed)}{of} GiB per device",
+        *_phase_lines(found),
         f"  weights            {lowering.bytes_per_device(shapes.base or {}) / GIB:8.2f} GiB",
         f"  trained state      {lowering.bytes_per_device(shapes.state) / GIB:8.2f} GiB",
         *_preview_line(preview),
-        f"  temporaries        {memory.temp_size_in_bytes / GIB:8.2f} GiB",
+        f"  temporaries        {temporaries / GIB:8.2f} GiB",
         f"FLOPs per picture    {step.useful / 1e12:.3g} T useful, {step.computed / 1e12:.3g} T "
         "computed",
     ])
+
+
+def _phases_here(config: ConfigDict, mesh: Mesh, train: float) -> list[Phase]:
+    """Every phase on this machine's devices; `train`: bytes of the train step's program."""
+    found = []
+    for name, known in phases.arrays(config, mesh).items():
+        if name == phases.TRAIN:
+            found.append(Phase(name, train, known.beside))
+            continue
+        program = sum(memory_of(phases.lower(config, mesh, name).compile()).values())
+        found.append(Phase(name, program, known.beside))
+        log.info("%s: %s GiB", phases.WORDS[name], gib(found[-1].total))
+    return found
 
 
 def define_flags() -> None:
@@ -175,6 +206,10 @@ def define_flags() -> None:
                          "mesh.tensor); default: as configured, or 1.",
                          lower_bound=0)
     flags.DEFINE_bool("sweep", False, "A table over topologies, batches and remat policies.")
+    flags.DEFINE_bool("phases", False, "Compile what comes before and beside the updates too: "
+                      "encoding the data, drawing and decoding pictures.")
+    flags.DEFINE_string("fit", "", f"Find what fits a card of {', '.join(fit.CLASSES)} GB, or one "
+                        "card or chip by its name, such as v5e:1x1.")
     flags.DEFINE_bool("full", False, "Build the executable: many minutes, a better estimate.")
 
 
@@ -190,8 +225,17 @@ def main() -> None:
                          f" it goes through batches {SWEEP_BATCHES} by short plans")
     if FLAGS.full and (not FLAGS.topology or FLAGS.device):
         raise ValueError("--full: expected --topology alone with it: it is about the TPU compiler")
-    if not targets:
-        text = plan_here(config, FLAGS.batch)
+    if FLAGS.fit:
+        if targets or FLAGS.sweep or FLAGS.full:
+            raise ValueError("--fit: expected it alone, or with --batch, got --topology, --device, "
+                             "--sweep or --full; give the card or chip to --fit itself")
+        target = fit.target_of(FLAGS.fit)
+        found = fit.find(config, target, FLAGS.batch)
+        file = config_flags.get_config_filename(FLAGS["config"])
+        print(fit.report(config, found, fit.shipped(file, target)))
+        fits = found.changes is not None
+    elif not targets:
+        text = plan_here(config, FLAGS.batch, all_phases=FLAGS.phases)
         print(text)
         fits = "DOES NOT FIT" not in text
     elif FLAGS.sweep:
@@ -199,7 +243,8 @@ def main() -> None:
         print(table(plans))
         fits = any(p.fits for p in plans)
     else:
-        plans = [plan(config, t, batch=FLAGS.batch, full=FLAGS.full) for t in targets]
+        plans = [plan(config, t, batch=FLAGS.batch, full=FLAGS.full, all_phases=FLAGS.phases)
+                 for t in targets]
         if len(plans) > 1:
             print(table(plans) + "\n")
         print("\n\n".join(report(config, p) for p in plans))

@@ -9,24 +9,24 @@ needs. Settings that cannot fit, by the weights alone, are not compiled.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from dopsd_jax.core.log import log
 from dopsd_jax.planning import phases
-from dopsd_jax.planning.chips import count_chips
+from dopsd_jax.planning.chips import chip_of, count_chips
 from dopsd_jax.planning.gpus import GPUS
 from dopsd_jax.planning.phases import DRAWING, ENCODING, TRAIN, Arrays, Phase
 from dopsd_jax.planning.plans import checked, gib, measure, mesh_of, with_batch
 from dopsd_jax.run import remat
 from dopsd_jax.run.keys import AUTO
+from dopsd_jax.weights.pipeline import AS_DTYPE
 
 CLASSES = {"24": "4090", "16": "4080", "12": "4070"}  # GB of a card -> the one that is planned for
-# What is tried of the frozen encoders and of the frozen transformer, in this order.
-ENCODER_CHOICES: tuple[dict[str, Any], ...] = ({},)
-BASE_CHOICES: tuple[dict[str, Any], ...] = ({},)
+DTYPES = (AS_DTYPE, "int8", "nf4")  # of the frozen networks, from the best to the smallest
 
 Known = Callable[[ConfigDict], dict[str, Arrays]]
 Needs = Callable[[ConfigDict, str, int], Phase]  # phase, and bytes beside it
@@ -84,6 +84,21 @@ def target_of(name: str) -> str:
     return target
 
 
+def shipped(name: str, target: str) -> str:
+    """The config for such a card or chip that stands beside another one, "" if there is none.
+
+    Args:
+        name: File of that one, such as configs/a.py, beside which configs/a_24gb.py may stand.
+        target: See `target_of`.
+    """
+    memory = chip_of(target).memory
+    for gb, card in CLASSES.items():  # the largest first
+        if chip_of(card).memory <= 1.001 * memory:
+            file = Path(name).with_name(f"{Path(name).stem}_{gb}gb.py")
+            return str(file) if file.is_file() and memory < 1.5 * chip_of(card).memory else ""
+    return ""
+
+
 def find(config: ConfigDict, target: str, batch: int = 0) -> Fit:
     """Searches with the real compilers.
 
@@ -124,18 +139,21 @@ class Search:
 
     def run(self, target: str) -> Fit:
         """All phases of the first setting that fits, or the trials that did not."""
-        encoding = self._first(ENCODER_CHOICES, self._encoding)
-        training = self._first(BASE_CHOICES, self._training)
+        encoding = self._first("encoder_dtype", self._encoding)
+        training = self._first("base_dtype", self._training)
         chosen = [t for t in (encoding, training) if t is not None]
         if len(chosen) < 2:
-            return Fit(target, self._limit, self.trials, None, [p for t in chosen for p in t.phases])
+            return Fit(target, self._limit, self.trials, None, [])
         changes = {"batch_size": self._config.batch_size} | encoding.changes | training.changes
         return Fit(target, self._limit, self.trials, changes, encoding.phases + training.phases)
 
-    def _first(
-        self, choices: Iterable[dict[str, Any]], attempt: Callable[[dict[str, Any]], Trial]
-    ) -> Trial | None:
-        return next((t for t in map(attempt, choices) if t.fits), None)
+    def _first(self, key: str, attempt: Callable[[dict[str, Any]], Trial]) -> Trial | None:
+        """Goes on from the config's own value, and not at all where the key may have no other."""
+        given = self._config[key]
+        choices = DTYPES[DTYPES.index(given):] if given in DTYPES else (given,)
+        if key == "base_dtype" and self._config.trainable == "full":
+            choices = (given,)
+        return next((t for t in map(attempt, ({key: c} for c in choices)) if t.fits), None)
 
     def _encoding(self, changes: dict[str, Any]) -> Trial:
         config = changed(self._config, changes, remat.ORDER[-1])

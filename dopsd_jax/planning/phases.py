@@ -13,8 +13,6 @@ import dataclasses
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
@@ -23,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import sharding, trees
+from dopsd_jax.core import sharding
 from dopsd_jax.core.memory import memory_of
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.data.prompts import smart_resize
@@ -36,11 +34,17 @@ from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
 from dopsd_jax.planning import compiler, lowering
 from dopsd_jax.planning.chips import chip_of
 from dopsd_jax.run.config import needs_latents, needs_teacher, needs_vlm
-from dopsd_jax.run.keys import AUTO
 from dopsd_jax.run.model import load_model
 from dopsd_jax.run.pictures import PREFLIGHT_PICTURES
 from dopsd_jax.weights.families import published_encoders
-from dopsd_jax.weights.pipeline import read_vl_config, text_shapes, vae_shapes, vision_shapes
+from dopsd_jax.weights.pipeline import (
+    quantised_as,
+    quantised_shapes,
+    read_vl_config,
+    text_shapes,
+    vae_shapes,
+    vision_shapes,
+)
 
 CAPTIONS, LOOKS, LATENTS = "captions", "looks", "latents"
 TRAIN, DRAW, DECODE = "train", "draw", "decode"
@@ -151,10 +155,12 @@ class Weights:
         dtype = jnp.dtype(config.dtype)
         self.text = self.vision = None
         if not config.cache:
-            spread = self.own or self.one
-            self.text = _placed(text_shapes(encoders.text_encoder), spread, dtype)
+            spread, kind = self.own or self.one, quantised_as("encoder_dtype", config.encoder_dtype)
+            text = quantised_shapes(text_shapes(encoders.text_encoder), kind, dtype)
+            self.text = _placed(text, spread)
             if encoders.looks:
-                self.vision = _placed(vision_shapes(encoders.vision), spread, dtype)
+                vision = quantised_shapes(vision_shapes(encoders.vision), kind, dtype)
+                self.vision = _placed(vision, spread)
         self.vae = None
         vae, vae_dtype = vae_shapes(encoders.vae), jnp.dtype(config.vae_dtype)
         self.encodes = _whole(_without(vae, VAE_DECODES), self.one, vae_dtype)
@@ -217,10 +223,7 @@ def arrays(config: ConfigDict, mesh: Mesh | AbstractMesh) -> dict[str, Arrays]:
 def _variables(step, shapes, mesh: Mesh | AbstractMesh) -> Tree:
     """What the network draws with, as placed shapes."""
     made = jax.eval_shape(step.method.assemble, shapes.base, shapes.state.student)
-    where = sharding.shard(mesh, made)
-    return jax.tree.map(
-        lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), made, where
-    )
+    return _placed(made, mesh)
 
 
 def lower(config: ConfigDict, mesh: Mesh, name: str) -> jax.stages.Lowered:
@@ -311,16 +314,17 @@ def _own_meshes(
     """What `sharding.own_mesh` is to the first process of a mesh, and its first device alone."""
     if isinstance(mesh, AbstractMesh):
         own = min(mesh.size, HOST)
-        return lowering.abstract_mesh(1, own, 1) if own > 1 else None, lowering.abstract_mesh(1, 1, 1)
+        several = lowering.abstract_mesh(1, own, 1) if own > 1 else None
+        return several, lowering.abstract_mesh(1, 1, 1)
     devices = list(mesh.devices.flat)
     own = [d for d in devices if d.process_index == devices[0].process_index]
     several = sharding.make_mesh(1, -1, 1, devices=own) if len(own) > 1 else None
     return several, sharding.make_mesh(1, 1, 1, devices=own[:1])
 
 
-def _placed(shapes: Tree, mesh: Mesh, dtype: jnp.dtype) -> Tree:
+def _placed(shapes: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     return jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, dtype, sharding=where),
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
         shapes, sharding.shard(mesh, shapes),
     )
 
