@@ -10,6 +10,7 @@ Run as a module it is the child that `compile_for` starts; see `main`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from dopsd_jax.core.trees import Tree
 from dopsd_jax.data.prompts import smart_resize
 from dopsd_jax.method import contexts, sampling
 from dopsd_jax.method.guidance import with_guidance
-from dopsd_jax.models.denoiser import Denoiser
+from dopsd_jax.models.denoiser import Context, Denoiser
 from dopsd_jax.models.family import TextRules
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
@@ -296,8 +297,10 @@ def _lower_drawing(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
     batch = shapes.batch
     ctx = batch.teacher_ctx if role == contexts.TEACHER else batch.student_ctx
     if config.sample_guidance:
-        ctx = jax.eval_shape(lambda ctx, negative: with_guidance(ctx, negative, GUIDED),
-                             ctx, batch.student_ctx.replace(ref_tokens=None, ref_ids=None))
+        text, mask = (jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+                      for x in (batch.student_ctx.text, batch.student_ctx.text_mask))
+        guide = functools.partial(with_guidance, scale=GUIDED)
+        ctx = jax.eval_shape(guide, ctx, Context(text, mask))
     everywhere = sharding.replicated(mesh)
     noise, ctx, sigmas = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),

@@ -274,8 +274,8 @@ def published_encoders(
     """
     family, _ = PUBLISHED[name]
     if name not in family.encoders:
-        raise ValueError(f"published = {name}: the sizes of its text encoder and VAE are known from "
-                         "its files alone; give config.model")
+        raise ValueError(f"published = {name}: the sizes of its text encoder and VAE are known "
+                         "from its files alone; give config.model")
     text_config, vae_config = family.encoders[name]
     text = family.text(text_config)
     return (Qwen3(text_config, max(text.taps), dtype), text,

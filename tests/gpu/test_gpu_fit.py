@@ -1,6 +1,6 @@
 """Whole runs on cards of 24, 16 and 12 GB by XLA's GPU compiler: every phase below its bar.
 
-    bash launch/test.sh -n 0 -s -m gpu tests/gpu/test_gpu_fit.py      # needs jax[cuda]; four programs each
+    bash launch/test.sh -n 0 -s -m gpu tests/gpu/test_gpu_fit.py      # needs jax[cuda]; 4 min each
 """
 
 import pytest

@@ -1,5 +1,8 @@
 """The search for what fits a card, with made-up bytes in place of the compilers."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 from configs import z_image_turbo_lora
@@ -7,7 +10,9 @@ from dopsd_jax.planning import fit
 from dopsd_jax.planning.chips import GIB
 from dopsd_jax.planning.phases import Arrays, Phase
 from dopsd_jax.run import remat
+from dopsd_jax.run.config import check_values
 
+ROOT = Path(__file__).parents[2]
 TEMPORARIES = dict(zip(remat.ORDER, (50, 30, 20, 12, 6, 5), strict=True))
 WEIGHTS = {"dtype": 12, "int8": 6, "nf4": 3, "fp8": 6}
 
@@ -113,6 +118,20 @@ def test_a_card_is_meant_by_its_memory_or_its_name(name, target):
 def test_another_word_is_refused():
     with pytest.raises(ValueError, match="--fit: expected 24, 16, 12 .* got '48'"):
         fit.target_of("48")
+
+
+def test_the_configs_for_cards_are_possible_and_stand_beside_what_they_change():
+    files = sorted((ROOT / "configs").glob("*gb.py"))
+    assert len(files) == 6
+    for file in files:
+        whole, _, size = file.stem.rpartition("_")
+        config, base = (importlib.import_module(f"configs.{name}").get_config()
+                        for name in (file.stem, whole))
+        check_values(config, besides=("model", "vlm", "data"))
+        assert config.batch_size == 1 and config.published == base.published
+        assert config.remat == base.remat and fit.target_of(size)
+        name = str(ROOT / "configs" / f"{whole}.py")
+        assert fit.shipped(name, fit.target_of(size)) == str(file)
 
 
 def test_a_config_for_such_a_card_is_named_if_there_is_one(tmp_path):
