@@ -36,7 +36,7 @@ from dopsd_jax.planning import compiler, lowering
 from dopsd_jax.planning.chips import chip_of
 from dopsd_jax.run.config import needs_latents, needs_teacher, needs_vlm
 from dopsd_jax.run.model import load_model
-from dopsd_jax.run.pictures import PREFLIGHT_PICTURES
+from dopsd_jax.run.pictures import PREFLIGHT_PICTURES, at_once
 from dopsd_jax.weights.families import published_encoders
 from dopsd_jax.weights.pipeline import (
     quantised_as,
@@ -244,7 +244,7 @@ def lower(config: ConfigDict, mesh: Mesh, name: str) -> jax.stages.Lowered:
             image = array(1, bucket.height, bucket.width, 3)
             return contexts._latents.lower(encoders.vae, weights.encodes, image)
         if name == DECODE:
-            count, _, _ = _drawn(config)
+            count, _ = _drawn(config)
             shape = lowering.denoiser_of(config).latent_shape(bucket.height, bucket.width)
             return sampling._decode.lower(encoders.vae, weights.decodes, array(count, *shape))
         text, spread = (encoders.text_encoder, encoders.text), weights.own or weights.one
@@ -277,21 +277,21 @@ def _lower_looking(config, encoders, weights, bucket, array, spread) -> jax.stag
     )
 
 
-def _drawn(config: ConfigDict) -> tuple[int, str, int]:
-    """Of all batches that a run draws the one with the most tokens: pictures, role and steps."""
+def _drawn(config: ConfigDict) -> tuple[int, str]:
+    """How many pictures a run draws of one kind at most, and the role with the longest context."""
     batches = [(PREFLIGHT_PICTURES, config.preflight == "on")]
     batches.append((config.sample_rows, config.sample_every))
     count = max(n for n, drawn in batches if drawn)
     if config.sample_every:
         count = max(count, len(config.sample_prompts), len(config.gauge_prompts))
     role = contexts.TEACHER if needs_teacher(config) else contexts.STUDENT
-    return count, role, config.sample_steps
+    return count, role
 
 
 def _lower_drawing(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
-    count, role, steps = _drawn(config)
+    count, role = _drawn(config)
     config = config.copy_and_resolve_references()
-    config.batch_size = count
+    config.batch_size = min(count, at_once(mesh))
     step = lowering.step_of(config, mesh)
     shapes = step.shapes(lowering.planned_bucket(config))
     batch = shapes.batch
@@ -304,7 +304,7 @@ def _lower_drawing(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
     everywhere = sharding.replicated(mesh)
     noise, ctx, sigmas = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        (batch.noise, ctx, jax.ShapeDtypeStruct((steps + 1,), jnp.float32)),
+        (batch.noise, ctx, jax.ShapeDtypeStruct((config.sample_steps + 1,), jnp.float32)),
     )
     denoiser: Denoiser = dataclasses.replace(lowering.denoiser_of(config), mesh=mesh)
     variables = _variables(step, shapes, mesh)
