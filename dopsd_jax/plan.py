@@ -2,268 +2,50 @@
 
     python -m dopsd_jax.plan --config configs/z_image_turbo_lora.py --topology v5e:4x4
     python -m dopsd_jax.plan --config .. --topology v5e:4x4,v6e:4x4 --sweep
-    python -m dopsd_jax.plan --config .. --device h100,4090
+    python -m dopsd_jax.plan --config .. --device h100,4090 --phases
+    python -m dopsd_jax.plan --config .. --fit 16
 
-The train step is compiled by the real TPU or GPU compiler, from shapes alone. Exit status: 0 fits,
-2 does not, 1 wrong input. Times are estimates, never measurements.
+The train step, and with --phases or --fit every other program of a run, is compiled by the real TPU
+or GPU compiler, from shapes alone. Exit status: 0 fits, 2 does not, 1 wrong input. Times are
+estimates, never measurements.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
-import sys
-import tempfile
+import math
 import time
 
 import jax
 from absl import flags
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from dopsd_jax.core import cli, sharding
 from dopsd_jax.core.log import log
-from dopsd_jax.method import contexts
-from dopsd_jax.planning import compiler, flops, hlo, lowering
-from dopsd_jax.planning.chips import GIB, Chip, chip_of, count_chips
+from dopsd_jax.core.memory import memory_of
+from dopsd_jax.planning import fit, hlo, lowering, phases
+from dopsd_jax.planning.chips import GIB, chip_of
 from dopsd_jax.planning.gpus import GPUS
+from dopsd_jax.planning.phases import Phase
+from dopsd_jax.planning.plans import (
+    Plan,
+    gib,
+    plan,
+    policies,
+    step_flops,
+    with_batch,
+    with_remat,
+)
 from dopsd_jax.run import remat
 from dopsd_jax.run.config import check_values
 from dopsd_jax.run.keys import AUTO
-from dopsd_jax.run.step import Step
-from dopsd_jax.weights.pipeline import transformer_shapes
 
 FLAGS = flags.FLAGS
 DOES_NOT_FIT = 2  # exit status
 HEADROOM = 0.10  # of the memory, below which a plan warns
 SWEEP_BATCHES = (1, 2, 4)
 SWEEP_REMAT = ("full", "attention", "matmuls", "linears")
-NEEDS_CUDA = (
-    "planning for a GPU needs JAX's CUDA plugin, which compiles on any Linux machine: pip install "
-    "-e '.[cuda]'"
-)
-NEEDS_LIBTPU = (
-    "planning for TPU needs its compiler, the package libtpu: pip install -e '.[tpu]' (it plans on "
-    "any Linux machine); without --topology this machine's devices are planned for"
-)
-
-
-@dataclasses.dataclass
-class Plan:
-    """What was found out about a config on a topology.
-
-    Attributes:
-        topology, chips, batch: What was asked; batch is pictures of an update per chip, less
-            than one where chips share a picture (mesh.tensor).
-        remat: Policy that was asked for or found.
-        limit: Bytes that a chip has.
-        weights, state: Bytes per chip of the frozen base, and of all that trains.
-        preview: Bytes per chip of preview_model, which stays beside them.
-        total: Bytes per chip of the whole program and of preview_model; None where the compiler
-            did not say.
-        largest: (bytes, arrays), largest first.
-        collectives: One step's, each with how often it runs.
-        flops: Of one picture's step.
-        cycles: The compiler's estimate of one step; 0: not asked for.
-        seconds_compiling: That planning took.
-        text: Scheduled HLO; empty if it does not fit.
-    """
-
-    topology: str
-    chips: int
-    batch: float
-    remat: str
-    limit: float
-    weights: int
-    state: int
-    flops: flops.Step
-    preview: int = 0
-    total: float | None = None
-    largest: list[tuple[int, str]] = dataclasses.field(default_factory=list)
-    collectives: list[hlo.Collective] = dataclasses.field(default_factory=list)
-    cycles: int = 0
-    seconds_compiling: float = 0.0
-    text: str = ""
-
-    @property
-    def fits(self) -> bool:
-        return bool(self.text) and self.total <= self.limit
-
-    def moved(self, op: str | None = None, *, exposed: bool = False) -> int:
-        """Bytes per step of a collective, or of all; `exposed`: those nothing overlaps."""
-        return sum(c.bytes * c.times for c in self.collectives
-                   if op in (None, c.op) and not (exposed and c.overlapped))
-
-    @property
-    def seconds(self) -> float:
-        """Of one step, estimated: see `rests_on`."""
-        return max(self.compute_seconds, self.link_seconds) + self.exposed_seconds
-
-    @property
-    def compute_seconds(self) -> float:
-        chip, attention = chip_of(self.topology), self.flops.attention * self.batch
-        if self.cycles:
-            linear = self.cycles / chip.clock
-        else:
-            linear = (self.flops.computed * self.batch - attention) / (chip.peak * chip.linear)
-        return linear + attention / (chip.peak * chip.attention)
-
-    @property
-    def link_seconds(self) -> float:
-        return (self.moved() - self.moved(exposed=True)) / chip_of(self.topology).links
-
-    @property
-    def exposed_seconds(self) -> float:
-        return self.moved(exposed=True) / chip_of(self.topology).links
-
-    @property
-    def images_per_second(self) -> float:
-        return self.batch * self.chips / self.seconds
-
-    @property
-    def mfu(self) -> float:
-        """Share of the peak that useful FLOPs, none of them recomputed, would reach."""
-        return self.flops.useful * self.batch / self.seconds / chip_of(self.topology).peak
-
-
-def mesh_of(config: ConfigDict, chips: int) -> AbstractMesh:
-    """The config's mesh over so many chips, which need not be there.
-
-    Raises:
-        ValueError: Sizes that do not multiply to the number of chips.
-    """
-    sizes = sharding.mesh_sizes(chips, **config.mesh.to_dict())
-    return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def with_batch(config: ConfigDict, chips: int, batch: int) -> tuple[ConfigDict, float]:
-    """The config with `batch` pictures for every chip, or group of chips that share a picture
-    (mesh.tensor), and how many that are per chip; 0: as configured, or, if that does not divide,
-    the least that does.
-
-    Raises:
-        ValueError: A mesh that does not fit the chips, or a batch that accumulation does not.
-    """
-    config = config.copy_and_resolve_references()
-    mesh = mesh_of(config, chips)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch % config.accumulation:
-        raise ValueError(
-            f"--batch: expected a multiple of accumulation = {config.accumulation}, got {batch}"
-        )
-    with config.unlocked():
-        if batch:
-            config.batch_size = batch * rows
-        elif config.batch_size % (rows * config.accumulation):
-            config.batch_size = rows * config.accumulation
-    return config, config.batch_size / chips
-
-
-def step_flops(config: ConfigDict, step: Step) -> flops.Step:
-    """FLOPs of one picture's step, counted."""
-    denoiser = lowering.denoiser_of(config)
-    params = transformer_shapes(denoiser.network)
-    trained = step.state_shapes.student if config.trainable == "lora" else None
-    bucket = lowering.planned_bucket(config)
-    side = denoiser.pixel_multiple
-    image = (bucket.height // side) * (bucket.width // side)
-    student, teacher = (
-        flops.forward(
-            denoiser, params, trained, image=image, text=text,
-            references=step.reference_tokens(role, bucket),
-        )
-        for role, text in (
-            (contexts.STUDENT, config.text_tokens), (contexts.TEACHER, config.teacher_tokens)
-        )
-    )
-    retained = None
-    if step.method.retains:
-        retained = flops.forward(denoiser, params, None, image=image, text=config.text_tokens)
-    return flops.train_step(
-        student, teacher if config.objective == "dopsd" else None,
-        config.num_steps if config.objective == "dopsd" else 1, config.trainable, config.remat,
-        retained,
-    )
-
-
-def policies(config: ConfigDict) -> tuple[str, ...]:
-    """What a run of this config tries, in this order; see run/remat.py."""
-    return remat.ORDER if config.remat == AUTO else (config.remat,)
-
-
-def with_remat(config: ConfigDict, policy: str) -> ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.remat = policy
-    return config
-
-
-def plan(
-    config: ConfigDict, topology: str, *, batch: int = 0, full: bool = False
-) -> Plan:
-    """Compiles a config's step for a TPU topology or a GPU and reads what it needs.
-
-    With remat=auto policies are compiled as a run would, until one fits.
-
-    Args:
-        config: Of a run; config.model may be empty, which means Z-Image-Turbo.
-        topology: Such as "v5e:4x4", or a GPU such as "h100".
-        batch: Pictures per chip, see `with_batch`; 0: as configured.
-        full: Build the executable, which takes many minutes; the estimate of time then rests on
-            the compiler's own cycles.
-
-    Raises:
-        ValueError: An unknown topology or a mesh that does not fit it, an impossible value, no
-            compiler for it, or one that refuses.
-    """
-    chip, chips = chip_of(topology), count_chips(topology)
-    if chip.target and not compiler.has_gpu_compiler():
-        raise ValueError(NEEDS_CUDA)
-    if not chip.target and not compiler.has_tpu_compiler():
-        raise ValueError(NEEDS_LIBTPU)
-    check_values(config, besides=("model", "vlm", "data"))
-    config, batch = with_batch(config, chips, batch)
-    for policy in policies(config):
-        found = _plan(with_remat(config, policy), topology, chip, chips, batch, full)
-        if found.fits and (found.total <= remat.SHARE * chip.memory or config.remat != AUTO):
-            break
-        log.info("%s: remat %s does not fit", topology, policy)
-    return found
-
-
-def _plan(
-    config: ConfigDict, topology: str, chip: Chip, chips: int, batch: float, full: bool
-) -> Plan:
-    step = lowering.step_of(config, mesh_of(config, chips))
-    shapes = step.shapes(lowering.planned_bucket(config))
-    found = Plan(
-        topology, chips, batch, config.remat, chip.memory,
-        lowering.bytes_per_device(shapes.base or {}), lowering.bytes_per_device(shapes.state),
-        step_flops(config, step), lowering.preview_bytes(config, shapes),
-    )
-    asked = {"config": config.to_dict(), "topology": topology, "full": full}
-    kind = "GPU" if chip.target else "TPU"
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(asked, file)
-        file.flush()
-        try:
-            command = [sys.executable, "-m", lowering.__name__, file.name]
-            if chip.target:
-                dump = compiler.compile_for_gpu(command)
-            else:
-                dump = compiler.compile_in_child(command, "train_step", full=full)
-        except compiler.DoesNotFit as e:
-            found.total = None if e.needed is None else e.needed + found.preview
-            return found
-        except RuntimeError as e:
-            raise ValueError(
-                f"{topology}: the {kind} compiler gave up; are there such chips, and does the step "
-                f"run elsewhere?\n  {e}"
-            ) from e
-    found.total, found.largest = dump.memory.total + found.preview, dump.memory.largest
-    found.collectives = hlo.collectives(hlo.parse(dump.text))
-    found.cycles, found.seconds_compiling, found.text = dump.cycles, dump.seconds, dump.text
-    return found
 
 
 def report(config: ConfigDict, p: Plan) -> str:
@@ -272,14 +54,15 @@ def report(config: ConfigDict, p: Plan) -> str:
     lines = [
         f"{p.topology}: {p.chips} chips, {p.batch:g} pictures per update and chip, remat {p.remat}",
     ]
+    most = f", most where the run is to {phases.WORDS[p.peak.name]}" if p.phases else ""
     if not p.fits:
-        needs = "more" if p.total is None else f"{p.total / GIB:.2f} GiB"
-        lines.append(f"DOES NOT FIT: needs {needs}, a chip has {p.limit / GIB:.2f} GiB")
-        return "\n".join([*lines, *_memory_lines(p)])
-    left = 1 - p.total / p.limit
-    lines.append(f"FITS: {p.total / GIB:.2f} of {p.limit / GIB:.2f} GiB per chip"
+        needs = "more" if math.isinf(p.needed) else f"{gib(p.needed)} GiB"
+        lines.append(f"DOES NOT FIT: needs {needs}, a chip has {p.limit / GIB:.2f} GiB{most}")
+        return "\n".join([*lines, *_phase_lines(p.phases), *_memory_lines(p)])
+    left = 1 - p.needed / p.limit
+    lines.append(f"FITS: {gib(p.needed)} of {p.limit / GIB:.2f} GiB per chip{most}"
                  + (f"; only {left:.0%} is left" if left < HEADROOM else ""))
-    lines += _memory_lines(p)
+    lines += [*_phase_lines(p.phases), *_memory_lines(p)]
     if p.collectives:
         lines.append("collectives per step and chip:")
     for op in hlo.COLLECTIVES:
@@ -299,6 +82,15 @@ def report(config: ConfigDict, p: Plan) -> str:
         f"planned in {p.seconds_compiling:.0f} s",
     ]
     return "\n".join(lines)
+
+
+def _phase_lines(found: list[Phase]) -> list[str]:
+    """What every phase of a run needs, in their order."""
+    if not found:
+        return []
+    lines = [f"  {phases.WORDS[p.name]:32} {gib(p.total):>8} GiB: program {gib(p.program)}, "
+             f"beside it {gib(p.beside)}" for p in found]
+    return ["phases of the run:", *lines, "the train step's program:"]
 
 
 def _memory_lines(p: Plan) -> list[str]:
@@ -355,35 +147,53 @@ def table(plans: list[Plan]) -> str:
     return "\n".join(lines)
 
 
-def plan_here(config: ConfigDict, batch: int = 0) -> str:
+def plan_here(config: ConfigDict, batch: int = 0, *, all_phases: bool = False) -> str:
     """The same for this machine's devices: memory by XLA's analysis, and FLOPs."""
     devices = jax.devices()
     check_values(config, besides=("model", "vlm", "data"))
     config, batch = with_batch(config, len(devices), batch)
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    share = remat.SHARE if config.remat == AUTO else 1.0
     for policy in policies(config):
         config = with_remat(config, policy)
         lowered, shapes = lowering.lower(config, mesh)
-        memory = lowered.compile().memory_analysis()
+        counted = memory_of(lowered.compile())
         preview = lowering.preview_bytes(config, shapes)
-        total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + preview
-        if limit is None or total <= limit:
+        total = sum(counted.values()) + preview
+        if total <= share * limit:
             break
-    fits = "" if limit is None else ("FITS: " if total <= limit else "DOES NOT FIT: ")
-    of = "" if limit is None else f" of {limit / GIB:.2f}"
+    found = _phases_here(config, mesh, total - preview) if all_phases else []
+    needed = max([total, *(p.total for p in found)])
+    fits = "" if math.isinf(limit) else ("FITS: " if needed <= limit else "DOES NOT FIT: ")
+    of = "" if math.isinf(limit) else f" of {gib(limit)}"
     step = step_flops(config, lowering.step_of(config, mesh))
+    temporaries = sum(counted.values()) - counted["arguments"]
     return "\n".join([
         f"{len(devices)} x {devices[0].device_kind}, {batch:g} pictures per device, "
         f"remat {config.remat}",
-        f"{fits}{total / GIB:.2f}{of} GiB per device",
+        f"{fits}{gib(needed)}{of} GiB per device",
+        *_phase_lines(found),
         f"  weights            {lowering.bytes_per_device(shapes.base or {}) / GIB:8.2f} GiB",
         f"  trained state      {lowering.bytes_per_device(shapes.state) / GIB:8.2f} GiB",
         *_preview_line(preview),
-        f"  temporaries        {memory.temp_size_in_bytes / GIB:8.2f} GiB",
+        f"  temporaries        {temporaries / GIB:8.2f} GiB",
         f"FLOPs per picture    {step.useful / 1e12:.3g} T useful, {step.computed / 1e12:.3g} T "
         "computed",
     ])
+
+
+def _phases_here(config: ConfigDict, mesh: Mesh, train: float) -> list[Phase]:
+    """Every phase on this machine's devices; `train`: bytes of the train step's program."""
+    found = []
+    for name, known in phases.arrays(config, mesh).items():
+        if name == phases.TRAIN:
+            found.append(Phase(name, train, known.beside))
+            continue
+        program = sum(memory_of(phases.lower(config, mesh, name).compile()).values())
+        found.append(Phase(name, program, known.beside))
+        log.info("%s: %s GiB", phases.WORDS[name], gib(found[-1].total))
+    return found
 
 
 def define_flags() -> None:
@@ -396,6 +206,10 @@ def define_flags() -> None:
                          "mesh.tensor); default: as configured, or 1.",
                          lower_bound=0)
     flags.DEFINE_bool("sweep", False, "A table over topologies, batches and remat policies.")
+    flags.DEFINE_bool("phases", False, "Compile what comes before and beside the updates too: "
+                      "encoding the data, drawing and decoding pictures.")
+    flags.DEFINE_string("fit", "", f"Find what fits a card of {', '.join(fit.CLASSES)} GB, or one "
+                        "card or chip by its name, such as v5e:1x1.")
     flags.DEFINE_bool("full", False, "Build the executable: many minutes, a better estimate.")
 
 
@@ -411,8 +225,17 @@ def main() -> None:
                          f" it goes through batches {SWEEP_BATCHES} by short plans")
     if FLAGS.full and (not FLAGS.topology or FLAGS.device):
         raise ValueError("--full: expected --topology alone with it: it is about the TPU compiler")
-    if not targets:
-        text = plan_here(config, FLAGS.batch)
+    if FLAGS.fit:
+        if targets or FLAGS.sweep or FLAGS.full:
+            raise ValueError("--fit: expected it alone, or with --batch, got --topology, --device, "
+                             "--sweep or --full; give the card or chip to --fit itself")
+        target = fit.target_of(FLAGS.fit)
+        found = fit.find(config, target, FLAGS.batch)
+        file = config_flags.get_config_filename(FLAGS["config"])
+        print(fit.report(config, found, fit.shipped(file, target)))
+        fits = found.changes is not None
+    elif not targets:
+        text = plan_here(config, FLAGS.batch, all_phases=FLAGS.phases)
         print(text)
         fits = "DOES NOT FIT" not in text
     elif FLAGS.sweep:
@@ -420,7 +243,8 @@ def main() -> None:
         print(table(plans))
         fits = any(p.fits for p in plans)
     else:
-        plans = [plan(config, t, batch=FLAGS.batch, full=FLAGS.full) for t in targets]
+        plans = [plan(config, t, batch=FLAGS.batch, full=FLAGS.full, all_phases=FLAGS.phases)
+                 for t in targets]
         if len(plans) > 1:
             print(table(plans) + "\n")
         print("\n\n".join(report(config, p) for p in plans))

@@ -125,14 +125,15 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     base, state, untuned = first_state(config, pipe, step)
     memory.log_devices("the model is loaded")
     if looks_ahead:
-        variables = step.method.assemble(base, state.student)
-        run_preflight(config, workdir, pipe, data, features, variables, mesh)
+        run_preflight(config, workdir, pipe, data, features,
+                      step.method.assemble(base, state.student), mesh)
     preview = None
     if config.sample_every:
         moved = None if other is None else (other, state.student)
         preview = Previews(
             config, workdir, pipe, data, features, step.method, base, untuned, mesh, moved
         ).save
+    del untuned  # a copy of the LoRA's size, which nobody reads from here on
 
     # Act 5, the updates, from the latest checkpoint on if there is one.
     def make_batch(number: int, rng: jax.Array) -> Batch:

@@ -1,7 +1,9 @@
 """What a plan makes of the compiler's answers, and how the command tells it."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +80,50 @@ def test_the_report_says_what_was_asked_for(fake_compiler):
         assert part in text, part
 
 
+def test_all_phases_are_compiled_each_by_its_own_program(fake_compiler, monkeypatch):
+    config = z_image_turbo_lora.get_config()
+    p = plan.plan(config, "v5e:1x1", batch=1, all_phases=True)
+    assert [module for _, module, _ in fake_compiler] == [
+        "train_step", "_image_features", "sample_trajectory", "_decode"
+    ]
+    assert [phase.name for phase in p.phases] == ["looks", "train", "draw", "decode"]
+    assert {phase.program for phase in p.phases} == {p.total}
+    assert p.peak.name == "decode" and p.needed == p.peak.total > 14 * GIB + p.total
+    assert not p.fits and p.total < p.limit  # the step alone would
+    text = plan.report(config, p)
+    assert f"DOES NOT FIT: needs {p.needed / GIB:.2f} GiB" in text
+    assert "most where the run is to decode pictures" in text and "phases of the run:" in text
+    config.base_dtype = "int8"
+    assert plan.plan(config, "v5e:1x1", batch=1, all_phases=True).fits
+
+    answer = compiler.compile_in_child
+
+    def draws_too_much(command, module, *, full=False):
+        if module == "sample_trajectory":
+            raise compiler.DoesNotFit("no", None, None)
+        return answer(command, module, full=full)
+
+    monkeypatch.setattr(compiler, "compile_in_child", draws_too_much)
+    p = plan.plan(config, "v5e:1x1", batch=1, all_phases=True)
+    assert p.peak.name == "draw" and not p.fits
+    assert "DOES NOT FIT: needs more, a chip has" in plan.report(config, p)
+
+
+def test_auto_leaves_room_for_what_lies_beside_the_step(monkeypatch, fake_compiler):
+    asked = []
+
+    def answer(command, module, *, full=False):
+        policy = json.loads(Path(command[3]).read_text())["config"]["remat"]
+        asked.append(policy)
+        total = {"activations": 14.4, "dots": 14.2}.get(policy, 5) * GIB  # 14.49 may be taken
+        return compiler.Dump(TEXT, hlo.Memory(int(total), []), 1.0)
+
+    monkeypatch.setattr(compiler, "compile_in_child", answer)
+    config = z_image_turbo_lora.get_config()
+    assert plan.plan(config, "v5e:1x1", batch=1).remat == "activations"
+    assert plan.plan(config, "v5e:1x1", batch=1, all_phases=True).remat == "dots"
+
+
 def test_auto_goes_from_policy_to_policy_until_one_fits(monkeypatch):
     needs = {"activations": 50, "dots": 24, "linears": 16, "matmuls": 14, "attention": 5, "full": 3}
     asked = []
@@ -137,7 +183,7 @@ def test_a_sweep_puts_the_best_first_and_what_does_not_fit_last(fake_compiler, m
     assert len(plans) == len(fake_compiler) == 2 * 3 * 4
     assert [p.mfu for p in plans] == sorted((p.mfu for p in plans), reverse=True)
     assert {p.remat for p in plans} == set(plan.SWEEP_REMAT)
-    monkeypatch.setitem(CHIPS, "v5e", plan.dataclasses.replace(CHIPS["v5e"], memory=GIB))
+    monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], memory=GIB))
     plans = plan.sweep(z_image_turbo_lora.get_config(), ["v5e:4x4", "v5p:2x2x1"])
     assert [p.fits for p in plans] == [True] * 12 + [False] * 12
 
@@ -155,6 +201,7 @@ def run(*args):
     (["--topology=v5e:4x4", "--config.num_steps=0"], "num_steps: expected 1 to 1000"),
     (["--sweep"], "--sweep: expected --topology"), (["--full"], "--full: expected --topology"),
     (["--topology=v5e:4x4", "--sweep", "--batch=2"], "neither --batch nor --full"),
+    (["--fit=48"], "--fit: expected 24, 16, 12 for a card of so many GB"),
 ], ids=str)
 def test_wrong_input_is_one_plain_line(arguments, message):
     done = run("--config", "configs/z_image_turbo_lora.py", *arguments)
@@ -172,7 +219,15 @@ def test_a_topology_that_the_compiler_refuses_is_told(monkeypatch, fake_compiler
 
 
 def test_this_machine_is_planned_for_without_a_topology(tiny):
-    done = run("--config", "configs/tiny.py", f"--config.model={tiny.pipeline}")
+    done = run("--config", "configs/tiny.py", f"--config.model={tiny.pipeline}",
+               f"--config.vlm={tiny.vlm}", "--config.remat=full", "--phases")
     assert done.returncode == 0, done.stderr
     assert "1 x cpu, 2 pictures per device" in done.stdout and "GiB per device" in done.stdout
+    told = re.findall(r"^  (.*?) +([\d.]+) GiB: program", done.stdout, re.M)
+    assert [name for name, _ in told] == [
+        "encode captions beside pictures", "train", "draw pictures", "decode pictures"
+    ]
+    assert max(float(size) for _, size in told) == float(
+        re.search(r"^([\d.]+) GiB per device", done.stdout, re.M)[1]
+    )
     assert "FLOPs per picture" in done.stdout

@@ -110,6 +110,8 @@ class Family:
         vae: Its autoencoder.
         published: Configs of published checkpoints by name, which are planned for without their
             files; the first stands for the family where no model is at hand.
+        encoders: Configs of the text encoder and of the VAE of a published checkpoint, by the same
+            names; without them only its train step is planned for without files.
         shift: (steps, image tokens) -> the sampler's shift. None: one number, which
             scheduler_config.json holds.
         is_distilled: (model_index.json, static shift) -> whether the model is step-distilled;
@@ -130,6 +132,7 @@ class Family:
     text: Callable[[Qwen3Config], TextRules]
     vae: VaeKind
     published: Mapping[str, Any]
+    encoders: Mapping[str, tuple[Qwen3Config, Any]] = dataclasses.field(default_factory=dict)
     other_tables: tuple[Callable[[Any], list[Rule]], ...] = ()
     shift: Callable[[int, int], float] | None = None
     is_distilled: Callable[[dict, float | None], bool] = lambda index, shift: True

@@ -61,7 +61,8 @@ TPUS = {
 MEMORY_SHARE = float(MEM_FRACTION)
 # Dense bfloat16 products that add up in float32, by NVIDIA's data sheets.
 PEAKS = {"h100": 989.4e12, "h200": 989.4e12, "a100-80": 312e12, "a100-40": 312e12,
-         "l40s": 362e12, "4090": 165.2e12}
+         "l40s": 362e12, "4090": 165.2e12, "3090": 71e12, "4080": 97.5e12, "4070": 58.3e12,
+         "3060": 25.5e12}
 # Both shares are an H100's, measured at N = 4608 (remat matmuls: 2.01 s busy, .395 of them in
 # attention); of other cards they are assumed to be the same.
 MEASURED = {"linear": 0.43, "attention": 0.42}

@@ -1,7 +1,8 @@
 """GPUs as XLA needs to know them in order to compile for one that is not there.
 
 Numbers: the data sheets of NVIDIA's cards and the tables of compute capabilities in the CUDA C++
-programming guide; bytes of memory as cards of 80 and 40 GB report them to XLA.
+programming guide; bytes of memory as cards of 80 and 40 GB report them to XLA, and others to
+nvidia-smi.
 """
 
 from __future__ import annotations
@@ -75,14 +76,23 @@ _HOPPER = {"capability": (9, 0), "cores": 132, "lanes": 128, "threads": 2048,
            "shared": 228 * 1024, "l2": 50 * _MIB, "clock": 1.98}
 _AMPERE = {"capability": (8, 0), "cores": 108, "lanes": 64, "threads": 2048,
            "shared": 164 * 1024, "l2": 40 * _MIB, "clock": 1.41}
-_ADA = {"capability": (8, 9), "lanes": 128, "threads": 1536, "shared": 100 * 1024, "clock": 2.52}
+_GA10X = {"capability": (8, 6), "lanes": 128, "threads": 1536, "shared": 100 * 1024}
+_ADA = {"capability": (8, 9), "lanes": 128, "threads": 1536, "shared": 100 * 1024}
 GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", memory=84929347584, bandwidth=3352.32e9, **_HOPPER),
     "h200": Gpu("NVIDIA H200 141GB HBM3e", memory=151397597184, bandwidth=4800e9, **_HOPPER),
     "a100-80": Gpu("NVIDIA A100-SXM4-80GB", memory=85100068864, bandwidth=2039.04e9, **_AMPERE),
     "a100-40": Gpu("NVIDIA A100-SXM4-40GB", memory=42331013120, bandwidth=1555.2e9, **_AMPERE),
     "l40s": Gpu("NVIDIA L40S", cores=142, memory=46068 * _MIB, bandwidth=864e9, l2=96 * _MIB,
-                **_ADA),
+                clock=2.52, **_ADA),
     "4090": Gpu("NVIDIA GeForce RTX 4090", cores=128, memory=24564 * _MIB, bandwidth=1008e9,
-                l2=72 * _MIB, **_ADA),
+                l2=72 * _MIB, clock=2.52, **_ADA),
+    "3090": Gpu("NVIDIA GeForce RTX 3090", cores=82, memory=24576 * _MIB, bandwidth=936.2e9,
+                l2=6 * _MIB, clock=1.695, **_GA10X),
+    "4080": Gpu("NVIDIA GeForce RTX 4080", cores=76, memory=16376 * _MIB, bandwidth=716.8e9,
+                l2=64 * _MIB, clock=2.505, **_ADA),
+    "4070": Gpu("NVIDIA GeForce RTX 4070", cores=46, memory=12282 * _MIB, bandwidth=504.2e9,
+                l2=36 * _MIB, clock=2.475, **_ADA),
+    "3060": Gpu("NVIDIA GeForce RTX 3060", cores=28, memory=12288 * _MIB, bandwidth=360e9,
+                l2=3 * _MIB, clock=1.777, **_GA10X),
 }

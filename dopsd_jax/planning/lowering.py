@@ -1,27 +1,19 @@
-"""A config's train step for any mesh, from shapes alone: no weights, no data, no accelerator.
-
-Run as a module it is the child that plan.py starts; see `main`.
-"""
+"""A config's train step for any mesh, from shapes alone: no weights, no data, no accelerator."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax.core import sharding, trees
-from dopsd_jax.core.memory import memory_of
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.models.denoiser import Denoiser
-from dopsd_jax.planning import compiler
-from dopsd_jax.planning.chips import chip_of
+from dopsd_jax.planning.chips import chip_of, count_chips
 from dopsd_jax.run import loras
 from dopsd_jax.run.model import load_model
 from dopsd_jax.run.step import Shapes, Step
@@ -81,6 +73,11 @@ def lower(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, Shapes]:
     return step.lower(bucket), step.shapes(bucket)
 
 
+def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """A mesh of devices that are known by their number alone."""
+    return AbstractMesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def topology_mesh(config: ConfigDict, topology: str) -> Mesh:
     """The config's mesh over the chips of a topology that need not be there."""
     from jax.experimental import topologies
@@ -90,22 +87,7 @@ def topology_mesh(config: ConfigDict, topology: str) -> Mesh:
             platform="cuda", topology_name=topology, target_config=target, topology="1x1x1"
         )
     else:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        # A host has four chips or more unless it is said that there is but one.
+        alone = {"chips_per_host_bounds": [1, 1, 1]} if count_chips(topology) == 1 else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone)
     return sharding.make_mesh(**config.mesh.to_dict(), devices=found.devices)
-
-
-def main() -> None:
-    """JSON file of {config, topology, full}, directory -> compiles, so that XLA writes its dump."""
-    compiler.end_with_parent()
-    asked, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    config, topology = ConfigDict(asked["config"]), asked["topology"]
-    lowered, _ = lower(config, topology_mesh(config, topology))
-    compiled = lowered.compile()
-    if asked["full"] or chip_of(topology).target:
-        (directory / compiler.FINAL).write_text(compiled.as_text())
-    if chip_of(topology).target:
-        (directory / compiler.COUNTED).write_text(json.dumps(memory_of(compiled)))
-
-
-if __name__ == "__main__":
-    main()

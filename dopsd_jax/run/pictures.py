@@ -26,6 +26,12 @@ from dopsd_jax.run.features import BatchFeatures
 from dopsd_jax.weights.pipeline import Pipeline
 
 PREFLIGHT_PICTURES = 8
+AT_ONCE = 4  # pictures that are drawn together where rows are not split over devices
+
+
+def at_once(mesh: Mesh) -> int:
+    """How many pictures a run draws together, which bounds the memory that they need."""
+    return AT_ONCE * mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def have_pictures(data: Data, rows: BatchRows) -> bool:
@@ -42,15 +48,24 @@ class Artist:
         self._pipe, self._everywhere = pipe, sharding.replicated(mesh)
         shift = shift or pipe.shift_at(num_steps, bucket.height, bucket.width)
         self._sigmas, self._guidance = flow.sigmas_shifted(num_steps, shift), guidance
+        self._at_once = at_once(mesh)
 
     def __call__(self, variables, noise, ctx) -> tuple[np.ndarray, np.ndarray]:
+        def part(first: int):
+            return jax.tree.map(lambda x: x[first:first + self._at_once], (noise, ctx))
+
+        starts = range(0, len(noise), self._at_once)
+        parts = [self._draw(variables, *part(first)) for first in starts]
+        x = np.concatenate([x for x, _ in parts])
+        return sampling.decode(self._pipe, jnp.asarray(x)), parts[0][1][:, 0]
+
+    def _draw(self, variables, noise, ctx) -> tuple[np.ndarray, np.ndarray]:
         if self._guidance:
             ctx = with_guidance(ctx, *self._guidance)
         noise, ctx, sigmas = sharding.place((noise, ctx, self._sigmas), self._everywhere)
-        x, x0 = sharding.fetch(
+        return sharding.fetch(
             sampling.sample_trajectory(self._pipe.denoiser, variables, noise, ctx, sigmas)
         )
-        return sampling.decode(self._pipe, jnp.asarray(x)), x0[:, 0]
 
 
 def own_artist(config, pipe: Pipeline, mesh: Mesh, bucket: Bucket, ctxs: BatchFeatures) -> Artist:

@@ -262,3 +262,21 @@ def published_denoiser(name: str, dtype: jnp.dtype, remat: str) -> Denoiser:
     """The network of a published checkpoint, by a name of PUBLISHED; it has no weights."""
     family, config = PUBLISHED[name]
     return family.denoiser(family.network(config, dtype, remat))
+
+
+def published_encoders(
+    name: str, dtype: jnp.dtype, vae_dtype: jnp.dtype
+) -> tuple[Qwen3, TextRules, nn.Module]:
+    """Text encoder, its rules and VAE of a published checkpoint; they have no weights.
+
+    Raises:
+        ValueError: Their sizes are not known, see `Family.encoders`.
+    """
+    family, _ = PUBLISHED[name]
+    if name not in family.encoders:
+        raise ValueError(f"published = {name}: the sizes of its text encoder and VAE are known "
+                         "from its files alone; give config.model")
+    text_config, vae_config = family.encoders[name]
+    text = family.text(text_config)
+    return (Qwen3(text_config, max(text.taps), dtype), text,
+            family.vae.network(vae_config, vae_dtype))

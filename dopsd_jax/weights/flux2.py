@@ -7,6 +7,8 @@ import math
 from dopsd_jax.models.family import Elsewhere, Family, TextRules
 from dopsd_jax.models.flux2 import NAMES, Flux2Config, Flux2Transformer
 from dopsd_jax.models.flux2_denoiser import Flux2Denoiser
+from dopsd_jax.models.flux2_vae import Flux2VaeConfig
+from dopsd_jax.models.qwen3 import Qwen3Config
 from dopsd_jax.weights.flux2_names import (
     FLUX2_TARGETS,
     flux2_bfl_table,
@@ -51,6 +53,10 @@ FLUX2 = Family(
     vae=FLUX2_VAE,
     published={
         "flux2_klein_4b": Flux2Config.klein_4b(), "flux2_klein_9b": Flux2Config.klein_9b(),
+    },
+    encoders={
+        "flux2_klein_4b": (Qwen3Config.qwen3_4b(), Flux2VaeConfig.klein()),
+        "flux2_klein_9b": (Qwen3Config.qwen3_8b(), Flux2VaeConfig.klein()),
     },
     elsewhere=Elsewhere(
         hub={"flux2_klein_4b": "black-forest-labs/FLUX.2-klein-4B",

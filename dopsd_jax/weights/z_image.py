@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dopsd_jax.models.family import Elsewhere, Family, TextRules
 from dopsd_jax.models.qwen3 import Qwen3Config
+from dopsd_jax.models.vae import VaeConfig
 from dopsd_jax.models.z_image import NAMES, ZImageConfig, ZImageTransformer
 from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.weights.vae_names import PLAIN_VAE
@@ -35,6 +36,7 @@ Z_IMAGE = Family(
     text=_text,
     vae=PLAIN_VAE,
     published={"z_image_turbo": ZImageConfig.turbo()},
+    encoders={"z_image_turbo": (Qwen3Config.qwen3_4b(), VaeConfig.z_image())},
     # Nothing else in their files tells the two apart: Z-Image has shift 6, Z-Image-Turbo 3.
     is_distilled=lambda index, shift: shift != 6.0,
     unguided=0.0,  # diffusers' ZImagePipeline: positive + scale (positive - negative)

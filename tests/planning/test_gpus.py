@@ -9,7 +9,8 @@ import pytest
 from configs import z_image_turbo_lora
 from dopsd_jax import plan
 from dopsd_jax.core import cli, sharding
-from dopsd_jax.planning import compiler, hlo, lowering
+from dopsd_jax.core.memory import memory_of
+from dopsd_jax.planning import compiler, hlo
 from dopsd_jax.planning.chips import CHIPS, GIB, chip_of, count_chips
 from dopsd_jax.planning.gpus import GPUS
 from tests.planning.test_compiler import child
@@ -41,7 +42,7 @@ def test_what_takes_the_place_of_old_arrays_is_not_counted_twice():
         alias_size_in_bytes=3,
     )
     compiled = types.SimpleNamespace(memory_analysis=lambda: analysis)
-    assert sum(lowering.memory_of(compiled).values()) == 12
+    assert sum(memory_of(compiled).values()) == 12
 
 
 @pytest.mark.parametrize("name", sorted(GPUS))

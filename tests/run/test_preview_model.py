@@ -144,7 +144,8 @@ def test_a_plan_counts_its_memory(config, tiny, monkeypatch):
 
     def compiled():  # compiling takes a minute, and says nothing of what is beside the program
         return SimpleNamespace(memory_analysis=lambda: SimpleNamespace(
-            argument_size_in_bytes=2**30, temp_size_in_bytes=2**30
+            argument_size_in_bytes=2**30, temp_size_in_bytes=2**30,
+            output_size_in_bytes=2**29, alias_size_in_bytes=2**29,
         ))
 
     monkeypatch.setattr(lowering, "preview_bytes", lambda config, shapes: 3 * 2**30)

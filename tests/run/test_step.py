@@ -32,7 +32,7 @@ from dopsd_jax.method import flow, lora
 from dopsd_jax.method.baselines import draw_sigma
 from dopsd_jax.method.train_step import Method, draw_noise, make_optimizer, method_of
 from dopsd_jax.models.layers import Dense
-from dopsd_jax.planning import compiler, lowering
+from dopsd_jax.planning import compiler, lowering, phases
 from dopsd_jax.run.step import Step
 from dopsd_jax.run.workdir import flat_config
 from dopsd_jax.weights import lora_files
@@ -91,9 +91,9 @@ def of_plan(config):
     """What `plan` makes its child lower: by the JSON that it hands over, for this machine."""
     with pytest.MonkeyPatch.context() as patch:
         def child(command, module, *, full=False):
-            assert command[1:3] == ["-m", lowering.__name__] and module == "train_step"
+            assert command[1:3] == ["-m", phases.__name__] and module == "train_step"
             patch.setattr(sys, "argv", [command[2], command[3], "directory"])
-            lowering.main()
+            phases.main()
 
         patch.setattr(compiler, "compile_in_child", child)
         patch.setattr(compiler, "has_tpu_compiler", lambda: True)
