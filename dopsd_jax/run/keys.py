@@ -303,9 +303,9 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         meaning="Decoupled weight decay of AdamW."),
     "max_grad_norm": key(1.0, POSITIVE, STEP,
         meaning="Global norm that gradients are clipped to."),
-    "moments_dtype": key("float32", KEPT_DTYPE, STEP,
+    "moments_dtype": key("float32", one_of("float32", "bfloat16", "int8"), STEP,
         meaning="In which AdamW's averages are kept between updates; bfloat16 takes half the "
-        "memory, rounded at random."),
+        "memory, rounded at random; int8 a quarter, in blocks of 256 values, see recipes.md."),
     "seed": key(30, SEED, STEP, DISPLAY,
         meaning="Seed of the LoRA's first weights, of the order of rows and of all noise."),
 }, "The machine": {

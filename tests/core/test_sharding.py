@@ -123,11 +123,27 @@ def test_trained_trees_moments_and_averages_lie_like_their_parameters():
         adam = placed.opt_state[1][0]
         assert adam.mu == adam.nu == want
         assert placed.step.spec == adam.count.spec == P()
-    per_chip = sum(
-        np.prod(NamedSharding(mesh(), s.spec).shard_shape(x.shape)) for s, x in
-        zip(jax.tree.leaves(want), jax.tree.leaves(trained), strict=True)
+
+
+def test_quantised_moments_lie_like_their_parameters():
+    optimizer = make_optimizer(
+        learning_rate=1e-4, warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
+        max_grad_norm=1.0, moments_dtype="int8",
     )
-    assert per_chip == trees.count(trained) / 16
+    shapes = transformer_shapes(Z_IMAGE)
+    targets = Z_IMAGE_TARGETS["published"]
+    for trained in (shapes, jax.eval_shape(
+        lambda: lora.init(jax.random.key(0), shapes, targets, 64)
+    )):
+        want = trees.flatten(sharding.shard(mesh(), trained))
+        adam = sharding.shard(mesh(), jax.eval_shape(optimizer.init, trained))[1][0]
+        for moment in (adam.mu, adam.nu):
+            parts = trees.flatten(moment)
+            assert {n: getattr(x, "qvalue", x) for n, x in parts.items()} == want
+        if trained is shapes:  # scales are split, too, where they are not small
+            w1 = trees.flatten(adam.mu)["layers/feed_forward/w1/kernel"]
+            assert w1.scale.spec == P(None, "fsdp", None)
+
 
 
 def test_an_array_without_a_rule_is_named():
