@@ -324,7 +324,8 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "remat": key(AUTO, one_of(AUTO, *REMAT_POLICIES), STEP,
         meaning="What layers keep for the backward pass, from least memory to least compute: "
         f"{', '.join(REMAT_POLICIES)}; {AUTO}: what computes least again and fits the devices, "
-        "found by compiling when a run begins.",
+        "found by compiling when a run begins, but not offload, which keeps in the host's memory "
+        "what full keeps, see planning.md.",
         resume="gradients are rounded otherwise, even on the same devices; auto goes on with what "
         "the run began with"),
     "mesh.data": key(-1, PARTS,

@@ -123,6 +123,11 @@ def test_trained_trees_moments_and_averages_lie_like_their_parameters():
         adam = placed.opt_state[1][0]
         assert adam.mu == adam.nu == want
         assert placed.step.spec == adam.count.spec == P()
+    per_chip = sum(
+        np.prod(NamedSharding(mesh(), s.spec).shard_shape(x.shape)) for s, x in
+        zip(jax.tree.leaves(want), jax.tree.leaves(trained), strict=True)
+    )
+    assert per_chip == trees.count(trained) / 16
 
 
 def test_quantised_moments_lie_like_their_parameters():
@@ -143,7 +148,6 @@ def test_quantised_moments_lie_like_their_parameters():
         if trained is shapes:  # scales are split, too, where they are not small
             w1 = trees.flatten(adam.mu)["layers/feed_forward/w1/kernel"]
             assert w1.scale.spec == P(None, "fsdp", None)
-
 
 
 def test_an_array_without_a_rule_is_named():
