@@ -27,7 +27,10 @@ import qwix
 
 from dopsd_jax.core.trees import Tree, cast_floats, round_like
 
-BLOCK = 256  # values that share a scale, along the last axis or, where that is short, the last two
+BLOCK = 256  # values that share a scale
+# Along each of the last two axes, where both are long: blocks of 1 x 256 would straddle chips where
+# 3840 columns lie on 16 of them, and XLA would gather the whole array.
+SIDE = 16
 SMALLEST_BLOCK = 64  # arrays that only smaller blocks divide stay float32,
 SMALLEST_SIZE = 4096  # and so do these: their scales would weigh more, and they take no memory
 # qwix scales a block's largest value to 127.5, where int8 ends at 127: kept from one update to the
@@ -104,9 +107,11 @@ def blocks(shape: tuple[int, ...]) -> dict[int, int] | None:
     if math.prod(shape) < SMALLEST_SIZE:
         return None
     last = len(shape) - 1
-    found = {last: math.gcd(shape[last], BLOCK)}
-    if last:
-        found[last - 1] = math.gcd(shape[last - 1], BLOCK // found[last])
+    if not last:
+        found = {0: math.gcd(shape[0], BLOCK)}
+    else:
+        rows = math.gcd(shape[-2], BLOCK // math.gcd(shape[-1], SIDE))
+        found = {last - 1: rows, last: math.gcd(shape[-1], BLOCK // rows)}
     return found if math.prod(found.values()) >= SMALLEST_BLOCK else None
 
 

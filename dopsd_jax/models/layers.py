@@ -151,11 +151,11 @@ def _linears(prim, *inputs, **params) -> bool:
 
 
 # What a rematerialised layer keeps for its backward pass, from least memory to least compute.
-# "offload" recomputes everything from the layer's input, which waits in the host's memory; "full"
-# does so from an input that stays on the device, "attention" keeps attention's output, "matmuls" also the inputs of
-# attention and of the MLP's second half, "linears" what every linear layer gives, "dots" that too,
-# but products with base and with LoRA apart, "activations" all but gathered weights; "none" unrolls
-# the layers and keeps all.
+# "full" recomputes everything from the layer's input, "offload" does so from an input that waits in
+# the host's memory; "attention" keeps attention's output, "matmuls" also the inputs of attention
+# and of the MLP's second half, "linears" what every linear layer gives, "dots" that too, but
+# products with base and with LoRA apart, "activations" all but gathered weights; "none" unrolls the
+# layers and keeps all.
 REMAT_POLICIES: dict[str, Callable | tuple[str, ...] | None] = {
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT],

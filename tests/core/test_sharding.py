@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from dopsd_jax.core import sharding, trees
 from dopsd_jax.method import lora
+from dopsd_jax.method.moments import blocks
 from dopsd_jax.method.train_step import init_state, make_optimizer
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.flux2_vae import Flux2Vae, Flux2VaeConfig
@@ -144,6 +145,10 @@ def test_quantised_moments_lie_like_their_parameters():
         adam = sharding.shard(mesh(), jax.eval_shape(optimizer.init, trained))[1][0]
         for moment in (adam.mu, adam.nu):
             parts = trees.flatten(moment)
+            for name, x in trees.flatten(trained).items():  # no block lies on two chips
+                per_chip = NamedSharding(mesh(), want[name].spec).shard_shape(x.shape)
+                for axis, size in (blocks(x.shape) or {}).items():
+                    assert per_chip[axis] % size == 0, name
             assert {n: getattr(x, "qvalue", x) for n, x in parts.items()} == want
         if trained is shapes:  # scales are split, too, where they are not small
             w1 = trees.flatten(adam.mu)["layers/feed_forward/w1/kernel"]
