@@ -107,6 +107,15 @@ def _axes_of(name: str) -> tuple[str | None, ...]:
     raise KeyError(name)
 
 
+def fsdp_axis(name: str, ndim: int) -> int | None:
+    """The axis along which fsdp splits an array of so many axes, by its name; None for none."""
+    try:
+        axes = _axes_of(name)
+    except KeyError:
+        return None
+    return ndim - len(axes) + axes.index("fsdp") if "fsdp" in axes else None
+
+
 def mesh_sizes(count: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
     """Sizes of the axes over `count` devices; one may be -1 and takes what is left.
 

@@ -15,7 +15,6 @@ another one. Quantisation itself is qwix's.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,12 +24,10 @@ import jax.numpy as jnp
 import optax
 import qwix
 
+from dopsd_jax.core import sharding
 from dopsd_jax.core.trees import Tree, cast_floats, round_like
 
-BLOCK = 256  # values that share a scale
-# Along each of the last two axes, where both are long: blocks of 1 x 256 would straddle chips where
-# 3840 columns lie on 16 of them, and XLA would gather the whole array.
-SIDE = 16
+BLOCK = 256  # values that share a scale, at most
 SMALLEST_BLOCK = 64  # arrays that only smaller blocks divide stay float32,
 SMALLEST_SIZE = 4096  # and so do these: their scales would weigh more, and they take no memory
 # qwix scales a block's largest value to 127.5, where int8 ends at 127: kept from one update to the
@@ -85,10 +82,14 @@ def _of_adam(f: Callable[[optax.ScaleByAdamState], Any], state: Any) -> Any:
 
 
 def _pack(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
-    return state._replace(
-        mu=jax.tree.map(functools.partial(_quantise, kind=SIGNED), state.mu),
-        nu=jax.tree.map(functools.partial(_quantise, kind=POSITIVE), state.nu),
-    )
+    def arrays(tree: Tree, kind: str) -> Tree:
+        def one(path, x):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return _quantise(x, kind, sharding.fsdp_axis(name, x.ndim))
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    return state._replace(mu=arrays(state.mu, SIGNED), nu=arrays(state.nu, POSITIVE))
 
 
 def _unpack(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
@@ -102,21 +103,28 @@ def _is_quantised(x: Any) -> bool:
     return isinstance(x, qwix.QArray)
 
 
-def blocks(shape: tuple[int, ...]) -> dict[int, int] | None:
-    """Axis -> how many along it share a scale; None for an array that stays float32."""
+def blocks(shape: tuple[int, ...], split: int | None = None) -> dict[int, int] | None:
+    """Axis -> how many along it share a scale; None for an array that stays float32.
+
+    Args:
+        shape: Of the array.
+        split: The axis that the mesh splits. Blocks lie along the other of the last two, or they
+            would straddle chips, and XLA would gather the whole array.
+    """
     if math.prod(shape) < SMALLEST_SIZE:
         return None
-    last = len(shape) - 1
-    if not last:
-        found = {0: math.gcd(shape[0], BLOCK)}
-    else:
-        rows = math.gcd(shape[-2], BLOCK // math.gcd(shape[-1], SIDE))
-        found = {last - 1: rows, last: math.gcd(shape[-1], BLOCK // rows)}
-    return found if math.prod(found.values()) >= SMALLEST_BLOCK else None
+    axes = [axis for axis in (len(shape) - 1, len(shape) - 2) if axis >= 0]
+    found: dict[int, int] = {}
+    size = 1
+    for axis in sorted(axes, key=lambda axis: axis == split):
+        if size < SMALLEST_BLOCK:
+            found[axis] = math.gcd(shape[axis], BLOCK // size)
+            size *= found[axis]
+    return found if size >= SMALLEST_BLOCK else None
 
 
-def _quantise(x: jax.Array, kind: str) -> qwix.QArray | jax.Array:
-    tiles = blocks(x.shape)
+def _quantise(x: jax.Array, kind: str, split: int | None = None) -> qwix.QArray | jax.Array:
+    tiles = blocks(x.shape, split)
     if tiles is None:
         return x
     x = jnp.sign(x) * jnp.sqrt(jnp.abs(x)) if kind == SIGNED else jnp.sqrt(jnp.sqrt(x))

@@ -147,7 +147,9 @@ def test_quantised_moments_lie_like_their_parameters():
             parts = trees.flatten(moment)
             for name, x in trees.flatten(trained).items():  # no block lies on two chips
                 per_chip = NamedSharding(mesh(), want[name].spec).shard_shape(x.shape)
-                for axis, size in (blocks(x.shape) or {}).items():
+                for axis, size in (
+                    blocks(x.shape, sharding.fsdp_axis(name, len(x.shape))) or {}
+                ).items():
                     assert per_chip[axis] % size == 0, name
             assert {n: getattr(x, "qvalue", x) for n, x in parts.items()} == want
         if trained is shapes:  # scales are split, too, where they are not small
