@@ -340,7 +340,7 @@ def test_training_imports_neither_torch_nor_tensorflow(tiny, photos, tmp_path, u
 
 def test_full_fine_tuning_runs_and_resumes(config, tmp_path):
     config.update({"trainable": "full", "num_train_steps": 2, "checkpoint_every": 1,
-                   "learning_rate": 1e-4})
+                   "learning_rate": 1e-4, "moments_dtype": "int8"})
     train_lib.train(config, tmp_path)
     config.num_train_steps = 3
     state = train_lib.train(config, tmp_path)

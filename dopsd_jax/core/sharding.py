@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +51,7 @@ RULES: dict[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("scale", "bias"), ()),
     **dict.fromkeys(("step", "rng", "count"), ()),  # of a train state
 }
+QUANTISED = ("qvalue", "scale", "zero_point")  # what a qwix.QArray is made of
 _ADDED: dict[str, tuple[str | None, ...]] = {}  # like RULES, by one or two parts of a name
 
 
@@ -91,19 +91,29 @@ def add_names(
 def _axes_of(name: str) -> tuple[str | None, ...]:
     """The place of a parameter by the last two parts of its name, or by the last.
 
-    Values and scales of a quantised kernel lie as the kernel would.
+    Parts of a quantised array lie as the array would.
 
     Raises:
         KeyError: Nobody has said where it lies.
     """
-    name = re.sub(r"/kernel/(qvalue|scale)$", "/kernel", name)
-    last_two = "/".join(name.split("/")[-2:])
-    last = name.rpartition("/")[2]
-    for part in (last_two, last):
+    *parents, last = name.split("/")
+    if last in QUANTISED:  # a norm has a scale, too
+        with contextlib.suppress(KeyError):
+            return _axes_of("/".join(parents))
+    for part in ("/".join([*parents[-1:], last]), last):
         for table in (_ADDED, RULES):
             if part in table:
                 return table[part]
     raise KeyError(name)
+
+
+def fsdp_axis(name: str, ndim: int) -> int | None:
+    """The axis along which fsdp splits an array of so many axes, by its name; None for none."""
+    try:
+        axes = _axes_of(name)
+    except KeyError:
+        return None
+    return ndim - len(axes) + axes.index("fsdp") if "fsdp" in axes else None
 
 
 def mesh_sizes(count: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:

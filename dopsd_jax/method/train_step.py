@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -16,7 +16,7 @@ import optax.contrib
 from ml_collections import ConfigDict
 
 from dopsd_jax.core.trees import Tree, cast_floats, round_like
-from dopsd_jax.method import baselines, dora, lora, rollout
+from dopsd_jax.method import baselines, dora, lora, moments, rollout
 from dopsd_jax.models.denoiser import Context
 
 TEACHERS = ("ema", "frozen", "live")
@@ -151,12 +151,15 @@ def make_optimizer(
     Args:
         optimizer: "adamw", or "muon": orthogonalised momentum for the kernels inside blocks, its
             steps scaled to the size of Adam's, and Adam for everything else.
-        moments_dtype: In which the moments are kept between updates, which are float32 inside.
+        moments_dtype: In which the moments are kept between updates, see moments.py; "int8" for
+            "adamw" alone.
         stacks: Of "muon": regexes of the names under which blocks stand in the parameters.
 
     Raises:
-        ValueError: Unknown optimizer.
+        ValueError: Unknown optimizer, or int8 for one that is not AdamW.
     """
+    if optimizer == "muon" and moments_dtype == "int8":
+        raise ValueError("moments_dtype int8: expected optimizer adamw, got muon")
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {OPTIMIZERS}, got {optimizer!r}")
     if optimizer == "muon" and not stacks:
@@ -177,7 +180,11 @@ def make_optimizer(
     else:
         update = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     update = optax.chain(optax.clip_by_global_norm(max_grad_norm), update)
-    return update if moments_dtype == "float32" else _kept_in(jnp.dtype(moments_dtype), update)
+    if moments_dtype == "float32":
+        return update
+    if moments_dtype == "int8":
+        return moments.quantised(update)
+    return moments.rounded(jnp.dtype(moments_dtype), update)
 
 
 def method_of(config: ConfigDict) -> Method:
@@ -196,30 +203,6 @@ def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
         "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm",
         "moments_dtype",
     )})
-
-
-class KeptIn(NamedTuple):
-    """State of an optimizer whose floats are stored in fewer bits, and its count of updates."""
-
-    count: jax.Array
-    inner: Any
-
-
-def _kept_in(
-    dtype: jnp.dtype, optimizer: optax.GradientTransformation
-) -> optax.GradientTransformation:
-    def init(params):
-        return KeptIn(jnp.zeros((), jnp.int32), cast_floats(optimizer.init(params), dtype))
-
-    def update(grads, state, params=None):
-        # Computed in float32, then rounded at random: with b2 = 0.999 an update changes a moment by
-        # a thousandth, which bfloat16, rounded to the nearest, would lose every time.
-        wide = cast_floats(state.inner, jnp.float32)
-        updates, inner = optimizer.update(grads, wide, params)
-        rng = jax.random.fold_in(jax.random.key(0), state.count)
-        return updates, KeptIn(state.count + 1, round_like(inner, state.inner, rng))
-
-    return optax.GradientTransformation(init, update)
 
 
 def _muon_dimensions(params: Tree, stacks: Sequence[str]) -> Tree:

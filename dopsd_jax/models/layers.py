@@ -22,6 +22,7 @@ from dopsd_jax.core import sharding, trees
 from dopsd_jax.models import adapters, attention, quantization
 
 Dtype = jnp.dtype
+INPUT = "layer_input"  # of what a rematerialised layer may keep elsewhere, see REMAT_POLICIES
 
 
 class Dense(nn.Module):
@@ -150,11 +151,16 @@ def _linears(prim, *inputs, **params) -> bool:
 
 
 # What a rematerialised layer keeps for its backward pass, from least memory to least compute.
-# "full" recomputes everything, "attention" keeps attention's output, "matmuls" also the inputs of
-# attention and of the MLP's second half, "linears" what every linear layer gives, "dots" that too,
-# but products with base and with LoRA apart, "activations" all but gathered weights; "none" unrolls
-# the layers and keeps all.
+# "full" recomputes everything from the layer's input, "offload" does so from an input that waits in
+# the host's memory; "attention" keeps attention's output, "matmuls" also the inputs of attention
+# and of the MLP's second half, "linears" what every linear layer gives, "dots" that too, but
+# products with base and with LoRA apart, "activations" all but gathered weights; "none" unrolls the
+# layers and keeps all.
 REMAT_POLICIES: dict[str, Callable | tuple[str, ...] | None] = {
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT],
+        offload_src="device", offload_dst="pinned_host",
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": (),  # attention's output, and the linears of these fields of ParamNames
     "matmuls": ("matmuls",),
@@ -166,10 +172,12 @@ REMAT_POLICIES: dict[str, Callable | tuple[str, ...] | None] = {
 
 
 def _placed(layer: type[nn.Module]) -> type[nn.Module]:
-    """The layer, which on a mesh holds its variables back until its input is there."""
+    """The layer, whose input has a name; on a mesh it holds its variables back until that is there.
+    """
     class Placed(layer):
         @nn.compact
         def __call__(self, x, *args):
+            x = jax.tree.map(lambda part: checkpoint_name(part, INPUT), x)
             if jax.sharding.get_abstract_mesh().empty or self.is_initializing():
                 return layer.__call__(self, x, *args)
             x = sharding.split_rows(x)

@@ -101,8 +101,8 @@ class Step:
 
 # What share of a layer's forward products a policy of models/layers.py computes again; that of
 # "matmuls" is the family's own.
-_LINEAR_AGAIN = {"full": 1.0, "attention": 1.0, "linears": 0.0, "dots": 0.0, "activations": 0.0,
-                 "none": 0.0}
+_LINEAR_AGAIN = {"offload": 1.0, "full": 1.0, "attention": 1.0, "linears": 0.0, "dots": 0.0,
+                 "activations": 0.0, "none": 0.0}
 KERNELS_BACKWARD = 2.5  # attention kernels compute the weights again: five products for two
 
 
@@ -121,7 +121,7 @@ def train_step(
     """
     weights = student.base if trainable == "full" else student.lora
     watching = teacher.total if teacher else 0.0
-    attention_again = student.attention if remat == "full" else 0.0
+    attention_again = student.attention if remat in ("offload", "full") else 0.0
     share = student.matmuls_again if remat == "matmuls" else _LINEAR_AGAIN[remat]
     again = share * (student.base + student.lora) + attention_again
     parts = {

@@ -303,9 +303,9 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         meaning="Decoupled weight decay of AdamW."),
     "max_grad_norm": key(1.0, POSITIVE, STEP,
         meaning="Global norm that gradients are clipped to."),
-    "moments_dtype": key("float32", KEPT_DTYPE, STEP,
+    "moments_dtype": key("float32", one_of("float32", "bfloat16", "int8"), STEP,
         meaning="In which AdamW's averages are kept between updates; bfloat16 takes half the "
-        "memory, rounded at random."),
+        "memory, rounded at random; int8 a quarter, in blocks of 256 values, see recipes.md."),
     "seed": key(30, SEED, STEP, DISPLAY,
         meaning="Seed of the LoRA's first weights, of the order of rows and of all noise."),
 }, "The machine": {
@@ -324,7 +324,8 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "remat": key(AUTO, one_of(AUTO, *REMAT_POLICIES), STEP,
         meaning="What layers keep for the backward pass, from least memory to least compute: "
         f"{', '.join(REMAT_POLICIES)}; {AUTO}: what computes least again and fits the devices, "
-        "found by compiling when a run begins.",
+        "found by compiling when a run begins, but not offload, which keeps in the host's memory "
+        "what full keeps, see planning.md.",
         resume="gradients are rounded otherwise, even on the same devices; auto goes on with what "
         "the run began with"),
     "mesh.data": key(-1, PARTS,

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from dopsd_jax.core import sharding, trees
 from dopsd_jax.method import lora
+from dopsd_jax.method.moments import blocks
 from dopsd_jax.method.train_step import init_state, make_optimizer
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.flux2_vae import Flux2Vae, Flux2VaeConfig
@@ -128,6 +129,32 @@ def test_trained_trees_moments_and_averages_lie_like_their_parameters():
         zip(jax.tree.leaves(want), jax.tree.leaves(trained), strict=True)
     )
     assert per_chip == trees.count(trained) / 16
+
+
+def test_quantised_moments_lie_like_their_parameters():
+    optimizer = make_optimizer(
+        learning_rate=1e-4, warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
+        max_grad_norm=1.0, moments_dtype="int8",
+    )
+    shapes = transformer_shapes(Z_IMAGE)
+    targets = Z_IMAGE_TARGETS["published"]
+    for trained in (shapes, jax.eval_shape(
+        lambda: lora.init(jax.random.key(0), shapes, targets, 64)
+    )):
+        want = trees.flatten(sharding.shard(mesh(), trained))
+        adam = sharding.shard(mesh(), jax.eval_shape(optimizer.init, trained))[1][0]
+        for moment in (adam.mu, adam.nu):
+            parts = trees.flatten(moment)
+            for name, x in trees.flatten(trained).items():  # no block lies on two chips
+                per_chip = NamedSharding(mesh(), want[name].spec).shard_shape(x.shape)
+                for axis, size in (
+                    blocks(x.shape, sharding.fsdp_axis(name, len(x.shape))) or {}
+                ).items():
+                    assert per_chip[axis] % size == 0, name
+            assert {n: getattr(x, "qvalue", x) for n, x in parts.items()} == want
+        if trained is shapes:  # scales are split, too, where they are not small
+            w1 = trees.flatten(adam.mu)["layers/feed_forward/w1/kernel"]
+            assert w1.scale.spec == P(None, "fsdp", None)
 
 
 def test_an_array_without_a_rule_is_named():

@@ -4,6 +4,7 @@ import collections
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
@@ -22,12 +23,14 @@ CONFIG = ZImageConfig(
     in_channels=4, dim=48, n_layers=5, n_refiner_layers=1, n_heads=4, cap_feat_dim=32,
     axes_dims=(4, 4, 4), axes_lens=(256, 64, 64),
 )
+HOST = jax.memory.Space.Host
 TOKENS = 32 + 32  # image, padded, and text
 D, F = CONFIG.dim, CONFIG.mlp_dim
 
 
-def kept(remat, monkeypatch):
-    """(dtype, dims) -> how many such arrays wait for the backward pass of a LoRA's gradient.
+def kept(remat, monkeypatch, on_host=False):
+    """(dtype, dims) -> how many such arrays wait for the backward pass of a LoRA's gradient, in the
+    device's memory or in the host's.
 
     Weights come in float32 and are used in bfloat16, on a mesh that splits them all.
     """
@@ -49,8 +52,10 @@ def kept(remat, monkeypatch):
         with jax.sharding.use_abstract_mesh(mesh):
             return jax.tree.leaves(jax.vjp(f, low_rank)[1])
 
-    leaves = jax.eval_shape(residuals, params, low_rank)
-    return collections.Counter((x.dtype.name, x.shape) for x in leaves)
+    leaves = jax.make_jaxpr(residuals)(params, low_rank).out_avals
+    return collections.Counter(
+        (x.dtype.name, x.shape) for x in leaves if (x.memory_space == HOST) == on_host
+    )
 
 
 def of_tokens(found, width):
@@ -74,6 +79,29 @@ def weights(found):
 def test_full_keeps_the_input_of_each_layer_alone(monkeypatch):
     found = kept("full", monkeypatch)
     assert of_tokens(found, D) == 1 and of_tokens(found, F) == of_heads(found) == 0
+
+
+def test_offload_keeps_the_input_of_each_layer_on_the_host(monkeypatch):
+    assert of_tokens(kept("offload", monkeypatch), D) == 0
+    found = kept("offload", monkeypatch, on_host=True)
+    assert of_tokens(found, D) == 1 and of_tokens(found, F) == of_heads(found) == 0
+    assert not kept("full", monkeypatch, on_host=True)
+
+
+def test_offload_computes_what_full_does():
+    def gradient(remat):
+        network = ZImageTransformer(CONFIG, jnp.float32, remat)
+        rng = jax.random.key(1)
+        params = jax.tree.map(lambda x: 0.1 * jax.random.normal(rng, x.shape),
+                              transformer_shapes(network))
+        inputs = (jnp.ones((1, 8, 8, 4)), jnp.zeros(1), jnp.ones((1, 32, 32)),
+                  jnp.ones((1, 32), bool))
+        return jax.jit(jax.grad(
+            lambda p: jnp.sum(jnp.square(network.apply({"params": p}, *inputs)))
+        ))(params)
+
+    for one, two in zip(*map(jax.tree.leaves, map(gradient, ("full", "offload"))), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_attention_keeps_its_output_too(monkeypatch):

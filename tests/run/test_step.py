@@ -188,7 +188,7 @@ def write_lora(config, folder):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"accumulation": 2, "teacher": "live"},
+    {}, {"accumulation": 2, "teacher": "live", "moments_dtype": "int8"},
     {"trainable": "full", "moments_dtype": "bfloat16", "ema_dtype": "bfloat16"},
     {"objective": "sft"}, {"states": "noised", "dtype": "bfloat16", "remat": "matmuls"},
     {"num_steps": 8, "schedule": "reference8", "shift": 2.0}, {"anchor": 2.0},
