@@ -81,7 +81,8 @@ def test_they_take_little_more_than_a_quarter():
 @pytest.mark.parametrize("shape,split,found", [
     ((30, 3840, 10240), 1, {2: 256}), ((30, 10240, 3840), 2, {1: 256}),
     ((30, 3840, 64), 1, {2: 64}), ((30, 64, 3840), 2, {1: 64}), ((8192,), None, {0: 256}),
-    ((512, 8), 0, {1: 8, 0: 32}), ((1023, 1023), None, None), ((63, 64), None, None), ((), None, None),
+    ((512, 8), 0, {1: 8, 0: 32}), ((1023, 1023), None, None), ((63, 64), None, None),
+    ((), None, None),
 ])
 def test_blocks_lie_along_the_axis_that_is_not_split(shape, split, found):
     assert moments.blocks(shape, split) == found
