@@ -4,7 +4,7 @@
         --config.model=FLUX.2-klein-4B --config.data=photos
 
 By XLA's GPU compiler for an RTX 4070 and remat=full, GiB: encoding captions 6.24 and pictures 7.63,
-updates 6.03, drawing 7.56, decoding 7.33, of 10.15 that a run may need.
+updates 5.98, drawing 7.56, decoding 7.33, of 10.15 that a run may need.
 """
 
 from configs import flux2_klein_4b_edit
