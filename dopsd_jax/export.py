@@ -24,6 +24,7 @@ from dopsd_jax.core.trees import Tree
 from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.models import adapters
 from dopsd_jax.models.family import Family
+from dopsd_jax.models.quantization import AS_DTYPE
 from dopsd_jax.run import card
 from dopsd_jax.run import loras as loras_lib
 from dopsd_jax.run import model as model_lib
@@ -35,7 +36,6 @@ from dopsd_jax.weights import hub, lora_files
 from dopsd_jax.weights.families import example, family_of_tree, find, transformer_table
 from dopsd_jax.weights.names import Modules
 from dopsd_jax.weights.pipeline import (
-    AS_DTYPE,
     Pipeline,
     load_pipeline,
     load_transformer,

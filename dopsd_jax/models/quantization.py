@@ -27,6 +27,8 @@ KINDS: dict[str, tuple[Any, int | None]] = {
     "fp8": (jnp.float8_e4m3fn, None),
     "nf4": ("nf4", 64),
 }
+AS_DTYPE = "dtype"  # of base_dtype and encoder_dtype: not quantised
+BASE_DTYPES = (AS_DTYPE, *KINDS)
 SMALLEST_TILE = 8  # of a column that no larger tile divides, the whole has one scale
 Kernel = jax.Array | qwix.QArray
 
@@ -81,6 +83,28 @@ def quantise_tree(params: Tree, kind: str, dtype: Any = jnp.bfloat16) -> Tree:
     """
     which = names(params)
     return trees.map_named(lambda n, x: quantise(x, kind, dtype) if n in which else x, params)
+
+
+def quantised_as(name: str, value: str) -> str:
+    """A key of KINDS, or "" for AS_DTYPE; raises ValueError for anything else."""
+    if value not in BASE_DTYPES:
+        raise ValueError(f"{name}: expected one of {BASE_DTYPES}, got {value!r}")
+    return "" if value == AS_DTYPE else value
+
+
+def quantised_shapes(shapes: Tree, quantise: str, dtype: Any) -> Tree:
+    """Shapes of parameters as they are kept: floats of a dtype, kernels perhaps quantised.
+
+    Args:
+        shapes: Of a network's parameters in floats.
+        quantise: A key of KINDS, or "" for none.
+        dtype: Of floats and of scales; None leaves them as they are.
+    """
+    if dtype is not None:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    if not quantise:
+        return shapes
+    return jax.eval_shape(lambda x: quantise_tree(x, quantise, dtype), shapes)
 
 
 def floats(kernel: Kernel, dtype: Any) -> jax.Array:

@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dopsd_jax.core.log import log
+from dopsd_jax.models.quantization import AS_DTYPE
 from dopsd_jax.planning import phases
 from dopsd_jax.planning.chips import chip_of, count_chips
 from dopsd_jax.planning.gpus import GPUS
@@ -23,7 +24,6 @@ from dopsd_jax.planning.phases import DRAWING, ENCODING, TRAIN, Arrays, Phase
 from dopsd_jax.planning.plans import checked, gib, measure, mesh_of, with_batch
 from dopsd_jax.run import remat
 from dopsd_jax.run.keys import AUTO
-from dopsd_jax.weights.pipeline import AS_DTYPE
 
 CLASSES = {"24": "4090", "16": "4080", "12": "4070"}  # GB of a card -> the one that is planned for
 DTYPES = (AS_DTYPE, "int8", "nf4")  # of the frozen networks, from the best to the smallest

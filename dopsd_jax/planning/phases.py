@@ -30,6 +30,7 @@ from dopsd_jax.method import contexts, sampling
 from dopsd_jax.method.guidance import with_guidance
 from dopsd_jax.models.denoiser import Context, Denoiser
 from dopsd_jax.models.family import TextRules
+from dopsd_jax.models.quantization import quantised_as, quantised_shapes
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
 from dopsd_jax.planning import compiler, lowering
@@ -39,8 +40,6 @@ from dopsd_jax.run.model import load_model
 from dopsd_jax.run.pictures import PREFLIGHT_PICTURES, at_once
 from dopsd_jax.weights.families import published_encoders
 from dopsd_jax.weights.pipeline import (
-    quantised_as,
-    quantised_shapes,
     read_vl_config,
     text_shapes,
     vae_shapes,

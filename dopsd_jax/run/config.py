@@ -22,12 +22,12 @@ from dopsd_jax.data.drafts import Needs
 from dopsd_jax.method import contexts, flow, lora
 from dopsd_jax.method.guidance import check_guidance
 from dopsd_jax.method.train_step import Method, method_of
+from dopsd_jax.models.quantization import AS_DTYPE
 from dopsd_jax.run import loras, preview_model
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.keys import KEYS
 from dopsd_jax.run.model import FILES, load_model
 from dopsd_jax.weights.pipeline import (
-    AS_DTYPE,
     Pipeline,
     read_vl_config,
     transformer_shapes,

@@ -23,6 +23,7 @@ from dopsd_jax.data.datasets import Data
 from dopsd_jax.method import contexts
 from dopsd_jax.method.contexts import RECIPES, TEACHER
 from dopsd_jax.models.denoiser import Context
+from dopsd_jax.models.quantization import AS_DTYPE
 from dopsd_jax.run import keys, model
 from dopsd_jax.run.config import (
     needs_targets,
@@ -32,7 +33,6 @@ from dopsd_jax.run.config import (
 )
 from dopsd_jax.weights.fingerprints import fingerprint
 from dopsd_jax.weights.pipeline import (
-    AS_DTYPE,
     Pipeline,
     VisionLanguage,
     load_vision_language,

@@ -22,8 +22,9 @@ from dopsd_jax.core.checks import is_number, is_whole, path_problem
 from dopsd_jax.method import contexts, flow, lora, rollout
 from dopsd_jax.method.train_step import TEACHERS, TRAINABLE
 from dopsd_jax.models.layers import REMAT_POLICIES
+from dopsd_jax.models.quantization import AS_DTYPE, BASE_DTYPES
 from dopsd_jax.weights.families import PUBLISHED
-from dopsd_jax.weights.pipeline import AS_DTYPE, BASE_DTYPES, DTYPES
+from dopsd_jax.weights.pipeline import DTYPES
 
 # What a key may affect. The first four are what frozen encoders make; a cache names each entry by
 # the settings that affect it. What an encoder is given (a caption with its added words, an image

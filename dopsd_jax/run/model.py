@@ -7,10 +7,9 @@ from typing import Any
 
 from absl import flags
 
+from dopsd_jax.models.quantization import AS_DTYPE, BASE_DTYPES
 from dopsd_jax.weights import fingerprints, one_file
 from dopsd_jax.weights.pipeline import (
-    AS_DTYPE,
-    BASE_DTYPES,
     Pipeline,
     find_directory,
     load_pipeline,

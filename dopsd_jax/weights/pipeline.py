@@ -19,9 +19,9 @@ from dopsd_jax.core import memory, sharding, trees
 from dopsd_jax.core.checks import COUNT, noted, path_problem, value_problems
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
-from dopsd_jax.models import quantization
 from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.models.family import Family, TextRules
+from dopsd_jax.models.quantization import AS_DTYPE, quantised_as, quantised_shapes
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
 from dopsd_jax.models.vae import Vae
@@ -41,8 +41,6 @@ from dopsd_jax.weights.qwen3_names import check_language_match, vision_table
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
 DTYPES = ("bfloat16", "float16", "float32")  # of weights and compute
-AS_DTYPE = "dtype"  # of base_dtype and encoder_dtype: not quantised
-BASE_DTYPES = (AS_DTYPE, *quantization.KINDS)
 C = TypeVar("C")
 
 
@@ -141,28 +139,6 @@ def check_dtype(name: str, dtype: str) -> None:
     """Raises ValueError unless `dtype` is one of DTYPES; `name` is for the message."""
     if dtype not in DTYPES:
         raise ValueError(f"{name}: expected one of {DTYPES}, got {dtype!r}")
-
-
-def quantised_as(name: str, value: str) -> str:
-    """A key of quantization.KINDS, or "" for AS_DTYPE; raises ValueError for anything else."""
-    if value not in BASE_DTYPES:
-        raise ValueError(f"{name}: expected one of {BASE_DTYPES}, got {value!r}")
-    return "" if value == AS_DTYPE else value
-
-
-def quantised_shapes(shapes: trees.Tree, quantise: str, dtype: Any) -> trees.Tree:
-    """Shapes of parameters as they are kept: floats of a dtype, kernels perhaps quantised.
-
-    Args:
-        shapes: Of a network's parameters in floats.
-        quantise: A key of quantization.KINDS, or "" for none.
-        dtype: Of floats and of scales; None leaves them as they are.
-    """
-    if dtype is not None:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-    if not quantise:
-        return shapes
-    return jax.eval_shape(lambda x: quantization.quantise_tree(x, quantise, dtype), shapes)
 
 
 def _check_is_directory(directory: Path, contents: str) -> None:
