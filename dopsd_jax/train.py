@@ -107,12 +107,13 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         config, draws_pictures=bool(config.sample_every or looks_ahead), mesh=mesh
     )
     # Before the encoders run, which may take hours: it refuses targets that match no layer.
-    step = Step(config, pipe.denoiser, pipe.lora.targets, mesh, *loras.stands_on(config, pipe))
+    earlier, start = loras.stands_on(config, pipe)
+    step = Step(config, pipe.denoiser, pipe.lora.targets, mesh, earlier, start)
     made = make_features(config, pipe, data, entries, cache)
     features = BatchFeatures(config, data, entries, made)
     memory.log_devices("the data is encoded")
     pipe.params = load_transformer(config, mesh)
-    if config.base_lora:  # what a DoRA among them changes depends on the weights
+    if loras.only_shapes(earlier):
         step = step.with_earlier(loras.take_loras(loras.parse_list(config.base_lora), pipe))
 
     # Act 4, the state at step 0, and pictures of what it can do untrained. What fits beside the

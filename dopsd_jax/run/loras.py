@@ -224,6 +224,11 @@ def stands_on(config: ConfigDict, pipe: Pipeline) -> tuple[Tree | None, Tree | N
     return earlier, start
 
 
+def only_shapes(tree: Tree | None) -> bool:
+    """Whether LoRAs are still to be read with the weights: what a DoRA changes depends on them."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
 def _take(member: Any, pipe: Pipeline) -> tuple[Tree, float]:
     """One LoRA as it is stored, alpha / rank in its `b`, and its strength."""
     strength = 1.0
