@@ -309,7 +309,7 @@ def main() -> None:
     lora = [loras.parse(text) for text in FLAGS.lora or ()] or None
     if lora:
         loras.take_loras(lora, pipe)
-    pipe = model.load_model(chosen, dtype=FLAGS.dtype, **model.dtypes_given())
+    pipe = model.load_model(chosen, dtype=FLAGS.dtype, **model.dtypes_given(FLAGS))
     pixels = generate(pipe, FLAGS.prompt, **how, seed=FLAGS.seed, lora=lora, references=references)
     out.mkdir(parents=True, exist_ok=True)
     for i, (prompt, image) in enumerate(zip(FLAGS.prompt, pixels, strict=True)):
@@ -318,7 +318,7 @@ def main() -> None:
         Image.fromarray(image).save(path)
         made = {"prompt": prompt, "seed": FLAGS.seed + i, "num_steps": FLAGS.num_steps,
                 **{name: value for name, value in chosen.items() if value},
-                "lora": FLAGS.lora or [], "dtype": FLAGS.dtype, **model.dtypes_given(),
+                "lora": FLAGS.lora or [], "dtype": FLAGS.dtype, **model.dtypes_given(FLAGS),
                 "guidance": FLAGS.guidance, "negative": FLAGS.negative,
                 "references": FLAGS.reference or []}
         path.with_suffix(".json").write_text(json.dumps(made, indent=2, ensure_ascii=False))

@@ -36,9 +36,9 @@ def define_dtype_flags() -> None:
                           f"kept: {AS_DTYPE} is as --dtype, the others are quantised.")
 
 
-def dtypes_given() -> dict[str, str]:
-    """The flags of `define_dtype_flags`, as options of `load_pipeline`."""
-    return {name: flags.FLAGS[name].value for name in ("base_dtype", "encoder_dtype")}
+def dtypes_given(given: Mapping[str, Any]) -> dict[str, str]:
+    """The flags of `define_dtype_flags` among those of a command, as options of `load_pipeline`."""
+    return {name: given[name].value for name in ("base_dtype", "encoder_dtype")}
 
 
 def files_of(config: Mapping[str, Any] | Any) -> dict[str, str]:

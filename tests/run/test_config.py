@@ -73,8 +73,8 @@ def test_all_problems_are_told_and_each_once(config):
     ("lora.alpha", float("nan"), "a number above 0 that float32 holds, got nan"),
     ("sample_rows", 0, "a whole number from 1 to 2147483647, got 0"),
     ("sample_every", -1, "a whole number from 0 to 2147483647, got -1"),
-    ("remat", "some", "one of ('auto', 'full', 'attention', 'matmuls', 'linears', 'dots', "
-                      "'activations', 'none'), got 'some'"),
+    ("remat", "some", "one of ('auto', 'offload', 'full', 'attention', 'matmuls', 'linears', "
+                      "'dots', 'activations', 'none'), got 'some'"),
     ("dtype", "float12", "one of ('bfloat16', 'float16', 'float32'), got 'float12'"),
     ("vae_dtype", "int8", "one of ('bfloat16', 'float16', 'float32'), got 'int8'"),
     ("learning_rate", 0.0, "a number above 0 that float32 holds, got 0.0"),

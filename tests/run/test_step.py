@@ -113,7 +113,7 @@ def of_bench(config):
             lambda s: np.zeros(s.shape, s.dtype),
             transformer_shapes(ours.denoiser_of(CASE).network),
         )
-        patch.setattr(ours, "random_weights", lambda _: weights)
+        patch.setattr(ours, "random_weights", lambda *_: weights)
         return catch(lambda: ours.measure(CASE))
 
 
