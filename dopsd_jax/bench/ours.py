@@ -57,7 +57,7 @@ def step_of(case: Case) -> Step:
     return Step(config_of(case), denoiser_of(case), Z_IMAGE_TARGETS, mesh)
 
 
-def random_weights(shapes: Tree, base_dtype: str = "dtype") -> Tree:
+def random_weights(shapes: Tree, base_dtype: str) -> Tree:
     """Weights that keep the scale of what passes through, made on the device."""
     def make(name: str, shape: jax.ShapeDtypeStruct) -> quantization.Kernel:
         key = jax.random.fold_in(jax.random.key(0), sum(map(ord, name)))

@@ -26,6 +26,7 @@ import qwix
 
 from dopsd_jax.core import sharding
 from dopsd_jax.core.trees import Tree, cast_floats, round_like
+from dopsd_jax.models.quantization import is_quantised
 
 BLOCK = 256  # values that share a scale, at most
 SMALLEST_BLOCK = 64  # arrays that only smaller blocks divide stay float32,
@@ -94,13 +95,9 @@ def _pack(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
 
 def _unpack(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
     def floats(tree: Tree) -> Tree:
-        return jax.tree.map(_dequantise, tree, is_leaf=_is_quantised)
+        return jax.tree.map(_dequantise, tree, is_leaf=is_quantised)
 
     return state._replace(mu=floats(state.mu), nu=floats(state.nu))
-
-
-def _is_quantised(x: Any) -> bool:
-    return isinstance(x, qwix.QArray)
 
 
 def blocks(shape: tuple[int, ...], split: int | None = None) -> dict[int, int] | None:
@@ -135,7 +132,7 @@ def _quantise(x: jax.Array, kind: str, split: int | None = None) -> qwix.QArray 
 
 
 def _dequantise(x: qwix.QArray | jax.Array) -> jax.Array:
-    if not _is_quantised(x):
+    if not is_quantised(x):
         return x
     root = qwix.dequantize(x)
     # Only the second average has a zero point: it has no negative values.

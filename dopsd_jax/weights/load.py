@@ -271,23 +271,19 @@ def load_tree(
         kind = np.dtype(dtype) if dtype is not None and is_float else stored[tensor].kept
         if slot.layer is None:
             flat[name] = place(_fill(_aligned(value.shape, kind), value), sharding)
-        elif name in small:
+        elif name not in small and _on_cpu(sharding):  # the stack is host memory anyway
+            if name not in flat:
+                flat[name] = _aligned(flat_shapes[name].shape, kind)
+            _fill(flat[name][slot.layer], value)
+        else:
             part = place(_fill(_aligned(value.shape, kind), value), _of_layer(sharding))
-            part = _quantise(part, quantise, kind)
+            if name in small:
+                part = _quantise(part, quantise, kind)
             if name not in flat:
                 flat[name] = _empty_stack(flat_shapes[name].shape[0], part, sharding)
             flat[name] = jax.tree.map(
                 lambda stack, x, layer=slot.layer: _write(stack, layer, x), flat[name], part
             )
-        elif _on_cpu(sharding):  # the stack is host memory anyway
-            if name not in flat:
-                flat[name] = _aligned(flat_shapes[name].shape, kind)
-            _fill(flat[name][slot.layer], value)
-        else:
-            if name not in flat:
-                flat[name] = _empty(flat_shapes[name].shape, kind, sharding)
-            part = place(_fill(_aligned(value.shape, kind), value), _of_layer(sharding))
-            flat[name] = _write(flat[name], slot.layer, part)
         # Else many tensors wait in host memory at once.
         jax.block_until_ready(flat[name])
         value = part = None

@@ -238,7 +238,7 @@ def load_pipeline(
 
     Raises:
         WeightsError: Anything that is missing, unsupported or does not fit.
-        ValueError: An unknown dtype or part, or a dtype that the devices do not have.
+        ValueError: An unknown dtype or part.
     """
     if problem := path_problem(str(directory)):
         raise WeightsError(f"model: {directory!s:.60}.. {problem}")
