@@ -246,7 +246,8 @@ def main() -> None:
         sample.check_request(pipe, ["a"], num_steps=FLAGS.num_steps, height=height, width=width)
     if problems:
         raise ValueError("\n  ".join(problems))
-    pipe = model.load_model(chosen, dtype=FLAGS.dtype, **model.dtypes_given(FLAGS))
+    pipe = model.load_model(chosen, dtype=FLAGS.dtype, **model.dtypes_given(FLAGS),
+                            cache_quantised=FLAGS.cache_quantised)
     player = Player(pipe, named, height, width)
     blocks = page(player, [n.strength for n in named], FLAGS.num_steps, not pipe.distilled,
                   FLAGS.prompt)

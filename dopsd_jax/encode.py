@@ -59,6 +59,7 @@ def encode(config: ConfigDict) -> tuple[int, int]:
         writer = CacheWriter(config.cache)
         pipe = load_model(config, dtype=config.dtype, vae_dtype=config.vae_dtype,
                           encoder_dtype=config.encoder_dtype,
+                          cache_quantised=config.cache_quantised,
                           parts=("text_encoder", *(["vae"] if needs_latents(config) else [])),
                           encoder_mesh=sharding.own_mesh())
         try:

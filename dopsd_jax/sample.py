@@ -309,7 +309,8 @@ def main() -> None:
     lora = [loras.parse(text) for text in FLAGS.lora or ()] or None
     if lora:
         loras.take_loras(lora, pipe)
-    pipe = model.load_model(chosen, dtype=FLAGS.dtype, **model.dtypes_given(FLAGS))
+    pipe = model.load_model(chosen, dtype=FLAGS.dtype, **model.dtypes_given(FLAGS),
+                            cache_quantised=FLAGS.cache_quantised)
     pixels = generate(pipe, FLAGS.prompt, **how, seed=FLAGS.seed, lora=lora, references=references)
     out.mkdir(parents=True, exist_ok=True)
     for i, (prompt, image) in enumerate(zip(FLAGS.prompt, pixels, strict=True)):

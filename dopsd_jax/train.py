@@ -226,7 +226,7 @@ def _load(config: ConfigDict, mesh: Mesh, parts: tuple[str, ...]) -> Pipeline:
     return model.load_model(
         config, dtype=config.dtype, vae_dtype=config.vae_dtype, remat=policy, parts=parts,
         mesh=mesh, encoder_mesh=sharding.own_mesh(), base_dtype=config.base_dtype,
-        encoder_dtype=config.encoder_dtype,
+        encoder_dtype=config.encoder_dtype, cache_quantised=config.cache_quantised,
     )
 
 

@@ -10,8 +10,10 @@ Source: qwix, https://github.com/google/qwix; nf4: https://arxiv.org/abs/2305.14
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import qwix
@@ -24,13 +26,21 @@ from dopsd_jax.core.trees import Tree
 # columns nothing. Four bits need them.
 KINDS: dict[str, tuple[Any, int | None]] = {
     "int8": (jnp.int8, None),
+    "w8a8": (jnp.int8, None),
     "fp8": (jnp.float8_e4m3fn, None),
     "nf4": ("nf4", 64),
 }
+W8A8 = "w8a8"
 AS_DTYPE = "dtype"  # of base_dtype and encoder_dtype: not quantised
 BASE_DTYPES = (AS_DTYPE, *KINDS)
+ENCODER_DTYPES = tuple(kind for kind in BASE_DTYPES if kind != W8A8)  # run once: no time to gain
 SMALLEST_TILE = 8  # of a column that no larger tile divides, the whole has one scale
 Kernel = jax.Array | qwix.QArray
+
+
+@flax.struct.dataclass
+class IntegerProducts(qwix.QArray):
+    """A kernel of int8 whose products are those of integers: their inputs are rounded too."""
 
 
 def is_quantised(kernel: Any) -> bool:
@@ -67,10 +77,11 @@ def quantise(kernel: jax.Array, kind: str, dtype: Any = jnp.bfloat16) -> qwix.QA
     tile = whole if tile < SMALLEST_TILE else tile
     others = [i for i in range(kernel.ndim) if i != axis]
     # In float32: a quotient of bfloat16 would be off by more than half a step of int8.
-    return qwix.quantize(
+    array = qwix.quantize(
         kernel.astype(jnp.float32), qtype, channelwise_axes=others, tiled_axes={axis: tile},
         scale_dtype=dtype,
     )
+    return IntegerProducts(**vars(array)) if kind == W8A8 else array
 
 
 def quantise_tree(params: Tree, kind: str, dtype: Any = jnp.bfloat16) -> Tree:
@@ -85,11 +96,16 @@ def quantise_tree(params: Tree, kind: str, dtype: Any = jnp.bfloat16) -> Tree:
     return trees.map_named(lambda n, x: quantise(x, kind, dtype) if n in which else x, params)
 
 
-def quantised_as(name: str, value: str) -> str:
-    """A key of KINDS, or "" for AS_DTYPE; raises ValueError for anything else."""
-    if value not in BASE_DTYPES:
-        raise ValueError(f"{name}: expected one of {BASE_DTYPES}, got {value!r}")
+def quantised_as(name: str, value: str, choices: Sequence[str] = BASE_DTYPES) -> str:
+    """A key of KINDS, or "" for AS_DTYPE; raises ValueError for what is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
     return "" if value == AS_DTYPE else value
+
+
+def stored_as(kind: str) -> str:
+    """The first key of KINDS under which the same values and scales are kept."""
+    return next(other for other in KINDS if KINDS[other] == KINDS[kind])
 
 
 def quantised_shapes(shapes: Tree, quantise: str, dtype: Any) -> Tree:
@@ -142,6 +158,9 @@ def product(x: jax.Array, kernel: Kernel) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x: jax.Array, kernel: qwix.QArray) -> jax.Array:
+    if isinstance(kernel, IntegerProducts):
+        rounded = qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=(0,))
+        return qwix.dot_general(rounded, kernel, (((1,), (0,)), ((), ()))).astype(x.dtype)
     return x @ floats(kernel, x.dtype)
 
 

@@ -193,7 +193,8 @@ def load_encoders(config: ConfigDict, pipe: Pipeline, data: Data) -> Encoders:
     vl = None
     if needs_vlm(config):
         vl = load_vision_language(
-            config.vlm, pipe, dtype=config.dtype, encoder_dtype=config.encoder_dtype
+            config.vlm, pipe, dtype=config.dtype, encoder_dtype=config.encoder_dtype,
+            cache_quantised=config.cache_quantised,
         )
         log.info("vision tower loaded; %d of %d language tensors replaced", vl.matched, vl.matched)
     return Encoders(config, pipe, vl, data)

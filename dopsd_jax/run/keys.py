@@ -22,7 +22,7 @@ from dopsd_jax.core.checks import is_number, is_whole, path_problem
 from dopsd_jax.method import contexts, flow, lora, rollout
 from dopsd_jax.method.train_step import TEACHERS, TRAINABLE
 from dopsd_jax.models.layers import REMAT_POLICIES
-from dopsd_jax.models.quantization import AS_DTYPE, BASE_DTYPES
+from dopsd_jax.models.quantization import AS_DTYPE, BASE_DTYPES, ENCODER_DTYPES
 from dopsd_jax.weights.families import PUBLISHED
 from dopsd_jax.weights.pipeline import DTYPES
 
@@ -316,9 +316,14 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "base_dtype": key(AS_DTYPE, one_of(*BASE_DTYPES), STEP,
         meaning=f"In which the kernels of the frozen transformer's layers are kept: {AS_DTYPE}, or "
         "quantised: int8 takes half the memory of bfloat16, fp8 as much as int8, nf4 a quarter; "
-        "see memory.md. For trainable = lora."),
-    "encoder_dtype": key(AS_DTYPE, one_of(*BASE_DTYPES), STUDENT, TEACHER, VISION,
-        meaning="The same for the text encoder and the vision tower."),
+        "w8a8 is int8 whose products are integers too, faster where the chip has them; see "
+        "memory.md. For trainable = lora."),
+    "encoder_dtype": key(AS_DTYPE, one_of(*ENCODER_DTYPES), STUDENT, TEACHER, VISION,
+        meaning="The same for the text encoder and the vision tower, but w8a8."),
+    "cache_quantised": key(False, SWITCH,
+        meaning="Keep what base_dtype and encoder_dtype made in .quantised/ in the model's "
+        "directories, so that the next start reads half as much, or a quarter, and makes nothing.",
+        resume="the weights are the same"),
     "vae_dtype": key("float32", DTYPE, LATENTS, DISPLAY,
         meaning="In which the VAE's weights are kept and used.",
         resume="a cache changes nothing in this, since it names latents by vae_dtype"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from dopsd_jax.models.quantization import AS_DTYPE, BASE_DTYPES
+from dopsd_jax.models.quantization import AS_DTYPE, BASE_DTYPES, ENCODER_DTYPES
 from dopsd_jax.weights import fingerprints, one_file
 from dopsd_jax.weights.pipeline import (
     Pipeline,
@@ -30,14 +30,18 @@ def define_flags(*names: str) -> None:
 
 
 def define_dtype_flags() -> None:
-    """Flags of a command that draws: in which dtypes weights may be kept to save memory."""
-    for name, what in (("base_dtype", "transformer"), ("encoder_dtype", "text encoder")):
-        flags.DEFINE_enum(name, AS_DTYPE, BASE_DTYPES, f"In which the layers of the {what} are "
+    """Flags of a command that draws: in which dtypes weights may be kept to save memory, and
+    whether those that are made are kept."""
+    for name, choices, what in (("base_dtype", BASE_DTYPES, "transformer"),
+                                ("encoder_dtype", ENCODER_DTYPES, "text encoder")):
+        flags.DEFINE_enum(name, AS_DTYPE, choices, f"In which the layers of the {what} are "
                           f"kept: {AS_DTYPE} is as --dtype, the others are quantised.")
+    flags.DEFINE_bool("cache_quantised", False, "Keep what was quantised in .quantised/ in the "
+                      "model's directory, for the next start.")
 
 
 def dtypes_given(given: Mapping[str, Any]) -> dict[str, str]:
-    """The flags of `define_dtype_flags` among those of a command, as options of `load_pipeline`."""
+    """The dtypes of `define_dtype_flags` in a command's flags, as options of `load_pipeline`."""
     return {name: given[name].value for name in ("base_dtype", "encoder_dtype")}
 
 

@@ -78,7 +78,7 @@ def load(config: ConfigDict, pipe: Pipeline, mesh: Mesh) -> Pipeline:
     """The preview_model with its own transformer and everything else of the run's `pipe`."""
     other = load_pipeline(
         config.preview_model, dtype=config.dtype, parts=("transformer",), mesh=mesh,
-        base_dtype=config.base_dtype,
+        base_dtype=config.base_dtype, cache_quantised=config.cache_quantised,
     )
     log.info("preview_model %s: its transformer stays in memory beside the run's, %.2f GB over "
              "all devices", config.preview_model, trees.num_bytes(other.params) / 1e9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dopsd_jax.weights.names import WeightsError
@@ -59,6 +59,14 @@ def fingerprint(
         digest.update(f"{file.as_posix()} {content.hexdigest()}\n".encode())
     for part, file in sorted(replaced.items()):
         digest.update(f"{part}_file {_sampled(file).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def of_files(files: Iterable[Path]) -> str:
+    """Identifies safetensors files by content, in their order; names and places do not matter."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(_sampled(file).digest())
     return digest.hexdigest()[:16]
 
 

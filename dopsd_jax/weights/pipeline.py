@@ -21,11 +21,16 @@ from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
 from dopsd_jax.models.denoiser import Denoiser
 from dopsd_jax.models.family import Family, TextRules
-from dopsd_jax.models.quantization import AS_DTYPE, quantised_as, quantised_shapes
+from dopsd_jax.models.quantization import (
+    AS_DTYPE,
+    ENCODER_DTYPES,
+    quantised_as,
+    quantised_shapes,
+)
 from dopsd_jax.models.qwen3 import Qwen3
 from dopsd_jax.models.qwen3_vl import Qwen3VLConfig, VisionTower
 from dopsd_jax.models.vae import Vae
-from dopsd_jax.weights import one_file
+from dopsd_jax.weights import fingerprints, one_file, quantized_cache
 from dopsd_jax.weights.families import (
     DECODER,
     LoraRules,
@@ -211,6 +216,7 @@ def load_pipeline(
     text_encoder_file: str | Path = "",
     base_dtype: str = AS_DTYPE,
     encoder_dtype: str = AS_DTYPE,
+    cache_quantised: bool = False,
 ) -> Pipeline:
     """Opens a directory as Tongyi-MAI/Z-Image-Turbo or FLUX.2-klein ships it.
 
@@ -231,7 +237,8 @@ def load_pipeline(
             them, whose weights replace the directory's, which then need not be there.
         base_dtype: In which the kernels of the transformer's layers are kept: AS_DTYPE, or a key of
             quantization.KINDS.
-        encoder_dtype: The same for the text encoder.
+        encoder_dtype: The same for the text encoder, of ENCODER_DTYPES.
+        cache_quantised: Keep what is quantised beside the model, see weights/quantized_cache.py.
 
     Returns:
         The pipeline.
@@ -249,7 +256,7 @@ def load_pipeline(
     check_dtype("vae_dtype", vae_dtype)
     quantise = {
         "transformer": quantised_as("base_dtype", base_dtype),
-        "text_encoder": quantised_as("encoder_dtype", encoder_dtype),
+        "text_encoder": quantised_as("encoder_dtype", encoder_dtype, ENCODER_DTYPES),
     }
     if unknown := sorted(set(parts) - {*PARTS, DECODER}):
         raise ValueError(f"parts: expected some of {(*PARTS, DECODER)}, got {unknown}")
@@ -276,7 +283,8 @@ def load_pipeline(
     def load(part, dtype, mesh=None):
         folder = "vae" if part == DECODER else part
         return _load(part_files(directory, files, folder), nets.tables[part], shapes(part), dtype,
-                     mesh, folder, PREFIXES[folder], quantise.get(part, ""))
+                     mesh, folder, PREFIXES[folder], quantise.get(part, ""),
+                     directory if cache_quantised else None)
 
     if "transformer" in parts:
         pipe.params = load("transformer", dtype, mesh)
@@ -380,11 +388,11 @@ def _open(directory: Path, dtype: jnp.dtype, vae_dtype: jnp.dtype, remat: str) -
 
 def load_vision_language(
     directory: str | Path, pipe: Pipeline, *, dtype: str = "bfloat16",
-    encoder_dtype: str = AS_DTYPE,
+    encoder_dtype: str = AS_DTYPE, cache_quantised: bool = False,
 ) -> VisionLanguage:
     """Opens a directory in the format of Qwen3-VL-4B-Instruct for use with a pipeline.
 
-    dtype and encoder_dtype: as of `load_pipeline`.
+    dtype, encoder_dtype and cache_quantised: as of `load_pipeline`.
 
     Raises:
         WeightsError: Anything missing or unsupported, and language tensors that are not, by name
@@ -403,18 +411,27 @@ def load_vision_language(
     vision = VisionTower(config.vision, jnp.dtype(dtype))
     params = _load(weight_files(directory), vision_table(config.vision), vision_shapes(vision),
                    dtype, pipe.encoder_mesh, directory.name,
-                   quantise=quantised_as("encoder_dtype", encoder_dtype))
+                   quantise=quantised_as("encoder_dtype", encoder_dtype, ENCODER_DTYPES),
+                   beside=directory if cache_quantised else None)
     return VisionLanguage(config, vision, params, prompts.load_tokenizer(directory), matched)
 
 
 def _load(
     files: list[Path], table, shapes, dtype, mesh: Mesh | None, name: str,
-    prefixes: Prefixes | None = None, quantise: str = "",
+    prefixes: Prefixes | None = None, quantise: str = "", beside: Path | None = None,
 ) -> trees.Tree:
-    """The weights of what the log calls `name`."""
-    shardings = None
+    """The weights of what the log calls `name`.
+
+    As of `load_tree`, and `beside`: the model's directory, if what is quantised is kept there.
+    """
+    shardings, kept_as = None, quantised_shapes(shapes, quantise, dtype)
     if mesh is not None:
-        shardings = sharding.shard(mesh, quantised_shapes(shapes, quantise, dtype))
+        shardings = sharding.shard(mesh, kept_as)
+    if quantise and beside is not None:
+        file = quantized_cache.file_of(beside, name, quantise, dtype, fingerprints.of_files(files))
+        return quantized_cache.cached(file, kept_as, shardings, lambda: _load(
+            files, table, shapes, dtype, mesh, name, prefixes, quantise,
+        ))
     total = sum(f.stat().st_size for f in files)
     where = files[0] if len(files) == 1 else f"{files[0].parent}: {len(files)} files"
     log.info("reading %s, %.2f GB", where, total / 1e9)

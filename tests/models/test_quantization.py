@@ -36,12 +36,14 @@ def by_tiles(kernel, tile):
 def test_a_kernel_is_rounded_to_the_nearest_of_its_tile(kind):
     kernel, tile = weights(WIDTH, 40), 32 if kind == "nf4" else WIDTH
     q = quantization.quantise(jnp.asarray(kernel), kind, jnp.float32)
-    assert q.qvalue.dtype == {"int8": jnp.int8, "nf4": jnp.uint4, "fp8": jnp.float8_e4m3fn}[kind]
+    assert q.qvalue.dtype == {
+        "int8": jnp.int8, "w8a8": jnp.int8, "nf4": jnp.uint4, "fp8": jnp.float8_e4m3fn,
+    }[kind]
     assert q.scale.shape == (WIDTH // tile, 40)  # 96 is no multiple of 64, but of 32
     tiles = by_tiles(kernel, tile)
     largest = np.abs(tiles).max(1, keepdims=True)
     got = by_tiles(np.asarray(quantization.floats(q, jnp.float32)), tile)
-    if kind == "int8":  # the largest lies halfway between two
+    if kind in ("int8", "w8a8"):  # the largest lies halfway between two
         step = largest / 127.5
         assert np.all(np.abs(got - tiles) <= step / 2 * 1.0001)
         want = np.round(got / step) * step
@@ -108,7 +110,7 @@ def loss(lora, params, x, remat):
     return jnp.sum(y**2)
 
 
-@pytest.mark.parametrize("kind", quantization.KINDS)
+@pytest.mark.parametrize("kind", [k for k in quantization.KINDS if k != quantization.W8A8])
 def test_gradients_are_those_of_what_the_kernels_stand_for(kind):
     quantised, lora = variables(kind)
     floats = jax.tree.map(lambda x: quantization.floats(x, jnp.float32), quantised,
@@ -119,9 +121,27 @@ def test_gradients_are_those_of_what_the_kernels_stand_for(kind):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5), got, want)
 
 
+def test_products_of_integers_round_every_row_and_not_the_gradient():
+    x, kernel = weights(5, WIDTH) * np.float32([[1], [10], [0.1], [3], [0]]), weights(WIDTH, 40)
+    q = quantization.quantise(jnp.asarray(kernel), "w8a8", jnp.float32)
+    rounded = np.asarray(qwix.dequantize(qwix.quantize(x, jnp.int8, channelwise_axes=(0,))))
+    largest = np.abs(x).max(1, keepdims=True)
+    assert np.all(np.abs(rounded - x) <= largest / 127.5 / 2 * 1.0001)
+    values = np.asarray(quantization.floats(q, jnp.float32))
+    got = jax.jit(quantization.product)(jnp.asarray(x), q)
+    np.testing.assert_allclose(got, rounded @ values, rtol=1e-5, atol=1e-5)
+    assert np.abs(got - x @ values).max() > 1e-3  # it is not the product of floats
+    lowered = jax.jit(quantization.product).lower(jnp.asarray(x), q).as_text()
+    assert "(tensor<5x96xi8>, tensor<96x40xi8>) -> tensor<5x40xi32>" in lowered
+    g = weights(5, 40, seed=1)
+    _, backward = jax.vjp(lambda x: quantization.product(x, q), jnp.asarray(x))
+    np.testing.assert_allclose(backward(jnp.asarray(g))[0], g @ values.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
-def test_no_policy_keeps_floats_of_a_quantised_kernel(remat):
-    quantised, lora = variables("int8")
+def test_no_policy_keeps_floats_of_a_quantised_kernel(remat, kind):
+    quantised, lora = variables(kind)
     x = jnp.asarray(weights(1, 2, WIDTH, seed=4))
 
     def kept(params):
