@@ -3,8 +3,8 @@
     python -m dopsd_jax.train --config configs/flux2_klein_4b_edit_12gb.py --workdir runs/b \
         --config.model=FLUX.2-klein-4B --config.data=photos
 
-By XLA's GPU compiler for an RTX 4070 and remat=full, GiB: encoding captions 6.24 and pictures 7.63,
-updates 5.98, drawing 7.56, decoding 7.33, of 10.15 that a run may need.
+By XLA's GPU compiler for an RTX 4070 and remat=full, GiB: encoding captions 6.24 and pictures 7.27,
+updates 5.98, drawing 7.50, decoding 6.10, of 10.15 that a run may need.
 """
 
 from configs import flux2_klein_4b_edit

@@ -4,7 +4,7 @@
         --config.model=Z-Image-Turbo --config.vlm=Qwen3-VL-4B-Instruct --config.data=photos
 
 One picture per update. By XLA's GPU compiler for an RTX 4070 and remat=full, GiB: encoding 8.51,
-updates 5.68, drawing 5.33, decoding 5.69, of 10.15 that a run may need. By the TPU compiler for
+updates 5.68, drawing 5.33, decoding 5.07, of 10.15 that a run may need. By the TPU compiler for
 v5e:1x1: 8.42, 5.78, 5.10, 5.28.
 """
 

@@ -4,7 +4,7 @@
         --config.model=Z-Image-Turbo --config.vlm=Qwen3-VL-4B-Instruct --config.data=photos
 
 One picture per update. By XLA's GPU compiler for an RTX 4080 and remat=full, GiB: encoding 8.51,
-updates 11.95, drawing 10.96, decoding 11.77, of 13.54 that a run may need. By the TPU compiler for
+updates 11.95, drawing 10.96, decoding 10.59, of 13.54 that a run may need. By the TPU compiler for
 v5e:1x1: 8.42, 12.11, 10.81, 11.11, of 14.49.
 """
 

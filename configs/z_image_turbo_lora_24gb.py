@@ -4,7 +4,7 @@
         --config.model=Z-Image-Turbo --config.vlm=Qwen3-VL-4B-Instruct --config.data=photos
 
 By XLA's GPU compiler for an RTX 4090, GiB: encoding 8.51, updates 17.67 (18.57 with the policy
-`attention`, which remat=auto takes), drawing 16.67, decoding 17.49, of 20.30 that a run may need.
+`attention`, which remat=auto takes), drawing 16.67, decoding 16.31, of 20.30 that a run may need.
 """
 
 from configs import z_image_turbo_lora

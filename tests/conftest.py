@@ -1,20 +1,19 @@
 """Settings of every test, and the tiny models that many tests open."""
 
-import atexit
+import contextlib
 import dataclasses
 import importlib.util
 import os
-import shutil
-import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Most of a test run is compiling, and many tests and commands compile the same programs: pytest's
-# processes and the commands they start share what was compiled, for this test run alone.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dopsd_jax_xla_")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# processes, the commands they start and later runs share what was compiled.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dopsd_jax" / "tests_xla"
+)
 
 import jax
 import pytest
@@ -31,9 +30,20 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Two thirds of the compile time, here and in the commands that tests start: XLA's CPU compiler
 # leaves out LLVM's optimisation. The long checks compile as a user does.
 QUICK = "--xla_backend_optimization_level=0"
+DAYS = 14  # after which what was compiled is compiled anew
+
+
+def forget_old_programs() -> None:
+    """Deletes old entries of the cache of compiled programs; others may be doing so as well."""
+    for file in Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if file.stat().st_mtime < time.time() - DAYS * 86400:
+                file.unlink()
 
 
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        forget_old_programs()
     flags = os.environ.get("XLA_FLAGS", "")
     if "not slow" in config.option.markexpr and QUICK not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {QUICK}".strip()
@@ -88,7 +98,8 @@ def make_short_run(tiny, two_photos):
     def make():
         c = tiny_config.get_config()
         c.model, c.vlm, c.data = str(tiny.pipeline), str(tiny.vlm), str(two_photos)
-        c.buckets, c.text_tokens, c.teacher_tokens = "64x64", 128, 672
+        c.buckets, c.text_tokens, c.teacher_tokens = "64x64", 64, 64
+        c.vlm_min_pixels = c.vlm_max_pixels = 64 * 64
         c.num_train_steps, c.batch_size, c.sample_every, c.sample_steps = 2, 2, 2, 2
         c.checkpoint_every, c.learning_rate, c.lora.rank = 2, 1e-2, 4
         return c

@@ -42,7 +42,7 @@ OTHER_KEYS = {
     "keep_prompts", "keep_share", "anchor", "retain", "earlier_data", "caption_key", "remat",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "published",
     "sample_guidance", "sample_negative", "preview_model", "preview_model_steps",
-    "preview_model_shift", "base_dtype",
+    "preview_model_shift", "base_dtype", "cache_quantised",
     "log_every", "sample_every", "sample_steps", "preflight", "moments_dtype", "ema_dtype",
     "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every", "keep_checkpoints",
     "trackers",

@@ -134,6 +134,7 @@ def test_the_command_draws_with_guidance_and_notes_it(z_image, tmp_path, monkeyp
         model=str(z_image), **dict.fromkeys(model.FILES, ""), lora=None, prompt=PROMPTS, **SIZE,
         reference=None, seed=3, dtype="float32", out=str(tmp_path), guidance=2.5,
         negative=NEGATIVE, base_dtype="dtype", encoder_dtype="dtype",
+        cache_quantised=False,
     ))
     sample.main()
     pipe = weights.load_pipeline(z_image, dtype="float32")

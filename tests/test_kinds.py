@@ -175,7 +175,7 @@ def test_the_commands_draw_with_a_dora(pipe, runs, tiny, tmp_path, monkeypatch):
     lora = [str(runs / "dora")]
     flagged = {"model": str(tiny.pipeline), "lora": lora, "prompt": ["a fox"], "reference": None,
                **DRAW, "seed": 1, "guidance": 0.0, "negative": "", "dtype": "float32",
-               "base_dtype": "dtype", "encoder_dtype": "dtype",
+               "base_dtype": "dtype", "encoder_dtype": "dtype", "cache_quantised": False,
                "out": str(tmp_path / "drawn"), **dict.fromkeys(model.FILES, "")}
     monkeypatch.setattr(sample, "FLAGS", Flags(flagged))
     sample.main()

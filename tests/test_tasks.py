@@ -25,7 +25,8 @@ from configs import tiny
 def get_config():
     c = tiny.get_config()
     c.model, c.vlm, c.buckets = {model!r}, {vlm!r}, "64x64"
-    c.text_tokens, c.teacher_tokens = 128, 672
+    c.text_tokens, c.teacher_tokens = 64, 64
+    c.vlm_min_pixels = c.vlm_max_pixels = 64 * 64
     c.num_train_steps, c.batch_size, c.learning_rate, c.lora.rank = 3, 2, 1e-2, 4
     c.sample_every, c.sample_steps, c.sample_rows, c.checkpoint_every = 3, 2, 2, 1
     c.gauge_prompts, c.preflight, c.data = ("a lighthouse",), "off", {data!r}

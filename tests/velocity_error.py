@@ -1,6 +1,6 @@
 """Prints how far quantised weights move a velocity of Z-Image at full size, random weights.
 
-    python -m tests.velocity_error [--side 16] [--text 32]
+    python -m tests.velocity_error [--side 16] [--text 32] [--kinds bfloat16,int8]
 
 The network as it is, but its layers are drawn, quantised and evaluated one at a time, so that 24 GB
 hold the float32 one too. Errors are |v - v32| / |v32|, and beside that of bfloat16 compute.
@@ -22,6 +22,7 @@ from dopsd_jax.models.z_image import Block, ZImageConfig, ZImageTransformer
 from dopsd_jax.weights.pipeline import transformer_shapes
 
 FLAGS = flags.FLAGS
+PLAIN = "bfloat16"
 LAYERS = ("noise_refiner", "context_refiner", "layers")
 
 
@@ -76,17 +77,19 @@ def velocity(dtype, kind: str, side: int, text: int) -> jax.Array:
 
 def main(_) -> None:
     exact = velocity(jnp.float32, "", FLAGS.side, FLAGS.text)
-    rounding = None
-    for kind in ("", *quantization.KINDS):
+    errors = {}
+    for kind in FLAGS.kinds:
         began = time.monotonic()
-        moved = velocity(jnp.bfloat16, kind, FLAGS.side, FLAGS.text) - exact
-        error = float(jnp.linalg.norm(moved) / jnp.linalg.norm(exact))
-        rounding = rounding or error
-        print(f"{kind or 'bfloat16':9} {error:.4f}  {error / rounding:5.2f} times bfloat16's  "
-              f"({time.monotonic() - began:.0f} s)", flush=True)
+        quantised = "" if kind == PLAIN else kind
+        moved = velocity(jnp.bfloat16, quantised, FLAGS.side, FLAGS.text) - exact
+        errors[kind] = float(jnp.linalg.norm(moved) / jnp.linalg.norm(exact))
+        beside = f"{errors[kind] / errors[PLAIN]:5.2f} times {PLAIN}'s  " if PLAIN in errors else ""
+        seconds = time.monotonic() - began
+        print(f"{kind:9} {errors[kind]:.4f}  {beside}({seconds:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":
     flags.DEFINE_integer("side", 16, "Latents across; an eighth of the pixels.")
     flags.DEFINE_integer("text", 32, "Tokens of the caption.")
+    flags.DEFINE_list("kinds", [PLAIN, *quantization.KINDS], "Of errors to print.")
     app.run(main)

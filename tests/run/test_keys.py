@@ -23,7 +23,7 @@ FREE = {
     "mesh.data", "mesh.fsdp", "mesh.tensor", "preflight", "log_every", "sample_every",
     "sample_steps", "sample_guidance", "sample_negative", "preview_model", "preview_model_steps",
     "preview_model_shift", "sample_rows", "sample_prompts", "gauge_prompts", "checkpoint_every",
-    "keep_checkpoints", "trackers",
+    "keep_checkpoints", "trackers", "cache_quantised",
 }
 
 

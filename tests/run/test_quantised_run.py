@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dopsd_jax import export, sample
 from dopsd_jax import train as train_lib
 from dopsd_jax.core import trees
 from dopsd_jax.core.metrics import read_metrics
+from dopsd_jax.method.contexts import text_context
 from dopsd_jax.models import quantization
 from dopsd_jax.weights.pipeline import load_pipeline
 from tests.commands import ROOT, environment
@@ -63,6 +65,23 @@ def test_weights_are_quantised_as_they_are_read(request, family):
             else:
                 np.testing.assert_array_equal(found[name], x, err_msg=name)
         assert quantised >= 7
+
+
+def test_integer_products_reach_the_network(tiny):
+    x, sigma = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 8, 4))), jnp.ones(1)
+    found = {}
+    for kind in ("int8", "w8a8"):
+        pipe = load_pipeline(tiny.pipeline, dtype="float32", base_dtype=kind)
+        context = text_context(pipe, ["a fox"], length=32)
+        velocity = jax.jit(pipe.denoiser.velocity)
+        args = {"params": pipe.params}, x, sigma, context
+        text = velocity.lower(*args).as_text()
+        assert bool(re.search(r"xi8>, tensor<\d+x\d+xi8>\) -> tensor<\d+x\d+xi32>", text)) == (
+            kind == "w8a8"
+        )
+        found[kind] = np.asarray(velocity(*args))
+    moved = np.linalg.norm(found["w8a8"] - found["int8"]) / np.linalg.norm(found["int8"])
+    assert 1e-4 < moved < 0.1
 
 
 def numbers(workdir):
