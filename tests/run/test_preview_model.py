@@ -111,7 +111,7 @@ def test_other_models_are_refused(config, sibling, tiny_flux2, tmp_path):
         ("nowhere", {}, "preview_model: nowhere: expected a directory"),
         (sibling, {"trainable": "full"}, "preview_model: expected none with trainable = full"),
         (sibling, {"sample_guidance": 0.0}, "sample_negative: expected none with sample_guidance"),
-        (sibling, {"sample_negative": "x " * 200}, "sample_negative: .* at most 128 tokens"),
+        (sibling, {"sample_negative": "x " * 200}, "sample_negative: .* at most 64 tokens"),
     ):
         changed = config.copy_and_resolve_references()
         changed.update({"preview_model": str(place)} | values)
