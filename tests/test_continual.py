@@ -172,7 +172,7 @@ def test_a_run_of_before_a_key_was_there_goes_on(config, tmp_path):
      "keep_share: expected 0 unless states = student"),
     ({"anchor": 1.0, "objective": "sft"}, "anchor: expected 0 with objective = sft"),
     ({"anchor": -1.0}, "anchor: expected 0 or a number above it"),
-    ({"base_lora": "a,,b"}, "base_lora: expected .*paths|expected LoRAs between commas"),
+    ({"base_lora": "a,,b"}, "base_lora: expected .*paths"),
     ({"base_lora": "none:0.5"}, "base_lora: expected a LoRA file or a run's directory, found none"),
     ({"base_lora": "none:half"}, "base_lora: none:half: expected PATH or PATH:STRENGTH"),
     ({"init_lora": "FIRST", "trainable": "full"}, "init_lora: expected nothing with trainable"),

@@ -1,4 +1,4 @@
-"""Atomic writing: a crash leaves the old file or the new one, never a part."""
+"""Atomic writing: a crash leaves the old file or the new one, never a part. Lists of paths."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from pathlib import Path
 from etils import epath
 
 LFS_POINTER = b"version https://git-lfs"
+
+
+def split_paths(text: str) -> list[str]:
+    """The paths of "a,b", or the one whose own name has commas in it, if it is there.
+
+    Raises:
+        ValueError: Nothing between commas.
+    """
+    whole = os.path.exists(os.path.expanduser(text))  # Path.exists fails where a list is too long
+    paths = [text] if whole else [part.strip() for part in text.split(",")]
+    if not all(paths):
+        raise ValueError(f"expected paths between commas, got {text!r}")
+    return paths
 
 
 def lfs_advice(path: Path) -> str:

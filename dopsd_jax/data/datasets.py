@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dopsd_jax.core import mirror
+from dopsd_jax.core.files import split_paths
 from dopsd_jax.core.log import log
 from dopsd_jax.data.batches import BatchPlan, BatchRows
 from dopsd_jax.data.buckets import (
@@ -197,13 +197,12 @@ def parse_data(data: str, weights: str) -> tuple[list[str], list[float] | None]:
     """The data sets of a run, "a.jsonl,b.parquet", and their weights, "3,1".
 
     Raises:
-        ValueError: Weights that are none, or not as many as data sets.
+        ValueError: Nothing between commas, weights that are none, or not as many as data sets.
     """
-    # A path that is there may have a comma in it.
-    whole = os.path.exists(os.path.expanduser(data))  # Path.exists fails where a list is too long
-    sets = [data] if whole else [part.strip() for part in data.split(",")]
-    if not all(sets):
-        raise ValueError(f"data: expected paths between commas, got {data!r}")
+    try:
+        sets = split_paths(data)
+    except ValueError as e:
+        raise ValueError(f"data: {e}") from None
     if not weights:
         return sets, None
     try:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import mirror, trees
+from dopsd_jax.core import files, mirror, trees
 from dopsd_jax.core.checks import is_number, noted
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.method import dora
@@ -64,10 +64,7 @@ def parse_list(text: str) -> list[Named]:
     Raises:
         ValueError: As `parse`, or nothing between commas.
     """
-    parts = [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise ValueError(f"expected LoRAs between commas, got {text!r}")
-    return [parse(part) for part in parts]
+    return [parse(part) for part in files.split_paths(text)]
 
 
 def fingerprint(text: str) -> str:

@@ -107,12 +107,12 @@ class Step:
             kind = quantised_as("base_dtype", config.base_dtype)
             base = {"params": quantised_shapes(params, kind, dtype)}
             if earlier is not None:
-                base["lora"] = _shapes(earlier, jnp.float32)
+                base["lora"] = quantised_shapes(earlier, "", jnp.float32)
             if self._of_norms:
                 base["norms"] = jax.eval_shape(self._norms, params)
             if retained := self._retained(earlier, start, params):
                 base["start"] = {
-                    name: _shapes(tree, jnp.float32 if name == "lora" else dtype)
+                    name: quantised_shapes(tree, "", jnp.float32 if name == "lora" else dtype)
                     for name, tree in retained.items()
                 }
             self.base_shapes = self._placed(base)
@@ -350,10 +350,6 @@ class Step:
             noise, student_ctx, teacher_ctx, self._sigmas[shift], latents,
             sigma if self._draws_sigma else None, kept,
         )
-
-
-def _shapes(tree: Tree, dtype: Any) -> Tree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
 
 
 def _signature(batch: Batch) -> Any:
