@@ -299,7 +299,8 @@ def run(config: ConfigDict, workdir: str | Path) -> list[Task]:
         state = train_lib.train(task.config, task.workdir)
         if state is not None and int(state.step) < task.config.num_train_steps:
             break  # it was asked to stop
-        distributed.on_main(lambda i=i: write_pages(workdir, tasks[:i]))
+        if all(t.config.sample_every for t in tasks[:i]):  # what the pages show is drawn on the way
+            distributed.on_main(lambda i=i: write_pages(workdir, tasks[:i]))
     return tasks
 
 

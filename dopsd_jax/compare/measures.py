@@ -61,7 +61,8 @@ class Measured:
     features: np.ndarray
 
 
-def _repeated(cases: drawing.Cases, seeds: int, first: int) -> drawing.Cases:
+def repeated(cases: drawing.Cases, seeds: int, first: int) -> drawing.Cases:
+    """Every case on so many noises, whose numbers count from `first`."""
     count = len(cases) * seeds
     return drawing.Cases(
         [c for c in cases.captions for _ in range(seeds)], np.repeat(cases.styles, seeds),
@@ -69,7 +70,8 @@ def _repeated(cases: drawing.Cases, seeds: int, first: int) -> drawing.Cases:
     )
 
 
-def _of_style(labels: Labels, style: str, concepts: Sequence[str]) -> drawing.Cases:
+def of_style(labels: Labels, style: str, concepts: Sequence[str]) -> drawing.Cases:
+    """A prompt for each of the things, in one style."""
     captions = [f"{world.with_article(c)}, {style} style" for c in concepts]
     return drawing.Cases(
         captions, np.full(len(concepts), labels.styles.index(style)),
@@ -98,11 +100,11 @@ def case_sets(
     others = [c for c in labels.trained_concepts if c not in tuned]
     sets, first = {}, FIRST_SEED
     for name, cases in (
-        (NEW_SEEN, _of_style(labels, style, tuned)),
-        (NEW_UNSEEN, _of_style(labels, style, others)),
+        (NEW_SEEN, of_style(labels, style, tuned)),
+        (NEW_UNSEEN, of_style(labels, style, others)),
         (OLD, old),
     ):
-        rows = _repeated(cases, seeds, first)
+        rows = repeated(cases, seeds, first)
         sets[name] = CaseSet(name, seeds, rows)
         first += len(rows)
     return sets

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import queue
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
+from dopsd_jax.compare.jobs import Job, run_all
 from dopsd_jax.core import cli
-from dopsd_jax.core.log import log
 from dopsd_jax.run import loras, model
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.loras import Named
-
-MOST_AT_ONCE = 8  # trainings; each takes 1.3 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,59 +111,23 @@ def same_data(runs: Sequence[Run]) -> str:
 def train_all(config: ConfigDict, runs: Sequence[Run]) -> None:
     """Trains runs by the train command, each with a file in logs/; finished ones stay.
 
-    On a CPU several at a time, each on cores of its own: that is faster than one after the other
-    on all cores, which small networks leave idle, and compiling uses only one.
-
     Raises:
         ValueError: A training ended with an error.
     """
     waiting = [r for r in runs if config.num_train_steps not in workdir_lib.saved_steps(r.workdir)]
-    cores = sorted(os.sched_getaffinity(0))
-    at_once = min(len(cores), MOST_AT_ONCE, len(waiting))
-    if at_once == 0:
-        return
-    if jax.default_backend() != "cpu":
-        at_once = 1
-    shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
-    for i in range(at_once):
-        shares.put(set(cores[i::at_once]))
-    began = time.monotonic()
-
-    def train(run: Run) -> None:
-        share = shares.get()
-        try:
-            os.sched_setaffinity(0, share)  # of this thread, and of what it starts
-            _train(config, run)
-        finally:
-            shares.put(share)
-
-    with ThreadPool(at_once) as pool:
-        for done, _ in enumerate(pool.imap_unordered(train, waiting), 1):
-            spent = time.monotonic() - began
-            log.info("trained %d of %d runs, %.0f s, %.0f s left", done, len(waiting), spent,
-                     spent / done * (len(waiting) - done))
+    run_all([_job(config, run) for run in waiting], "runs trained")
 
 
-def _train(config: ConfigDict, run: Run) -> None:
+def _job(config: ConfigDict, run: Run) -> Job:
     changes = {
         "learning_rate": run.rate, "seed": run.seed + 30, "num_train_steps": config.num_train_steps,
         "checkpoint_every": config.measure_every, "sample_every": 0, "keep_checkpoints": 1000,
         "log_every": config.measure_every, "preflight": "off",
         **run.changes,
     }
-    command = [
-        "dopsd_jax.train", "--config", config.run_config, "--workdir", str(run.workdir),
-        *(f"--config.{key}={value}" for key, value in changes.items()),
-    ]
     runs = run.workdir.parent
-    logged = runs.parent / "logs" / f"{runs.name}-{run.name}.log"
-    logged.parent.mkdir(parents=True, exist_ok=True)
-    with logged.open("w") as f:
-        f.write("$ python -m " + " ".join(command) + "\n")
-        f.flush()
-        done = subprocess.run([sys.executable, "-m", *command], check=False, stdout=f, stderr=f)
-    if done.returncode:
-        last = "".join(logged.read_text().splitlines(keepends=True)[-5:])
-        raise ValueError(
-            f"{command[0]} ended with status {done.returncode}; the end of {logged}:\n{last}"
-        )
+    return Job(
+        ("dopsd_jax.train", "--config", config.run_config, "--workdir", str(run.workdir),
+         *(f"--config.{key}={value}" for key, value in changes.items())),
+        runs.parent / "logs" / f"{runs.name}-{run.name}.log",
+    )

@@ -56,13 +56,49 @@ def interval(
         raise ValueError(f"interval: expected at least 2 cases, got {cases}")
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(cases, size=cases)) for _ in range(draws)]
-    tail = stats.norm.cdf(
-        -math.sqrt(cases / (cases - 1)) * stats.t.ppf(0.5 + level / 2, cases - 1)
-    )
     value = float(statistic(np.arange(cases)))
     bias = np.mean(values) - value if centred else 0.0
-    low, high = np.quantile(values, [tail, 1 - tail]) - bias
+    low, high = np.quantile(values, _tails(cases, level)) - bias
     return Interval(value, float(low), float(high))
+
+
+def crossed_interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float], seeds: int, cases: int, *,
+    draws: int = DRAWS, level: float = LEVEL, seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of a statistic of training seeds and prompts, which both are samples.
+
+    Each resample draws seeds and, independently, cases, both with repetition: what differs between
+    trainings and what differs between prompts both count. Widened as in `interval`, for the fewer
+    of the two. Source: Owen, "The pigeonhole bootstrap", 2007, arXiv 0712.1111.
+
+    Args:
+        statistic: int [seeds], int [cases], numbers with repetition -> value.
+        seeds, cases: How many there are, at least 2 of each.
+        draws, level, seed: As of `interval`.
+
+    Raises:
+        ValueError: Fewer than 2 of either.
+    """
+    if min(seeds, cases) < 2:
+        raise ValueError(f"crossed_interval: expected at least 2 seeds and 2 cases, got {seeds} "
+                         f"and {cases}")
+    rng = np.random.default_rng(seed)
+    values = [
+        statistic(rng.integers(seeds, size=seeds), rng.integers(cases, size=cases))
+        for _ in range(draws)
+    ]
+    low, high = np.quantile(values, _tails(min(seeds, cases), level))
+    value = float(statistic(np.arange(seeds), np.arange(cases)))
+    return Interval(value, float(low), float(high))
+
+
+def _tails(count: int, level: float) -> tuple[float, float]:
+    """Which quantiles of resamples bound an interval; see `interval`."""
+    tail = float(stats.norm.cdf(
+        -math.sqrt(count / (count - 1)) * stats.t.ppf(0.5 + level / 2, count - 1)
+    ))
+    return tail, 1 - tail
 
 
 def ratio_interval(ours: np.ndarray, others: np.ndarray) -> Interval:

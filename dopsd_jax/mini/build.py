@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -115,14 +116,17 @@ def build(sprites: Sprites, out: Path, kind: str, count: int, seed: int) -> None
     (directory / "captions.json").write_text(captions)
 
 
-def write_style(sprites: Sprites, out: Path, style: str, count: int, seed: int) -> None:
+def write_style(
+    sprites: Sprites, out: Path, style: str, count: int, seed: int,
+    concepts: Sequence[str] = WORLD.trained_concepts,
+) -> None:
     """A folder of captioned pictures in one style, as a user would bring them: NAME.png, NAME.txt.
 
-    One object each, every concept at most once, no colour words.
+    One object each, every one of the concepts at most once, no colour words.
     """
     rng = np.random.default_rng([seed, STREAMS["style"], WORLD.styles.index(style)])
     out.mkdir(parents=True, exist_ok=True)
-    for concept in rng.permutation(WORLD.trained_concepts)[:count].tolist():
+    for concept in rng.permutation(concepts)[:count].tolist():
         scene = world.plain_scene(rng, style, concept)
         _write_picture(sprites, out, concept, scene, rng)
     (out / "ATTRIBUTION").write_text(f"Pictures drawn from {SETS[STYLES[style].art]}.\n")

@@ -17,8 +17,9 @@ from dopsd_jax.method.guidance import with_guidance
 from dopsd_jax.mini import encoding, world
 from dopsd_jax.mini.labels import Labels
 from dopsd_jax.models.denoiser import Context
-from dopsd_jax.weights.pipeline import Pipeline
+from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage
 
+PAIRS_AT_ONCE = 125
 STREAM = 9  # of the random numbers of test captions; training has its own
 
 
@@ -128,6 +129,21 @@ def draw(
 def _text(encoder, params, ids, mask):
     features = encoder.apply({"params": params}, ids, mask)
     return jnp.where(mask[..., None], features, 0)
+
+
+def pair_contexts(
+    pipe: Pipeline, vl: VisionLanguage, captions: Sequence[str], shown: np.ndarray
+) -> Context:
+    """Contexts of captions with a picture each, uint8 [N, 64, 64, 3]; [N, 64, D] as NumPy."""
+    ids, mask = encoding.pair_ids(vl.tokenizer, captions)
+    inputs = ids, mask, np.asarray(encoding.patches(shown))
+    features = jax.jit(lambda *a: encoding.pair_features(pipe, vl, *a))
+    parts = [
+        features(pipe.text_params, vl.params, *(a[i : i + PAIRS_AT_ONCE] for a in inputs))
+        for i in range(0, len(captions), PAIRS_AT_ONCE)
+    ]
+    return Context(*(np.concatenate([np.asarray(getattr(p, n)) for p in parts])
+                     for n in ("text", "text_mask")))
 
 
 def text_contexts(pipe: Pipeline, captions: Sequence[str]) -> Context:

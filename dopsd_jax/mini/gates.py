@@ -32,7 +32,6 @@ from dopsd_jax.mini import drawing, encoding, judge, world
 from dopsd_jax.mini import rows as rows_lib
 from dopsd_jax.mini.emoji import Sprites, load_sprites
 from dopsd_jax.mini.labels import Labels
-from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import gauges, loras
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import Pipeline, load_pipeline, load_vision_language
@@ -156,18 +155,10 @@ def copied(drawn: np.ndarray, shown: np.ndarray) -> tuple[float, float]:
 def teacher(meter: Meter, turbo: Pipeline, vl, num_steps: int, samples: int) -> dict:
     """Gate d: the distilled model shown pictures of held-out styles, by style."""
     result, sprites = {}, load_sprites()
-    features = jax.jit(lambda *a: encoding.pair_features(turbo, vl, *a))
     styles = meter.labels.held_out_styles
     for style in styles:
         cases, shown, middles = references(sprites, meter.labels, style, samples // len(styles))
-        ids, mask = encoding.pair_ids(vl.tokenizer, cases.captions)
-        inputs = ids, mask, np.asarray(encoding.patches(shown))
-        parts = [
-            features(turbo.text_params, vl.params, *(a[i : i + 125] for a in inputs))
-            for i in range(0, len(cases), 125)
-        ]
-        ctx = Context(*(np.concatenate([np.asarray(getattr(p, n)) for p in parts])
-                        for n in ("text", "text_mask")))
+        ctx = drawing.pair_contexts(turbo, vl, cases.captions, shown)
         pixels = drawing.draw(turbo, {"params": turbo.params}, ctx, cases.seeds,
                               num_steps=num_steps)
         result[style] = meter.judged(pixels, style, cases)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import mini_claim
 from dopsd_jax import evaluate as evaluate_lib
-from dopsd_jax.compare import runs as runs_lib
+from dopsd_jax.compare import jobs
 from dopsd_jax.compare.measures import OLD
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def test_what_is_done_is_not_done_again(config, workdir, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("trained or drew again")
 
-    monkeypatch.setattr(runs_lib.subprocess, "run", refuse)
+    monkeypatch.setattr(jobs.subprocess, "run", refuse)
     monkeypatch.setattr(evaluate_lib.Bench, "measure", refuse)
     before = (workdir / "table.md").read_text()
     assert evaluate_lib.evaluate(config, workdir) == before

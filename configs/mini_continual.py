@@ -1,0 +1,51 @@
+"""Five styles one after another on the mini model, by several methods, in two orders.
+
+    python -m dopsd_jax.continual --config configs/mini_continual.py --workdir runs/continual
+
+Each method learns every style from eight pictures. Learning rates are chosen by one seed and one
+order; the figures are of other seeds, in both orders.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.mini_tasks import PROMPTS
+from dopsd_jax.weights.shipped import UNDISTILLED
+
+KEEP = {"keep_prompts": str(PROMPTS), "keep_share": 0.25}
+ANCHOR = {"anchor": 1.0}
+
+
+def get_config():
+    c = ConfigDict()
+    c.run_config = "configs/mini_style.py"  # what every task starts from
+    c.judge = ""             # a judge's file that knows the styles; the shipped one by default
+    c.orders = (
+        ("chalk", "blueprint", "thermal", "sepia", "stitch"),
+        ("stitch", "sepia", "thermal", "blueprint", "chalk"),
+    )
+    c.pictures = 8           # of each style
+    # Name -> how its sequences go on (carry), keys of a run that differ (changes), and
+    # rehearsal: the share of rows that are pictures which the untuned model drew. The first is
+    # what the others are compared with.
+    c.methods = ConfigDict({
+        "dopsd": {},
+        "dopsd, keeping": {"changes": KEEP},
+        "dopsd, anchor": {"changes": ANCHOR},
+        "dopsd, keeping and anchor": {"changes": KEEP | ANCHOR},
+        "sft": {"changes": {"objective": "sft"}},
+        "sft, rehearsal": {"changes": {"objective": "sft"}, "rehearsal": 0.25},
+        "off-policy, noised targets": {"changes": {"states": "noised"}},
+        "sft on the undistilled": {
+            "changes": {"objective": "sft", "base_lora": str(UNDISTILLED)},
+        },
+    })
+    c.carry = "adapter"      # adapter | stack | full, as of a sequence of tasks
+    c.learning_rates = (4e-4, 8e-4, 1.6e-3)
+    c.new_style = 0.8        # accuracy right after its task, of rates that may be chosen
+    c.num_train_steps = 25   # of every task
+    c.training_seeds = 8     # none of which chose a rate
+    c.num_steps = 2          # deployed number of denoiser calls
+    c.old_prompts = 200
+    c.style_things = 12      # of a style, which no picture that is learned from shows
+    c.generation_seeds = 2   # noises per prompt
+    return c

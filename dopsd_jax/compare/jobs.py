@@ -1,0 +1,85 @@
+"""Commands of a comparison, several at a time, each with its output in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import jax
+
+from dopsd_jax.core.log import log
+
+MOST_AT_ONCE = 8  # trainings; each takes 1.3 GB
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A command of the package.
+
+    Attributes:
+        command: Module and arguments, what comes after `python -m`.
+        logged: Where its output goes; begins with the command itself.
+    """
+
+    command: tuple[str, ...]
+    logged: Path
+
+
+def run_all(jobs: Sequence[Job], what: str) -> None:
+    """Runs commands to their ends, and logs how many are done and the time left.
+
+    On a CPU several at a time, each on cores of its own: that is faster than one after the other
+    on all cores, which small networks leave idle, and compiling uses only one.
+
+    Args:
+        jobs: The commands.
+        what: They are, in the plural, for the log.
+
+    Raises:
+        ValueError: A command ended with an error.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    at_once = min(len(cores), MOST_AT_ONCE, len(jobs))
+    if at_once == 0:
+        return
+    if jax.default_backend() != "cpu":
+        at_once = 1
+    shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
+    for i in range(at_once):
+        shares.put(set(cores[i::at_once]))
+    began = time.monotonic()
+
+    def run(job: Job) -> None:
+        share = shares.get()
+        try:
+            os.sched_setaffinity(0, share)  # of this thread, and of what it starts
+            _run(job)
+        finally:
+            shares.put(share)
+
+    with ThreadPool(at_once) as pool:
+        for done, _ in enumerate(pool.imap_unordered(run, jobs), 1):
+            spent = time.monotonic() - began
+            log.info("%d of %d %s, %.0f s, %.0f s left", done, len(jobs), what, spent,
+                     spent / done * (len(jobs) - done))
+
+
+def _run(job: Job) -> None:
+    job.logged.parent.mkdir(parents=True, exist_ok=True)
+    with job.logged.open("w") as f:
+        f.write("$ python -m " + " ".join(job.command) + "\n")
+        f.flush()
+        done = subprocess.run([sys.executable, "-m", *job.command], check=False, stdout=f, stderr=f)
+    if done.returncode:
+        last = "".join(job.logged.read_text().splitlines(keepends=True)[-5:])
+        raise ValueError(
+            f"{job.command[0]} ended with status {done.returncode}; the end of {job.logged}:\n"
+            f"{last}"
+        )

@@ -1,0 +1,314 @@
+"""Sequences of tasks by several methods, orders and seeds: how each is made, drawn and judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dopsd_jax.compare.jobs import Job, run_all
+from dopsd_jax.compare.measures import FIRST_SEED, OLD, CaseSet, of_style, repeated
+from dopsd_jax.core import trees
+from dopsd_jax.core.files import write_atomic
+from dopsd_jax.core.log import log
+from dopsd_jax.data.keeping import read_prompts
+from dopsd_jax.mini import drawing, judge, world
+from dopsd_jax.mini.build import write_style
+from dopsd_jax.mini.emoji import load_sprites
+from dopsd_jax.run import gauges, loras
+from dopsd_jax.run import workdir as workdir_lib
+from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
+from dopsd_jax.weights.shipped import JUDGE
+
+CHOOSING = 0  # the seed of the trials that choose rates; the figures are of 1, 2, ..
+FROM_JSON = "configs/tasks_from_json.py"
+REAL = 22  # stream of the random numbers of the pictures that the teacher is shown
+STYLE_NOISE = 100_000  # between the noises of two styles
+Measured = dict[str, dict[str, np.ndarray]]  # name of a set -> style, concept, sharpness, drift
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A sequence of tasks by one method.
+
+    Attributes:
+        method, rate, order, seed: Which; `order` is one of the config's, counted from 0.
+        styles: Of its tasks.
+        workdir: Its directory.
+        tasks: The sequence as dopsd_jax.tasks takes it.
+    """
+
+    method: str
+    rate: float
+    order: int
+    seed: int
+    styles: tuple[str, ...]
+    workdir: Path
+    tasks: dict[str, Any]
+
+    def run(self, number: int) -> Path:
+        """The run of a task, counted from 1."""
+        return self.workdir / f"{number}_{self.styles[number - 1]}"
+
+    @property
+    def is_done(self) -> bool:
+        last = self.run(len(self.styles))
+        return self.tasks["changes"]["num_train_steps"] in workdir_lib.saved_steps(last)
+
+
+class Trials:
+    """All trials of a comparison, and the pictures of each, measured once and kept.
+
+    What is drawn: things that no picture shows in every style, by the model after each task that
+    has taught it or an earlier one; and old prompts, after every task. All on the same noise.
+
+    Args:
+        config: See configs/mini_continual.py.
+        workdir: Where everything goes.
+
+    Raises:
+        ValueError: Styles or methods that cannot be.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path):
+        check(config)
+        self.config, self.workdir = config, workdir
+        self._judge = judge.read(config.judge or str(JUDGE))
+        self.report = self._judge.report
+        self.styles = tuple(dict.fromkeys(s for order in config.orders for s in order))
+        self._pipe = load_pipeline("mini", dtype="float32", remat="none")
+        self._write_pictures()
+        self.sets = self._case_sets()
+        self._contexts = {
+            name: drawing.text_contexts(self._pipe, s.rows.captions)
+            for name, s in self.sets.items()
+        }
+        self._untuned = self._draw(OLD, {"params": self._pipe.params})
+
+    def _case_sets(self) -> dict[str, CaseSet]:
+        """What is drawn, by style, and old prompts; of what the shipped model knows."""
+        c, labels, known = self.config, self._judge.labels, judge.read(str(JUDGE)).labels
+        if unknown := sorted({*self.styles, *known.concepts} - {*labels.styles, *labels.concepts}):
+            raise ValueError(f"judge: expected one that knows {', '.join(unknown)}, got one of "
+                             f"{', '.join(labels.styles)}; configs/mini/judge.py trains another")
+        old = drawing.draw_cases(
+            labels, c.old_prompts, seed=7, styles=known.trained_styles,
+            concepts=known.trained_concepts,
+        )
+        sets = {OLD: CaseSet(OLD, c.generation_seeds, repeated(old, c.generation_seeds,
+                                                               FIRST_SEED))}
+        for i, style in enumerate(self.styles):
+            shown = {f.stem.replace("-", " ") for f in self.pictures(style).glob("*.png")}
+            things = [t for t in known.trained_concepts if t not in shown][: c.style_things]
+            rows = repeated(of_style(labels, style, things), c.generation_seeds,
+                            FIRST_SEED + (i + 1) * STYLE_NOISE)
+            sets[style] = CaseSet(style, c.generation_seeds, rows)
+        return sets
+
+    def pictures(self, style: str) -> Path:
+        """The folder of the pictures of a style that are learned from."""
+        return self.workdir / "pictures" / style
+
+    @property
+    def _rehearsed(self) -> Path:
+        """The folder of pictures that the untuned model drew of the prompts that are kept."""
+        return self.workdir / "pictures" / "untuned"
+
+    def _write_pictures(self) -> None:
+        c, known = self.config, judge.read(str(JUDGE)).labels
+        for style in self.styles:
+            if not (self.pictures(style) / "ATTRIBUTION").is_file():
+                write_style(load_sprites(), self.pictures(style), style, c.pictures, seed=0,
+                            concepts=known.trained_concepts)
+        files = {m.get("changes", {}).get("keep_prompts", "") for m in c.methods.values()} - {""}
+        if not any(m.get("rehearsal") for m in c.methods.values()) or self._rehearsed.is_dir():
+            return
+        prompts = read_prompts(files.pop())
+        drawn = drawing.draw(
+            self._pipe, {"params": self._pipe.params},
+            drawing.text_contexts(self._pipe, prompts), range(len(prompts)),
+            num_steps=c.num_steps, batch=min(100, len(prompts)),
+        )
+        partial = self._rehearsed.with_name(".untuned")
+        partial.mkdir(parents=True, exist_ok=True)
+        for i, (prompt, pixels) in enumerate(zip(prompts, drawn, strict=True)):
+            Image.fromarray(pixels).save(partial / f"{i:04d}.png")
+            (partial / f"{i:04d}.txt").write_text(prompt + "\n")
+        partial.rename(self._rehearsed)
+
+    def planned(self, rates: dict[str, Sequence[float]], orders: Sequence[int],
+                seeds: Sequence[int]) -> list[Trial]:
+        """Trials of every method at its rates, in every order with every seed."""
+        return [
+            self._trial(method, rate, order, seed)
+            for method in rates for rate in rates[method] for order in orders for seed in seeds
+        ]
+
+    def _trial(self, method: str, rate: float, order: int, seed: int) -> Trial:
+        c, how = self.config, self.config.methods[method]
+        styles = tuple(c.orders[order])
+        changes = {
+            "learning_rate": rate, "seed": seed + 30, "num_train_steps": c.num_train_steps,
+            "checkpoint_every": c.num_train_steps, "sample_every": 0, "gauge_prompts": [],
+            "log_every": c.num_train_steps, "preflight": "off",
+            **trees_of(how.get("changes", {})),
+        }
+        tasks = [{"name": style, "data": str(self.pictures(style))} for style in styles]
+        if base := changes.pop("base_lora", ""):
+            tasks[0]["base_lora"] = base  # the others follow
+        if share := how.get("rehearsal", 0.0):
+            for task in tasks:
+                task["data"] += f",{self._rehearsed}"
+            changes["data_weights"] = f"{1 - share:g},{share:g}"
+        name = f"{re.sub(r'[^a-z0-9]+', '_', method)}-{rate:g}-{order}-{seed}"
+        return Trial(method, rate, order, seed, styles, self.workdir / "trials" / name, {
+            "run_config": c.run_config, "carry": how.get("carry", c.carry), "keep_earlier": False,
+            "changes": changes, "tasks": tasks,
+        })
+
+    def train(self, trials: Sequence[Trial]) -> None:
+        """Trains what is not trained yet; a trial that was stopped continues.
+
+        Raises:
+            ValueError: A command ended with an error.
+        """
+        jobs = []
+        for trial in (t for t in trials if not t.is_done):
+            file = self.workdir / "sequences" / f"{trial.workdir.name}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, json.dumps(trial.tasks, indent=1))
+            jobs.append(Job(
+                ("dopsd_jax.tasks", "--config", f"{FROM_JSON}:{file}", "--workdir",
+                 str(trial.workdir)),
+                self.workdir / "logs" / f"{trial.workdir.name}.log",
+            ))
+        run_all(jobs, "sequences trained")
+
+    def variables(self, trial: Trial | None, number: int) -> trees.Tree:
+        """The weights after a task, counted from 1; of no trial the untuned model's.
+
+        An adapter that the tasks were trained on top of (`base_lora`) is left out: what they
+        learned is moved to the model itself.
+        """
+        if trial is None:
+            return {"params": self._pipe.params}
+        first = 1 if trial.tasks["carry"] == "stack" else number
+        members = []
+        for task in range(first, number + 1):
+            tree, spec = workdir_lib.read_lora(trial.run(task))
+            members.append(((tree, spec.scale), 1.0))
+        return {"params": self._pipe.params, "lora": loras.take_loras(members, self._pipe)}
+
+    def measured(self, trial: Trial | None, number: int = 0) -> Measured:
+        """The pictures after a task: of its style and all earlier ones, and of old prompts."""
+        names = (*self.styles, OLD) if trial is None else (*trial.styles[:number], OLD)
+        key = [self.config.judge, str(self.config.num_steps)]
+        key += [caption for n in names for caption in self.sets[n].rows.captions]
+        if trial is not None:
+            key += [(trial.run(number) / f).read_text() for f in ("config.json", "identity.json")]
+        digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:8]
+        label = "untuned" if trial is None else f"{trial.workdir.name}-{number}"
+        file = self.workdir / "measured" / f"{label}-{digest}.npz"
+        if not file.is_file():
+            variables = self.variables(trial, number)
+            found = {n: self._judged(n, self._draw(n, variables)) for n in names}
+            file.parent.mkdir(exist_ok=True)
+            temporary = file.with_name(f".{file.name}")
+            with temporary.open("wb") as f:
+                np.savez_compressed(f, **trees.flatten(found))
+            temporary.replace(file)
+            right = found[OLD]["style"] & found[OLD]["concept"]
+            log.info("%s: old prompts %.3f", label, right.mean())
+        with np.load(file, allow_pickle=False) as arrays:
+            return trees.unflatten({name: arrays[name] for name in arrays.files})
+
+    def draw(self, name: str, trial: Trial | None, number: int = 0) -> np.ndarray:
+        """Pictures of a set after a task, uint8 [N, 64, 64, 3]."""
+        return self._draw(name, self.variables(trial, number))
+
+    def _draw(self, name: str, variables: trees.Tree) -> np.ndarray:
+        seeds = self.sets[name].rows.seeds
+        return drawing.draw(
+            self._pipe, variables, self._contexts[name], seeds, num_steps=self.config.num_steps,
+            batch=min(100, len(seeds)),
+        )
+
+    def taught(self, style: str) -> dict[str, np.ndarray]:
+        """What the teacher draws of a style: the untuned model, shown a real picture of each thing
+        that is asked for."""
+        rows, sprites = self.sets[style].rows, load_sprites()
+        labels, shown = self._judge.labels, []
+        for i, things in enumerate(rows.concepts):
+            rng = np.random.default_rng([REAL, labels.styles.index(style), i])
+            (thing,) = np.asarray(labels.concepts)[things]
+            shown.append(world.render(sprites, world.plain_scene(rng, style, str(thing)), rng))
+        vl = load_vision_language("mini", self._pipe, dtype="float32")
+        ctx = drawing.pair_contexts(self._pipe, vl, rows.captions, np.stack(shown))
+        pixels = drawing.draw(
+            self._pipe, {"params": self._pipe.params}, ctx, rows.seeds,
+            num_steps=self.config.num_steps, batch=min(100, len(rows)),
+        )
+        return self._judged(style, pixels)
+
+    def _judged(self, name: str, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """bool style and concept, float32 sharpness and, of old prompts, drift, all [N].
+
+        Drift is the root mean square of the difference to the untuned model's picture on the same
+        noise, in levels of 255.
+        """
+        rows, said = self.sets[name].rows, judge.opinion(self._judge.params, pixels)
+        found = {
+            "style": said.style_accuracy(rows.styles),
+            "concept": said.concept_accuracy(rows.concepts),
+            "sharpness": np.asarray(gauges.sharpness(pixels), np.float32),
+        }
+        if name == OLD:
+            off = pixels.astype(np.float32) - self._untuned
+            found["drift"] = np.sqrt(np.mean(np.square(off), (1, 2, 3)))
+        return found
+
+
+def trees_of(values: Any) -> Any:
+    """A ConfigDict and all in it as plain dicts and lists, which JSON knows."""
+    if isinstance(values, ConfigDict | dict):
+        return {k: trees_of(v) for k, v in values.items()}
+    return [trees_of(v) for v in values] if isinstance(values, list | tuple) else values
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for everything in the comparison itself that cannot be, together."""
+    problems = []
+    orders = [tuple(order) for order in config.orders]
+    if not orders or any(sorted(o) != sorted(orders[0]) or len(set(o)) < len(o) for o in orders):
+        problems.append(f"orders: expected the same styles in each, every one once, got {orders}")
+    if len(config.methods) < 1:
+        problems.append("methods: expected at least one, got none")
+    files = set()
+    for name, how in config.methods.items():
+        if unknown := sorted(set(how) - {"changes", "carry", "rehearsal"}):
+            problems.append(f"methods.{name}: expected changes, carry or rehearsal, got "
+                            f"{', '.join(unknown)}")
+        share = how.get("rehearsal", 0.0)
+        if not isinstance(share, int | float) or not 0 <= share < 1:
+            problems.append(f"methods.{name}.rehearsal: expected a share in [0, 1), got {share!r}")
+        files |= {how.get("changes", {}).get("keep_prompts", "")} - {""}
+    if len(files) > 1 or (not files and any(m.get("rehearsal") for m in config.methods.values())):
+        problems.append("methods: expected one file of keep_prompts, whose pictures are rehearsed "
+                        f"too, got {sorted(files) or 'none'}")
+    counts = ("pictures", "num_train_steps", "training_seeds", "num_steps", "old_prompts",
+              "style_things", "generation_seeds")
+    for name in counts:
+        least = 2 if name in ("training_seeds", "old_prompts", "style_things") else 1
+        if not isinstance(config[name], int) or config[name] < least:
+            problems.append(f"{name}: expected a whole number from {least} on, got "
+                            f"{config[name]!r}")
+    if problems:
+        raise ValueError("config:\n  " + "\n  ".join(problems))

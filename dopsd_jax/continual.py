@@ -1,0 +1,143 @@
+"""Command: methods compared over sequences of tasks, in several orders, with several seeds.
+
+    python -m dopsd_jax.continual --config configs/mini_continual.py --workdir runs/continual
+
+Every method learns the styles of a sequence one after another on the mini model. After each task
+the pictures of all styles so far and of old prompts are judged. Learning rates are chosen by one
+seed in the first order: of those that learn the styles, the one that keeps most of the old prompts.
+The figures are of other seeds, in every order. Whatever is done already is not done again.
+
+Writes <workdir>/report.html, and what it is made of: table.md, curves.png and grid.png.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict, config_flags
+
+from dopsd_jax import report
+from dopsd_jax.compare import continual as figures
+from dopsd_jax.compare.continual import Results
+from dopsd_jax.compare.measures import OLD
+from dopsd_jax.compare.sequences import CHOOSING, Trial, Trials
+from dopsd_jax.core import cli
+from dopsd_jax.core.files import write_atomic
+from dopsd_jax.core.log import log
+from dopsd_jax.run import previews
+from dopsd_jax.run import workdir as workdir_lib
+
+FLAGS = flags.FLAGS
+GRID_OLD = 4  # old prompts in the picture
+
+
+def choose_rates(trials: Trials) -> tuple[dict[str, float], list[str]]:
+    """The learning rate of every method, and which of them never learn the styles.
+
+    Of the rates whose accuracy right after each task is config.new_style on average, the one that
+    keeps most of the old prompts at the end; where there is none, the one that learns most.
+    """
+    c = trials.config
+    rates = dict.fromkeys(c.methods, tuple(c.learning_rates))
+    tried = trials.planned(rates, [0], [CHOOSING])
+    trials.train(tried)
+    found = {
+        (t.method, t.rate): figures.summary(figures.results(trials, [[t]])) for t in tried
+    }
+    chosen, short = {}, []
+    for method in c.methods:
+        of_method = {rate: found[method, rate] for rate in c.learning_rates}
+        good = {r: s for r, s in of_method.items() if s["learned"] >= c.new_style}
+        if good:
+            chosen[method] = max(good, key=lambda r: good[r]["old"])
+        else:
+            short.append(method)
+            chosen[method] = max(of_method, key=lambda r: of_method[r]["learned"])
+        log.info("%s: learning rate %g", method, chosen[method])
+    return chosen, short
+
+
+def compared(trials: Trials, rates: dict[str, float]) -> tuple[dict[str, Results], list[Trial]]:
+    """The results of every method with all seeds in all orders, and a first trial of each."""
+    c = trials.config
+    seeds, orders = range(1, c.training_seeds + 1), range(len(c.orders))
+    found, first = {}, []
+    every = {
+        method: [trials.planned({method: [rate]}, [order], seeds) for order in orders]
+        for method, rate in rates.items()
+    }
+    trials.train([t for of_method in every.values() for in_order in of_method for t in in_order])
+    for method, of_method in every.items():
+        found[method] = figures.results(trials, of_method)
+        first.append(of_method[0][0])
+    return found, first
+
+
+def draw_curves(path: Path, found: dict[str, Results]) -> None:
+    """What is kept of old prompts, and known of the styles so far, after each task."""
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for i, (method, results) in enumerate(found.items()):
+        lines = figures.by_task(results)
+        for ax, values in zip(panels, lines.values(), strict=True):
+            x = np.arange(1, values.shape[1] + 1)
+            ax.plot(x, values.mean(0), "o-", color=f"C{i}", lw=1.5, ms=4, label=method)
+            spread = values.std(0)
+            ax.fill_between(x, values.mean(0) - spread, values.mean(0) + spread, color=f"C{i}",
+                            alpha=0.12, lw=0)
+    for ax, words in zip(panels, lines, strict=True):
+        ax.set_xlabel("tasks learned")
+        ax.set_title(words, fontsize=10)
+        ax.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def draw_grid(trials: Trials, first: list[Trial]) -> np.ndarray:
+    """After all tasks: a picture of each style in the order learned, then old prompts."""
+    tasks = len(trials.config.orders[0])
+    rows = []
+    for trial in (None, *first):
+        shown = [trials.draw(style, trial, tasks)[:1] for style in trials.config.orders[0]]
+        every = trials.config.generation_seeds
+        shown.append(trials.draw(OLD, trial, tasks)[:: every][:GRID_OLD])
+        rows.append(("untuned" if trial is None else trial.method, np.concatenate(shown)))
+    return previews.grid(rows, enlarged=2)
+
+
+def continual(config: ConfigDict, workdir: Path) -> str:
+    """Runs a whole comparison and returns the text of its table."""
+    trials = Trials(config, workdir)
+    rates, short = choose_rates(trials)
+    found, first = compared(trials, rates)
+    text = figures.as_text(trials, found, rates, short)
+    draw_curves(workdir / "curves.png", found)
+    previews.save(workdir / "grid.png", draw_grid(trials, first))
+    write_atomic(workdir / report.TABLE, text)
+    write_atomic(workdir / "report.html", report.evaluation_page(workdir))
+    return text
+
+
+def define_flags() -> None:
+    """The command's flags; a function, so that importing this module defines none."""
+    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Directory of everything.", required=True)
+
+
+def main() -> None:
+    if FLAGS.config is None:
+        raise ValueError("--config is needed, such as --config configs/mini_continual.py")
+    workdir = Path(FLAGS.workdir)
+    cli.check_directory(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    workdir_lib.enable_compilation_cache()
+    print(continual(FLAGS.config, workdir.resolve()))
+    print(f"\n{workdir}/report.html, {report.TABLE}, curves.png, grid.png")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run_command(main)
