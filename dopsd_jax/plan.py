@@ -114,6 +114,8 @@ def rests_on(p: Plan) -> list[str]:
     chip = chip_of(p.topology)
     linear = ("the compiler's own cycles" if p.cycles else
               f"{chip.linear:.0%} of peak in linear layers")
+    if p.base_dtype and not p.cycles:
+        linear += f", of bfloat16 weights: {p.base_dtype} takes other times, see --full, memory.md"
     bound = "links" if p.link_seconds > p.compute_seconds else "compute"
     return [
         f"  rests on: {linear}; {chip.attention:.0%} in attention kernels ({chip.rests}); links at "

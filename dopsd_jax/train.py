@@ -128,6 +128,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     if looks_ahead:
         run_preflight(config, workdir, pipe, data, features,
                       step.method.assemble(base, state.student), mesh)
+        memory.log_devices("the preflight is drawn")
     preview = None
     if config.sample_every:
         moved = None if other is None else (other, state.student)

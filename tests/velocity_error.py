@@ -1,9 +1,10 @@
-"""Prints how far quantised weights move a velocity of Z-Image at full size, random weights.
+"""Prints how far quantised weights move a velocity: |v - v32| / |v32|, and beside bfloat16's.
 
+    python -m tests.velocity_error --model mini         # the shipped model, seconds
     python -m tests.velocity_error [--side 16] [--text 32] [--kinds bfloat16,int8]
 
-The network as it is, but its layers are drawn, quantised and evaluated one at a time, so that 24 GB
-hold the float32 one too. Errors are |v - v32| / |v32|, and beside that of bfloat16 compute.
+The second is of Z-Image at full size with random weights: the network as it is, but its layers are
+drawn, quantised and evaluated one at a time, so that 24 GB hold the float32 one too.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from configs.mini_tasks import PROMPTS
 from dopsd_jax.core import trees
+from dopsd_jax.data.keeping import read_prompts
+from dopsd_jax.method import sampling
+from dopsd_jax.method.contexts import text_context
 from dopsd_jax.models import quantization
+from dopsd_jax.models.quantization import AS_DTYPE
 from dopsd_jax.models.z_image import Block, ZImageConfig, ZImageTransformer
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
 
 FLAGS = flags.FLAGS
 PLAIN = "bfloat16"
@@ -62,7 +68,7 @@ def _quantise(kernel: jax.Array, kind: str):
     return quantization.quantise(kernel, kind)
 
 
-def velocity(dtype, kind: str, side: int, text: int) -> jax.Array:
+def velocity_at_full_size(dtype, kind: str, side: int, text: int) -> jax.Array:
     """Float32 [1, side, side, 16] of one evaluation with `text` tokens of a caption."""
     network = LayerByLayer(ZImageConfig(), dtype, kind=kind)
     shapes = transformer_shapes(ZImageTransformer(network.config))
@@ -75,13 +81,33 @@ def velocity(dtype, kind: str, side: int, text: int) -> jax.Array:
     return network.apply({"params": params}, *args).astype(jnp.float32)
 
 
+def velocity_of_mini(dtype, kind: str) -> jax.Array:
+    """Float32 [64, ..] of the shipped model: 16 prompts at four noise levels."""
+    pipe = load_pipeline("mini", dtype=jnp.dtype(dtype).name, base_dtype=kind or AS_DTYPE)
+    prompts = read_prompts(PROMPTS)[:16]
+    context = text_context(pipe, prompts, length=pipe.text.lengths[0])
+    side = pipe.sample_size
+    noise = sampling.draw_noise(range(len(prompts)), pipe.denoiser.latent_shape(side, side))
+    run = jax.jit(pipe.denoiser.velocity)
+    found = [
+        run({"params": pipe.params}, noise, jnp.full(len(prompts), sigma), context)
+        for sigma in (0.9, 0.7, 0.5, 0.2)
+    ]
+    return jnp.concatenate(found).astype(jnp.float32)
+
+
 def main(_) -> None:
-    exact = velocity(jnp.float32, "", FLAGS.side, FLAGS.text)
+    def velocity(dtype, kind):
+        if FLAGS.model == "mini":
+            return velocity_of_mini(dtype, kind)
+        return velocity_at_full_size(dtype, kind, FLAGS.side, FLAGS.text)
+
+    exact = velocity(jnp.float32, "")
     errors = {}
     for kind in FLAGS.kinds:
         began = time.monotonic()
         quantised = "" if kind == PLAIN else kind
-        moved = velocity(jnp.bfloat16, quantised, FLAGS.side, FLAGS.text) - exact
+        moved = velocity(jnp.bfloat16, quantised) - exact
         errors[kind] = float(jnp.linalg.norm(moved) / jnp.linalg.norm(exact))
         beside = f"{errors[kind] / errors[PLAIN]:5.2f} times {PLAIN}'s  " if PLAIN in errors else ""
         seconds = time.monotonic() - began
@@ -89,6 +115,7 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_enum("model", "z-image", ["z-image", "mini"], "Which network.")
     flags.DEFINE_integer("side", 16, "Latents across; an eighth of the pixels.")
     flags.DEFINE_integer("text", 32, "Tokens of the caption.")
     flags.DEFINE_list("kinds", [PLAIN, *quantization.KINDS], "Of errors to print.")

@@ -81,6 +81,9 @@ def target_of(name: str) -> str:
     if target not in GPUS and ":" not in target:
         raise ValueError(f"--fit: expected {', '.join(CLASSES)} for a card of so many GB, one of "
                          f"{', '.join(GPUS)}, or a TPU such as v5e:1x1, got {name!r}")
+    if ":" in target and count_chips(target) != 1:
+        raise ValueError(f"--fit: expected one chip, such as {target.partition(':')[0]}:1x1, got "
+                         f"{name}; for several, --topology {name} says what a run needs")
     return target
 
 
@@ -150,7 +153,8 @@ class Search:
     def _first(self, key: str, attempt: Callable[[dict[str, Any]], Trial]) -> Trial | None:
         """Goes on from the config's own value, and not at all where the key may have no other."""
         given = self._config[key]
-        choices = DTYPES[DTYPES.index(given):] if given in DTYPES else (given,)
+        size = DTYPES.index(given if given in DTYPES else "int8")  # fp8 and w8a8 take as much
+        choices = (given, *DTYPES[size + 1 :])
         if key == "base_dtype" and self._config.trainable == "full":
             choices = (given,)
         return next((t for t in map(attempt, ({key: c} for c in choices)) if t.fits), None)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.core import sharding
 from dopsd_jax.core.log import log
 from dopsd_jax.method import contexts
+from dopsd_jax.models.quantization import quantised_as
 from dopsd_jax.planning import compiler, flops, hlo, lowering, phases
 from dopsd_jax.planning.chips import GIB, Chip, chip_of, count_chips
 from dopsd_jax.planning.phases import Phase
@@ -51,6 +52,7 @@ class Plan:
         cycles: The compiler's estimate of one step; 0: not asked for.
         seconds_compiling: That planning took.
         text: Scheduled HLO; empty if it does not fit.
+        base_dtype: In which the frozen weights are quantised; "" where they are not.
     """
 
     topology: str
@@ -69,6 +71,7 @@ class Plan:
     cycles: int = 0
     seconds_compiling: float = 0.0
     text: str = ""
+    base_dtype: str = ""
 
     @property
     def fits(self) -> bool:
@@ -287,6 +290,7 @@ def _plan(
         topology, chips, batch, config.remat, chip.memory,
         lowering.bytes_per_device(shapes.base or {}), lowering.bytes_per_device(shapes.state),
         step_flops(config, step), lowering.preview_bytes(config, shapes),
+        base_dtype=quantised_as("base_dtype", config.base_dtype),
     )
     try:
         dump = phases.compile_for(config, topology, phases.TRAIN, full=full)

@@ -147,6 +147,11 @@ def _break_start(config: ConfigDict, good: Callable[..., bool]) -> list[str]:
         problems.append("base_lora: expected nothing with lora.kind = dora, which sets how long "
                         "the columns of the whole weight are and adds up with no other LoRA; take "
                         "lora or lokr, or go on from it with init_lora")
+    if good("cache_quantised", "base_dtype", "encoder_dtype") and config.cache_quantised and (
+        config.base_dtype == config.encoder_dtype == AS_DTYPE
+    ):
+        problems.append(f"cache_quantised: expected a quantised base_dtype or encoder_dtype with "
+                        f"it, got {AS_DTYPE} for both")
     if good("base_dtype", "trainable") and config.trainable == "full" and (
         config.base_dtype != AS_DTYPE
     ):

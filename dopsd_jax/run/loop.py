@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import cli, distributed, mirror
+from dopsd_jax.core import cli, distributed, memory, mirror
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
@@ -234,6 +234,7 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
 
         if owed:
             draw(start)
+            memory.log_devices("the first previews are drawn")
         progress.restart()
         pending, compiled, step = None, set(), start
         while step < total:
@@ -251,6 +252,8 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             if pending is not None:
                 settle(*pending, timed=not compiles)
             pending = (step, values)
+            if step == start + 2:
+                memory.log_devices("the first update is done")
             stopping = vote(stopper.signal is not None)
             saves = step == total or stopping or step % config.checkpoint_every == 0
             draws = _draws_at(config, step, total)

@@ -428,8 +428,9 @@ def _load(
     if mesh is not None:
         shardings = sharding.shard(mesh, kept_as)
     if quantise and beside is not None:
-        file = quantized_cache.file_of(beside, name, quantise, dtype, fingerprints.of_files(files))
-        return quantized_cache.cached(file, kept_as, shardings, lambda: _load(
+        key = fingerprints.of_files(files)
+        folder = quantized_cache.folder_of(beside, name, quantise, dtype, key)
+        return quantized_cache.cached(folder, kept_as, shardings, lambda: _load(
             files, table, shapes, dtype, mesh, name, prefixes, quantise,
         ))
     total = sum(f.stat().st_size for f in files)

@@ -20,6 +20,7 @@ from dopsd_jax.method.contexts import text_context
 from dopsd_jax.models import quantization
 from dopsd_jax.weights.pipeline import load_pipeline
 from tests.commands import ROOT, environment
+from tests.velocity_error import velocity_of_mini
 
 STACKS = (r"(model\.)?(layers|noise_refiner|context_refiner|language_model\.layers|"
           r"visual\.blocks|visual\.deepstack_merger_list)\.")
@@ -65,6 +66,17 @@ def test_weights_are_quantised_as_they_are_read(request, family):
             else:
                 np.testing.assert_array_equal(found[name], x, err_msg=name)
         assert quantised >= 7
+
+
+def test_int8_moves_the_mini_model_less_than_twice_as_far_as_bfloat16_does():
+    exact = velocity_of_mini(jnp.float32, "")
+
+    def error(kind):
+        moved = velocity_of_mini(jnp.bfloat16, kind) - exact
+        return float(jnp.linalg.norm(moved) / jnp.linalg.norm(exact))
+
+    rounding = error("")
+    assert 0.005 < rounding < 0.03 and 1 < error("int8") / rounding < 2
 
 
 def test_integer_products_reach_the_network(tiny):

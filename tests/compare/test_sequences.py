@@ -1,0 +1,152 @@
+"""Methods over sequences of tasks: the arithmetic, what is asked of each trial, and a whole run."""
+
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import mini_continual
+from dopsd_jax import continual, tasks
+from dopsd_jax.compare import jobs, sequences
+from dopsd_jax.compare.continual import Results
+from dopsd_jax.compare.measures import OLD
+from dopsd_jax.compare.sequences import Trials
+from dopsd_jax.compare.stats import crossed_interval
+from dopsd_jax.core import cli
+
+SEEDS, ORDERS, TASKS, THINGS = 3, 2, 3, 4
+
+
+@pytest.fixture
+def results():
+    """Styles 0, 1, 2 learned in this order, and in 2, 0, 1; accuracies that tell their place."""
+    orders = [[0, 1, 2], [2, 0, 1]]
+    position = np.argsort(orders, axis=1)
+    style = np.full((SEEDS, ORDERS, TASKS, TASKS, THINGS), np.nan)
+    for o, order in enumerate(orders):
+        for i in range(TASKS):
+            for j in order[: i + 1]:  # after task i: 1 - a tenth for each task since it was learned
+                style[:, o, i, j] = 1 - 0.1 * (i - position[o][j])
+    style += 0.01 * np.arange(SEEDS)[:, None, None, None, None]
+    old = np.zeros((SEEDS, ORDERS, TASKS, 5)) + np.array([0.9, 0.8, 0.7])[:, None]
+    return Results(position, style, style, old, old, old)
+
+
+def test_what_was_learned_and_what_became_of_it(results):
+    of_seed = 0.01 * np.arange(SEEDS)
+    learned = results.learned(results.style)
+    assert learned.shape == (SEEDS, ORDERS, TASKS, THINGS)
+    np.testing.assert_allclose(learned[:, 1, 2, 3], 1 + of_seed)
+    # At the end styles are 2, 1, 0 and 1, 0, 2 tasks old.
+    end = results.at_end(results.style).reshape(SEEDS, TASKS, THINGS)
+    np.testing.assert_allclose(end[0, :, 0], [0.85, 0.95, 0.9])
+    np.testing.assert_allclose(results.at_end(results.old), 0.7)
+    # Of style 1, which is the last of the second order, only the first order tells.
+    transfer = results.transfer(results.style).reshape(SEEDS, TASKS, THINGS)
+    np.testing.assert_allclose(transfer[2, :, 0], [-0.15, -0.1, -0.2])
+
+
+def test_a_style_that_is_always_last_has_no_transfer(results):
+    one = Results(results.position[:1], results.style[:, :1], results.thing[:, :1],
+                  results.old[:, :1], results.sharpness[:, :1], results.drift[:, :1])
+    np.testing.assert_allclose(one.transfer(one.style).mean(), -0.15)
+
+
+def test_intervals_hold_what_seeds_and_prompts_make():
+    """Of trainings and prompts that both differ, 95% intervals hold the truth about so often."""
+    rng, held, narrow = np.random.default_rng(0), 0, 0
+    for i in range(200):
+        seeds, prompts = rng.normal(0, 0.1, (8, 1)), rng.normal(0, 0.3, (1, 40))
+        values = 0.5 + seeds + prompts + rng.normal(0, 0.2, (8, 40))
+        found = crossed_interval(lambda s, c, v=values: v[s][:, c].mean(), 8, 40, draws=300, seed=i)
+        held += found.low <= 0.5 <= found.high
+        means = values.mean(0)  # as if the trainings were no sample
+        off = 1.96 * means.std(ddof=1) / 40**0.5
+        narrow += abs(means.mean() - 0.5) <= off
+    assert held >= 180 and narrow < held
+
+
+def test_one_seed_has_no_interval():
+    with pytest.raises(ValueError, match="at least 2 seeds and 2 cases, got 1 and 5"):
+        crossed_interval(lambda s, c: 0.0, 1, 5)
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"orders": (("a", "b"), ("a", "c"))}, "orders: expected the same styles in each"),
+    ({"orders": (("a", "a"),)}, "orders: expected the same styles in each, every one once"),
+    ({"orders": ()}, "orders: expected"),
+    ({"training_seeds": 1}, "training_seeds: expected a whole number from 2 on, got 1"),
+    ({"methods": ConfigDict({"x": {"rate": 1}})}, "methods.x: expected changes, carry or rehe"),
+    ({"methods": ConfigDict({"x": {"rehearsal": 1.5}})}, r"methods.x.rehearsal: expected a share"),
+    ({"methods": ConfigDict({"x": {"rehearsal": 0.5}})}, "expected one file of keep_prompts"),
+])
+def test_what_cannot_be_compared_is_refused(changes, message):
+    config = mini_continual.get_config()
+    config.update(changes) if "methods" not in changes else setattr(
+        config, "methods", changes["methods"])
+    with pytest.raises(ValueError, match=message):
+        sequences.check(config)
+
+
+def smallest(orders=(("blueprint", "sepia"), ("sepia", "blueprint"))):
+    """Of the shipped judge's styles, as little as there can be."""
+    c = mini_continual.get_config()
+    chosen = ("dopsd, keeping and anchor", "sft, rehearsal", "sft on the undistilled")
+    c.methods = ConfigDict({name: c.methods[name] for name in chosen})
+    c.orders, c.learning_rates, c.num_train_steps, c.training_seeds = orders, (1e-3,), 2, 2
+    c.old_prompts, c.style_things, c.generation_seeds = 4, 2, 2
+    return c
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory):
+    return Trials(smallest(), tmp_path_factory.mktemp("trials"))
+
+
+def test_every_trial_is_a_sequence_that_tasks_takes(trials):
+    rates = dict.fromkeys(trials.config.methods, (1e-3,))
+    planned = trials.planned(rates, [0, 1], [1])
+    assert len({t.workdir for t in planned}) == len(planned) == 6
+    for trial in planned:
+        config = ConfigDict(json.loads(json.dumps(trial.tasks)))
+        runs = tasks.planned(config, trial.workdir)
+        tasks.check(runs)
+        assert [t.workdir for t in runs] == [trial.run(1), trial.run(2)]
+        assert {t.config.seed for t in runs} == {31}
+        if trial.method == "sft, rehearsal":
+            assert all(t.config.data_weights == "0.75,0.25" for t in runs)
+            assert all(t.config.data.endswith("/untuned") for t in runs)
+        if trial.method == "sft on the undistilled":
+            assert all(t.config.base_lora.endswith("mini_undistilled.safetensors") for t in runs)
+    assert len(list((trials.workdir / "pictures/untuned").glob("*.png"))) == 36
+
+
+def test_pictures_are_measured_once_and_the_untuned_model_does_not_drift(trials, monkeypatch):
+    first = trials.measured(None)
+    assert set(first) == {"blueprint", "sepia", OLD}
+    assert first[OLD]["drift"].max() == 0 and first["sepia"]["style"].shape == (4,)
+    monkeypatch.setattr(trials, "_draw", None)
+    again = trials.measured(None)
+    np.testing.assert_array_equal(again[OLD]["sharpness"], first[OLD]["sharpness"])
+
+
+def test_a_judge_that_does_not_know_the_styles_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="judge: expected one that knows chalk, got one of noto"):
+        Trials(smallest((("chalk", "sepia"),)), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_whole_comparison_and_a_second_start_that_does_nothing(tmp_path, monkeypatch):
+    config = smallest()
+    text = continual.continual(config, tmp_path)
+    for method in config.methods:
+        assert f"| {method} (0.001) | " in text
+    assert "of which chose a rate" in text and (tmp_path / "grid.png").is_file()
+    assert (tmp_path / "report.html").read_text().count("<table>") == 2
+    monkeypatch.setattr(jobs.subprocess, "run", None)
+    assert continual.continual(config, tmp_path) == text
+
+
+def test_the_shipped_config_is_a_comparison():
+    sequences.check(cli.load_config("configs/mini_continual.py", flag="config"))
