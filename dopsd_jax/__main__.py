@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 COMMANDS = (
-    "train", "data", "tasks", "sample", "encode", "export", "evaluate", "score", "paired", "plan",
+    "train", "data", "tasks", "sample", "encode", "export", "evaluate", "continual", "score", "paired", "plan",
     "report", "demo", "quickstart", "completion",
 )
 

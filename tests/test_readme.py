@@ -170,10 +170,11 @@ def test_every_file_and_key_that_the_pages_name_exists():
     text = "\n".join(page.read_text() for page in pages)
     for path in re.findall(r"(?:launch|configs)/\w+\.\w+", text):
         assert (ROOT / path).is_file(), path
-    from configs import mini_claim
+    from configs import mini_claim, mini_continual
     from configs.common import base
 
-    keys = {*flat_config(base().to_dict()), *flat_config(mini_claim.get_config().to_dict())}
+    configs = (base(), mini_claim.get_config(), mini_continual.get_config())
+    keys = {key for config in configs for key in flat_config(config.to_dict())}
     for key in re.findall(r"--config\.([\w.]+)=", text):
         assert key in keys, key
 
