@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 COMMANDS = (
-    "train", "data", "tasks", "sample", "encode", "export", "evaluate", "continual", "score", "paired", "plan",
-    "report", "demo", "quickstart", "completion",
+    "train", "data", "tasks", "sample", "encode", "export", "evaluate", "continual", "score",
+    "paired", "plan", "report", "demo", "quickstart", "completion",
 )
 
 
