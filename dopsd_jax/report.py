@@ -169,11 +169,11 @@ def _from_markdown(text: str) -> str:
 
 
 def evaluation_page(workdir: str | Path) -> str:
-    """The page of a comparison, see evaluate."""
+    """The page of a comparison, see evaluate and continual."""
     workdir = Path(workdir)
     pictures = {
-        "old prompts kept against new style learned": "curves.png",
-        "the new style, then old prompts, by method; a row from one noise": "grid.png",
+        "old prompts kept, and new styles learned": "curves.png",
+        "new styles, then old prompts, by method; each from one noise": "grid.png",
     }
     shown = [
         f"<h2>{html.escape(words[:1].upper() + words[1:])}</h2>"

@@ -124,11 +124,11 @@ def as_text(
 ) -> str:
     """The tables of a comparison, and how they were made, in Markdown."""
     c, said = trials.config, trials.report
-    count = len(c.orders[0])
+    count, things = len(c.orders[0]), min(trials.sets[s].cases for s in trials.styles)
     lines = [
         f"{count} styles one after another, {c.pictures} pictures and {c.num_train_steps} updates "
         f"each, carry {c.carry}; {len(c.orders)} orders, {c.training_seeds} training seeds, none "
-        f"of which chose a rate. Drawn in {c.num_steps} steps: of each style {c.style_things} "
+        f"of which chose a rate. Drawn in {c.num_steps} steps: of each style {things} "
         f"things that no picture shows, and {c.old_prompts} old prompts, {c.generation_seeds} "
         "noises of each. 95% intervals over seeds and prompts together. The judge is right on "
         f"held-back real pictures with {said['style']:.1%} of the styles and "
