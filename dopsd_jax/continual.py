@@ -15,11 +15,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from dopsd_jax import report
+from dopsd_jax.compare import command
 from dopsd_jax.compare import continual as figures
 from dopsd_jax.compare.continual import Results
 from dopsd_jax.compare.measures import OLD
@@ -28,9 +28,7 @@ from dopsd_jax.core import cli
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.run import previews
-from dopsd_jax.run import workdir as workdir_lib
 
-FLAGS = flags.FLAGS
 GRID_OLD = 4  # old prompts in the picture
 
 
@@ -100,10 +98,12 @@ def draw_grid(trials: Trials, first: list[Trial]) -> np.ndarray:
     """After all tasks: a picture of each style in the order learned, then old prompts."""
     tasks = len(trials.config.orders[0])
     rows = []
+    every = trials.config.generation_seeds
+    chosen = dict.fromkeys(trials.config.orders[0], slice(1)) | {OLD: slice(0, GRID_OLD * every,
+                                                                           every)}
     for trial in (None, *first):
-        shown = [trials.draw(style, trial, tasks)[:1] for style in trials.config.orders[0]]
-        every = trials.config.generation_seeds
-        shown.append(trials.draw(OLD, trial, tasks)[:: every][:GRID_OLD])
+        variables = trials.variables(trial, tasks)
+        shown = [trials.draw(name, variables, pick) for name, pick in chosen.items()]
         rows.append(("untuned" if trial is None else trial.method, np.concatenate(shown)))
     return previews.grid(rows, enlarged=2)
 
@@ -121,23 +121,12 @@ def continual(config: ConfigDict, workdir: Path) -> str:
     return text
 
 
-def define_flags() -> None:
-    """The command's flags; a function, so that importing this module defines none."""
-    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Directory of everything.", required=True)
-
-
 def main() -> None:
-    if FLAGS.config is None:
-        raise ValueError("--config is needed, such as --config configs/mini_continual.py")
-    workdir = Path(FLAGS.workdir)
-    cli.check_directory(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    workdir_lib.enable_compilation_cache()
-    print(continual(FLAGS.config, workdir.resolve()))
+    config, workdir = command.begin("configs/mini_continual.py")
+    print(continual(config, workdir.resolve()))
     print(f"\n{workdir}/report.html, {report.TABLE}, curves.png, grid.png")
 
 
 if __name__ == "__main__":
-    define_flags()
+    command.define_flags()
     cli.run_command(main)

@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from dopsd_jax import report
+from dopsd_jax.compare import command
 from dopsd_jax.compare import runs as runs_lib
 from dopsd_jax.compare import table as table_lib
 from dopsd_jax.compare.measures import (
@@ -38,7 +38,9 @@ from dopsd_jax.compare.measures import (
     Bench,
     Measured,
     case_sets,
+    read_arrays,
     training_pictures,
+    write_arrays,
 )
 from dopsd_jax.compare.runs import Run
 from dopsd_jax.compare.table import Point
@@ -53,7 +55,6 @@ from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import load_pipeline
 from dopsd_jax.weights.shipped import JUDGE
 
-FLAGS = flags.FLAGS
 CONTROL_GUIDANCE, CONTROL_STEPS = 2.5, 12
 GRID_ROWS = 6
 OTHER = "untuned, other noise"
@@ -105,12 +106,12 @@ class Evaluation:
             f"{name}-{num_steps}steps-x{guidance:g}-noise{shift}-{drawn.hexdigest()[:8]}.npz"
         )
         if file.is_file():
-            sets = _read(file)
+            sets = {n: Measured(**fields) for n, fields in read_arrays(file).items()}
         else:
             sets = self.bench.measure(
                 self.variables(run, step), num_steps=num_steps, guidance=guidance, shift=shift
             )
-            _write(file, sets)
+            write_arrays(file, {n: dataclasses.asdict(m) for n, m in sets.items()})
         method, rate, seed = ("untuned", 0.0, 0) if run is None else (
             run.method, run.rate, run.seed
         )
@@ -118,23 +119,6 @@ class Evaluation:
         log.info("%s, step %d, %d steps: new style %.3f, old prompts %.3f", name, step, num_steps,
                  found.new_style(), found.retention())
         return found
-
-
-def _write(file: Path, sets: dict[str, Measured]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    with temporary.open("wb") as f:
-        np.savez_compressed(f, **{
-            f"{name}/{field}": value for name, m in sets.items()
-            for field, value in dataclasses.asdict(m).items()
-        })
-    temporary.replace(file)
-
-
-def _read(file: Path) -> dict[str, Measured]:
-    with np.load(file, allow_pickle=False) as arrays:
-        tree = trees.unflatten({name: arrays[name] for name in arrays.files})
-    return {name: Measured(**fields) for name, fields in tree.items()}
 
 
 def sweep(evaluation: Evaluation) -> dict[str, list[Point]]:
@@ -343,24 +327,13 @@ def evaluate(config: ConfigDict, workdir: Path) -> str:
     return text
 
 
-def define_flags() -> None:
-    """The command's flags; a function, so that importing this module defines none."""
-    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Directory of everything.", required=True)
-
-
 def main() -> None:
-    if FLAGS.config is None:
-        raise ValueError("--config is needed, such as --config configs/mini_claim.py")
-    workdir = Path(FLAGS.workdir)
-    cli.check_directory(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    workdir_lib.enable_compilation_cache()
-    print(evaluate(FLAGS.config, workdir))
-    curves = "" if FLAGS.config.checkpoints else "curves.png, "
+    config, workdir = command.begin("configs/mini_claim.py")
+    print(evaluate(config, workdir))
+    curves = "" if config.checkpoints else "curves.png, "
     print(f"\n{workdir}/report.html, {report.TABLE}, pictures.csv, {curves}grid.png")
 
 
 if __name__ == "__main__":
-    define_flags()
+    command.define_flags()
     cli.run_command(main)

@@ -24,7 +24,8 @@ def wrong_flags(text: str) -> list[str]:
             wrong.append(module)
             continue
         # What defines flags of several commands.
-        shared = ("core/distributed.py", "compare/metric_weights.py", "run/model.py")
+        shared = ("core/distributed.py", "compare/metric_weights.py", "compare/command.py",
+                  "run/model.py")
         sources = "".join(p.read_text() for p in (file, *(ROOT / "dopsd_jax" / s for s in shared)))
         wrong += [
             f"{module} --{flag}" for flag in re.findall(r"--([a-z]\w*)(?![\w.])", rest)

@@ -184,7 +184,7 @@ def _styles(trials: Trials, found: Mapping[str, Results]) -> str:
     """A column for each style; the teacher is the untuned model shown a real picture of it."""
     untuned, rows = trials.measured(None), {}
     rows["untuned"] = [f"{untuned[s]['style'].mean():.3f}" for s in trials.styles]
-    taught = {s: trials.taught(s) for s in trials.styles}
+    taught = trials.taught()
     rows["teacher"] = [f"{taught[s]['style'].mean():.3f}" for s in trials.styles]
     rows["teacher: thing"] = [f"{taught[s]['concept'].mean():.3f}" for s in trials.styles]
     for method, r in found.items():

@@ -110,6 +110,21 @@ def case_sets(
     return sets
 
 
+def write_arrays(file: Path, tree: trees.Tree) -> None:
+    """Writes NumPy arrays to a compressed file, which appears when it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}")
+    with temporary.open("wb") as f:
+        np.savez_compressed(f, **trees.flatten(tree))
+    temporary.replace(file)
+
+
+def read_arrays(file: Path) -> trees.Tree:
+    """What `write_arrays` wrote."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return trees.unflatten({name: arrays[name] for name in arrays.files})
+
+
 def training_pictures(folder: Path) -> tuple[np.ndarray, list[str]]:
     """Pictures uint8 [N, 64, 64, 3] and concepts of a folder as `mini.build --style` writes it."""
     files = sorted(folder.glob("*.png"))

@@ -10,12 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
 from dopsd_jax.compare.jobs import Job, run_all
-from dopsd_jax.compare.measures import FIRST_SEED, OLD, CaseSet, of_style, repeated
+from dopsd_jax.compare.measures import (
+    FIRST_SEED,
+    OLD,
+    CaseSet,
+    of_style,
+    read_arrays,
+    repeated,
+    write_arrays,
+)
 from dopsd_jax.core import trees
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
@@ -23,6 +32,7 @@ from dopsd_jax.data.keeping import read_prompts
 from dopsd_jax.mini import drawing, judge, world
 from dopsd_jax.mini.build import write_style
 from dopsd_jax.mini.emoji import load_sprites
+from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import gauges, loras
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
@@ -81,7 +91,9 @@ class Trials:
     def __init__(self, config: ConfigDict, workdir: Path):
         check(config)
         self.config, self.workdir = config, workdir
-        self._judge = judge.read(config.judge or str(JUDGE))
+        file = config.judge or str(JUDGE)
+        self._judge, self._known = judge.read(file), judge.read(str(JUDGE)).labels
+        self._judge_digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         self.report = self._judge.report
         self.styles = tuple(dict.fromkeys(s for order in config.orders for s in order))
         self._pipe = load_pipeline("mini", dtype="float32", remat="none")
@@ -91,11 +103,11 @@ class Trials:
             name: drawing.text_contexts(self._pipe, s.rows.captions)
             for name, s in self.sets.items()
         }
-        self._untuned = self._draw(OLD, {"params": self._pipe.params})
+        self._untuned = self.draw(OLD, {"params": self._pipe.params})
 
     def _case_sets(self) -> dict[str, CaseSet]:
         """What is drawn, by style, and old prompts; of what the shipped model knows."""
-        c, labels, known = self.config, self._judge.labels, judge.read(str(JUDGE)).labels
+        c, labels, known = self.config, self._judge.labels, self._known
         if unknown := sorted({*self.styles, *known.concepts} - {*labels.styles, *labels.concepts}):
             raise ValueError(f"judge: expected one that knows {', '.join(unknown)}, got one of "
                              f"{', '.join(labels.styles)}; configs/mini/judge.py trains another")
@@ -123,20 +135,17 @@ class Trials:
         return self.workdir / "pictures" / "untuned"
 
     def _write_pictures(self) -> None:
-        c, known = self.config, judge.read(str(JUDGE)).labels
+        c = self.config
         for style in self.styles:
             if not (self.pictures(style) / "ATTRIBUTION").is_file():
                 write_style(load_sprites(), self.pictures(style), style, c.pictures, seed=0,
-                            concepts=known.trained_concepts)
+                            concepts=self._known.trained_concepts)
         files = {m.get("changes", {}).get("keep_prompts", "") for m in c.methods.values()} - {""}
         if not any(m.get("rehearsal") for m in c.methods.values()) or self._rehearsed.is_dir():
             return
         prompts = read_prompts(files.pop())
-        drawn = drawing.draw(
-            self._pipe, {"params": self._pipe.params},
-            drawing.text_contexts(self._pipe, prompts), range(len(prompts)),
-            num_steps=c.num_steps, batch=min(100, len(prompts)),
-        )
+        drawn = self._pictures({"params": self._pipe.params},
+                               drawing.text_contexts(self._pipe, prompts), range(len(prompts)))
         partial = self._rehearsed.with_name(".untuned")
         partial.mkdir(parents=True, exist_ok=True)
         for i, (prompt, pixels) in enumerate(zip(prompts, drawn, strict=True)):
@@ -153,13 +162,13 @@ class Trials:
         ]
 
     def _trial(self, method: str, rate: float, order: int, seed: int) -> Trial:
-        c, how = self.config, self.config.methods[method]
+        c, how = self.config, self.config.methods[method].to_dict()
         styles = tuple(c.orders[order])
         changes = {
             "learning_rate": rate, "seed": seed + 30, "num_train_steps": c.num_train_steps,
             "checkpoint_every": c.num_train_steps, "sample_every": 0, "gauge_prompts": [],
             "log_every": c.num_train_steps, "preflight": "off",
-            **trees_of(how.get("changes", {})),
+            **how.get("changes", {}),
         }
         tasks = [{"name": style, "data": str(self.pictures(style))} for style in styles]
         if base := changes.pop("base_lora", ""):
@@ -210,7 +219,7 @@ class Trials:
     def measured(self, trial: Trial | None, number: int = 0) -> Measured:
         """The pictures after a task: of its style and all earlier ones, and of old prompts."""
         names = (*self.styles, OLD) if trial is None else (*trial.styles[:number], OLD)
-        key = [self.config.judge, str(self.config.num_steps)]
+        key = [self._judge_digest, str(self.config.num_steps)]
         key += [caption for n in names for caption in self.sets[n].rows.captions]
         if trial is not None:
             key += [(trial.run(number) / f).read_text() for f in ("config.json", "identity.json")]
@@ -219,44 +228,38 @@ class Trials:
         file = self.workdir / "measured" / f"{label}-{digest}.npz"
         if not file.is_file():
             variables = self.variables(trial, number)
-            found = {n: self._judged(n, self._draw(n, variables)) for n in names}
-            file.parent.mkdir(exist_ok=True)
-            temporary = file.with_name(f".{file.name}")
-            with temporary.open("wb") as f:
-                np.savez_compressed(f, **trees.flatten(found))
-            temporary.replace(file)
+            found = {n: self._judged(n, self.draw(n, variables)) for n in names}
+            write_arrays(file, found)
             right = found[OLD]["style"] & found[OLD]["concept"]
             log.info("%s: old prompts %.3f", label, right.mean())
-        with np.load(file, allow_pickle=False) as arrays:
-            return trees.unflatten({name: arrays[name] for name in arrays.files})
+        return read_arrays(file)
 
-    def draw(self, name: str, trial: Trial | None, number: int = 0) -> np.ndarray:
-        """Pictures of a set after a task, uint8 [N, 64, 64, 3]."""
-        return self._draw(name, self.variables(trial, number))
+    def draw(self, name: str, variables: trees.Tree, pick: slice = slice(None)) -> np.ndarray:
+        """Pictures of a set, or some of them, uint8 [N, 64, 64, 3]."""
+        ctx = jax.tree.map(lambda x: x[pick], self._contexts[name])
+        return self._pictures(variables, ctx, self.sets[name].rows.seeds[pick])
 
-    def _draw(self, name: str, variables: trees.Tree) -> np.ndarray:
-        seeds = self.sets[name].rows.seeds
+    def _pictures(self, variables: trees.Tree, ctx: Context, seeds: Sequence[int]) -> np.ndarray:
         return drawing.draw(
-            self._pipe, variables, self._contexts[name], seeds, num_steps=self.config.num_steps,
+            self._pipe, variables, ctx, seeds, num_steps=self.config.num_steps,
             batch=min(100, len(seeds)),
         )
 
-    def taught(self, style: str) -> dict[str, np.ndarray]:
-        """What the teacher draws of a style: the untuned model, shown a real picture of each thing
-        that is asked for."""
-        rows, sprites = self.sets[style].rows, load_sprites()
-        labels, shown = self._judge.labels, []
-        for i, things in enumerate(rows.concepts):
-            rng = np.random.default_rng([REAL, labels.styles.index(style), i])
-            (thing,) = np.asarray(labels.concepts)[things]
-            shown.append(world.render(sprites, world.plain_scene(rng, style, str(thing)), rng))
-        vl = load_vision_language("mini", self._pipe, dtype="float32")
-        ctx = drawing.pair_contexts(self._pipe, vl, rows.captions, np.stack(shown))
-        pixels = drawing.draw(
-            self._pipe, {"params": self._pipe.params}, ctx, rows.seeds,
-            num_steps=self.config.num_steps, batch=min(100, len(rows)),
-        )
-        return self._judged(style, pixels)
+    def taught(self) -> Measured:
+        """What the teacher draws of every style: the untuned model, shown a real picture of each
+        thing that is asked for."""
+        vl, sprites = load_vision_language("mini", self._pipe, dtype="float32"), load_sprites()
+        labels, found = self._judge.labels, {}
+        for style in self.styles:
+            rows, shown = self.sets[style].rows, []
+            for i, things in enumerate(rows.concepts):
+                rng = np.random.default_rng([REAL, labels.styles.index(style), i])
+                (thing,) = np.asarray(labels.concepts)[things]
+                shown.append(world.render(sprites, world.plain_scene(rng, style, str(thing)), rng))
+            ctx = drawing.pair_contexts(self._pipe, vl, rows.captions, np.stack(shown))
+            pixels = self._pictures({"params": self._pipe.params}, ctx, rows.seeds)
+            found[style] = self._judged(style, pixels)
+        return found
 
     def _judged(self, name: str, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """bool style and concept, float32 sharpness and, of old prompts, drift, all [N].
@@ -274,13 +277,6 @@ class Trials:
             off = pixels.astype(np.float32) - self._untuned
             found["drift"] = np.sqrt(np.mean(np.square(off), (1, 2, 3)))
         return found
-
-
-def trees_of(values: Any) -> Any:
-    """A ConfigDict and all in it as plain dicts and lists, which JSON knows."""
-    if isinstance(values, ConfigDict | dict):
-        return {k: trees_of(v) for k, v in values.items()}
-    return [trees_of(v) for v in values] if isinstance(values, list | tuple) else values
 
 
 def check(config: ConfigDict) -> None:

@@ -219,6 +219,8 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             """Fetches a finished step's numbers, checks and logs them."""
             values = fetch(values)
             check_finite(step, values, checkpoints)
+            if step == start + 1:
+                memory.log_devices("the first update is done")
             if timed:
                 progress.lap()
             else:
@@ -252,8 +254,6 @@ def run(config: ConfigDict, workdir: str | Path, task: Task) -> State:
             if pending is not None:
                 settle(*pending, timed=not compiles)
             pending = (step, values)
-            if step == start + 2:
-                memory.log_devices("the first update is done")
             stopping = vote(stopper.signal is not None)
             saves = step == total or stopping or step % config.checkpoint_every == 0
             draws = _draws_at(config, step, total)

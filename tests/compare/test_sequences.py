@@ -126,7 +126,7 @@ def test_pictures_are_measured_once_and_the_untuned_model_does_not_drift(trials,
     first = trials.measured(None)
     assert set(first) == {"blueprint", "sepia", OLD}
     assert first[OLD]["drift"].max() == 0 and first["sepia"]["style"].shape == (4,)
-    monkeypatch.setattr(trials, "_draw", None)
+    monkeypatch.setattr(trials, "draw", None)
     again = trials.measured(None)
     np.testing.assert_array_equal(again[OLD]["sharpness"], first[OLD]["sharpness"])
 
