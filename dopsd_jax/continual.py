@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from dopsd_jax import report
-from dopsd_jax.compare import command
 from dopsd_jax.compare import continual as figures
+from dopsd_jax.compare.command import begin, define_flags
 from dopsd_jax.compare.continual import Results
 from dopsd_jax.compare.measures import OLD
 from dopsd_jax.compare.sequences import CHOOSING, Trial, Trials
@@ -122,11 +122,11 @@ def continual(config: ConfigDict, workdir: Path) -> str:
 
 
 def main() -> None:
-    config, workdir = command.begin("configs/mini_continual.py")
+    config, workdir = begin("configs/mini_continual.py")
     print(continual(config, workdir.resolve()))
     print(f"\n{workdir}/report.html, {report.TABLE}, curves.png, grid.png")
 
 
 if __name__ == "__main__":
-    command.define_flags()
+    define_flags()
     cli.run_command(main)

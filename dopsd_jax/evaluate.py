@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from dopsd_jax import report
-from dopsd_jax.compare import command
 from dopsd_jax.compare import runs as runs_lib
 from dopsd_jax.compare import table as table_lib
+from dopsd_jax.compare.command import begin, define_flags
 from dopsd_jax.compare.measures import (
     NEW_UNSEEN,
     OLD,
@@ -328,12 +328,12 @@ def evaluate(config: ConfigDict, workdir: Path) -> str:
 
 
 def main() -> None:
-    config, workdir = command.begin("configs/mini_claim.py")
+    config, workdir = begin("configs/mini_claim.py")
     print(evaluate(config, workdir))
     curves = "" if config.checkpoints else "curves.png, "
     print(f"\n{workdir}/report.html, {report.TABLE}, pictures.csv, {curves}grid.png")
 
 
 if __name__ == "__main__":
-    command.define_flags()
+    define_flags()
     cli.run_command(main)
