@@ -21,6 +21,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from configs import tiny as tiny_config
+from dopsd_jax.core.log import log
 from dopsd_jax.weights.random_flux2 import write_random_flux2
 from dopsd_jax.weights.random_pipeline import write_random_pipeline
 
@@ -120,3 +121,10 @@ def _one_torch_thread():
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _caplog_sees_the_log_once(monkeypatch):
+    # A command that ran in this process before has turned propagation off. Set here, before
+    # pytest looks which loggers its handler has to be hung into, or a line would be seen twice.
+    monkeypatch.setattr(log, "propagate", True)

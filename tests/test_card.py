@@ -243,8 +243,7 @@ def test_it_is_read_back_exactly(run, exported, fmt):
         np.testing.assert_array_equal(trees.flatten(got)[name], x)
 
 
-def test_a_readme_that_is_not_ours_or_was_edited_stays(run, tiny, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(card.log, "propagate", True)
+def test_a_readme_that_is_not_ours_or_was_edited_stays(run, tiny, tmp_path, caplog):
     readme = tmp_path / "README.md"
     readme.write_text("# My project\n")
     export_lib.export(str(run), "diffusers", str(tmp_path / "a.safetensors"))

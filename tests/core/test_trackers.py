@@ -239,8 +239,8 @@ def test_a_tracker_that_comes_later_gets_what_was(server, tmp_path):
 
 
 def lines_of(word, caplog):
-    """Log lines with a word; a handler that hangs in two loggers sees each record twice."""
-    return [r.message for r in {id(r): r for r in caplog.records}.values() if word in r.message]
+    """Log lines with a word."""
+    return [line for line in caplog.messages if word in line]
 
 
 @pytest.mark.parametrize("moment", ["import", "__init__", "log", "close"])
@@ -250,7 +250,6 @@ def test_what_goes_wrong_is_said_once(server, tmp_path, monkeypatch, caplog, mom
 
     monkeypatch.setattr(*(
         (trackers.importlib, "import_module") if moment == "import" else (server, moment)), fail)
-    monkeypatch.setattr(trackers.log, "propagate", True)
     metrics = Metrics(tmp_path, 0, trackers=["wandb"])
     steps(metrics, 1, 2, 3, 4)
     metrics.close()
@@ -263,7 +262,6 @@ def test_a_tracker_that_hangs_is_left_behind(server, tmp_path, monkeypatch, capl
     release = trackers.threading.Event()
     monkeypatch.setattr(server, "log", lambda *args: release.wait())
     monkeypatch.setattr(trackers, "CLOSE_S", 0.1)
-    monkeypatch.setattr(trackers.log, "propagate", True)
     metrics = Metrics(tmp_path, 0, trackers=["wandb"])
     steps(metrics, 1, 2)
     metrics.close()
