@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from dopsd_jax.core import trees
+from dopsd_jax.core.files import write_whole
 from dopsd_jax.data.images import read_image
 from dopsd_jax.mini import drawing, judge, world
 from dopsd_jax.mini.labels import Labels
@@ -113,10 +116,9 @@ def case_sets(
 def write_arrays(file: Path, tree: trees.Tree) -> None:
     """Writes NumPy arrays to a compressed file, which appears when it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    with temporary.open("wb") as f:
-        np.savez_compressed(f, **trees.flatten(tree))
-    temporary.replace(file)
+    content = io.BytesIO()
+    np.savez_compressed(content, **trees.flatten(tree))
+    write_whole(epath.Path(file), content.getvalue())
 
 
 def read_arrays(file: Path) -> trees.Tree:
