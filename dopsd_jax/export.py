@@ -24,7 +24,6 @@ from dopsd_jax.core.trees import Tree
 from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.models import adapters
 from dopsd_jax.models.family import Family
-from dopsd_jax.models.quantization import AS_DTYPE
 from dopsd_jax.run import card
 from dopsd_jax.run import loras as loras_lib
 from dopsd_jax.run import model as model_lib
@@ -49,6 +48,7 @@ from dopsd_jax.weights.shipped import pipeline_directory
 FLAGS = flags.FLAGS
 FORMATS = lora_files.FORMATS
 TOLD = Told()
+IN_MEMORY = "a LoRA"  # the name of one that is given as a tree
 
 
 def export(
@@ -148,16 +148,19 @@ def export_loras(
     cli.check_directory(Path(out).parent)
     pipe = load_pipeline(model, parts=(), transformer_file=transformer_file)
     cost, spec, kind = 0.0, None, "lora"
+    named = [_named(member) for member in loras]
+    on_disk = [n.path for n in named if n.path != IN_MEMORY]
+    kept_as = loras_lib.base_dtypes(on_disk)
     if full:
-        _write_merged(pipe, loras, out, overwrite)
+        _write_merged(pipe, loras, out, overwrite, kept_as)
     else:
         tree, spec, cost = _summed(loras, pipe, rank)
         kind = adapters.kind_of(tree)
     network = pipe.denoiser.network.config
     family = find(network)
     size = story_lib.size_of(family, network)
-    story = story_lib.of_loras(str(model), list(map(_named, loras)), family, size, told, spec,
-                               kind)
+    story = story_lib.of_loras(str(model), named, family, size, told, spec, kind,
+                               tuple(dict.fromkeys(kept_as.values())))
     if not full:
         _write_lora(fmt, out, tree, story, pipe.lora.modules, overwrite)
     if with_card:
@@ -170,7 +173,7 @@ def _named(member: Any) -> loras_lib.Named:
     strength = 1.0
     if isinstance(member, tuple) and isinstance(member[0], str | Path | tuple):
         member, strength = member
-    return loras_lib.Named(str(member) if isinstance(member, str | Path) else "a LoRA", strength)
+    return loras_lib.Named(str(member) if isinstance(member, str | Path) else IN_MEMORY, strength)
 
 
 def _summed(
@@ -193,8 +196,13 @@ def _summed(
     return tree, lora_files.LoraSpec(rank, float(rank)), cost
 
 
-def _write_merged(pipe: Pipeline, loras: list, out: str, overwrite: bool) -> None:
-    """The pipeline's transformer with LoRAs in it, in the dtype of its files."""
+def _write_merged(
+    pipe: Pipeline, loras: list, out: str, overwrite: bool, kept_as: dict[str, str]
+) -> None:
+    """The pipeline's transformer with LoRAs in it, in the dtype of its files.
+
+    `kept_as` names those that were trained on quantised weights, see `loras.base_dtypes`.
+    """
     loras_lib.take_loras(loras, pipe, any_rank=True)  # what is wrong is said before weights load
     with jax.default_device(jax.devices("cpu")[0]):
         params = load_transformer(pipe)
@@ -202,13 +210,9 @@ def _write_merged(pipe: Pipeline, loras: list, out: str, overwrite: bool) -> Non
         merged = jax.tree.map(np.asarray, lora_lib.merge(params, tree, 1.0))
         changed, error = lora_lib.rounding(params, merged, tree)
     dtype = next(x.dtype for n, x in trees.flatten(merged).items() if n.endswith("/kernel"))
-    for name in (_named(member).path for member in loras):
-        kind = AS_DTYPE
-        if workdir_lib.is_workdir(name):
-            kind = workdir_lib.read_config(name).get("base_dtype", AS_DTYPE)
-        if kind != AS_DTYPE:
-            log.warning("%s: was trained on weights in %s, and is merged into those of %s as they "
-                        "are, %s", name, kind, pipe.directory.name, dtype)
+    for name, kind in kept_as.items():
+        log.warning("%s: was trained on weights in %s, and is merged into those of %s as they "
+                    "are, %s", name, kind, pipe.directory.name, dtype)
     log.info("merged in %s: %.1f%% of the elements of adapted layers changed; what was added is "
              "off by %.2g of it, which as a LoRA it would not be", dtype, 100 * changed, error)
     write_component(

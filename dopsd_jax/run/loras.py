@@ -22,6 +22,7 @@ from dopsd_jax.core.trees import Tree
 from dopsd_jax.method import dora
 from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.models import adapters
+from dopsd_jax.models.quantization import AS_DTYPE
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import lora_files, lora_reader
 from dopsd_jax.weights.pipeline import Pipeline, transformer_shapes
@@ -108,6 +109,29 @@ def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Tree, float]:
     else:
         tree, spec = lora_files.read_lora(path, pipe.lora.modules, shapes)
     return tree, spec.scale
+
+
+def base_dtypes(paths: Sequence[str]) -> dict[str, str]:
+    """LoRAs that were trained on quantised weights, and in which dtype these were.
+
+    By the run's config or the file's header; a file of another tool does not say.
+
+    Args:
+        paths: Of runs and files, local or not.
+
+    Raises:
+        ValueError: A file that cannot be read.
+    """
+    found = {}
+    for name in paths:
+        path = mirror.local_copy(name)
+        if workdir_lib.is_workdir(path):
+            kind = workdir_lib.read_config(path).get("base_dtype", AS_DTYPE)
+        else:
+            kind = lora_reader.base_dtype(path) or AS_DTYPE
+        if kind != AS_DTYPE:
+            found[name] = kind
+    return found
 
 
 def take_loras(

@@ -17,12 +17,13 @@ from dopsd_jax.data.keeping import kept_rows
 from dopsd_jax.method import contexts
 from dopsd_jax.method.lora import WORDS
 from dopsd_jax.models.family import Family
+from dopsd_jax.models.quantization import AS_DTYPE
 from dopsd_jax.run import previews
 from dopsd_jax.run.keys import KEYS, PLACE, STEP
 from dopsd_jax.run.loras import Named
 from dopsd_jax.run.workdir import flat_config, saved_steps
 from dopsd_jax.weights import hub
-from dopsd_jax.weights.lora_reader import LoraSpec
+from dopsd_jax.weights.lora_reader import BASE_DTYPE, LoraSpec
 from dopsd_jax.weights.shipped import PIPELINES
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -64,6 +65,7 @@ class Story:
         spec: Rank, alpha and base model of a LoRA; None with all weights.
         kind: Of a LoRA, one of `method.lora.KINDS`.
         members: LoRAs that were added up, where there were several; their names and strengths.
+        base_dtypes: In which the weights were kept that it was trained on, where quantised.
         role: "student" or "teacher".
         step: Updates; None of several LoRAs.
         settings: Keys of the run's config that an update depends on.
@@ -84,6 +86,7 @@ class Story:
     spec: LoraSpec | None
     kind: str = "lora"
     members: tuple[Named, ...] = ()
+    base_dtypes: tuple[str, ...] = ()
     role: str = "student"
     step: int | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -154,6 +157,7 @@ def of_run(
         None if spec is None else dataclasses.replace(
             spec, base_model=name_of(config["model"], base)),
         kind=kind, role=role, step=step, settings=_settings(values),
+        base_dtypes=tuple({values.get("base_dtype", AS_DTYPE)} - {AS_DTYPE}),
         rows=_rows(workdir, values, step),
         below=len([x for x in str(values.get("base_lora") or "").split(",") if x]),
         gauges=tuple(r for r in read_metrics(workdir, GAUGES) if r["step"] in (0, step)),
@@ -164,15 +168,16 @@ def of_run(
 
 def of_loras(
     model: str, members: list[Named], family: Family, size: str, told: Told,
-    spec: LoraSpec | None, kind: str = "lora",
+    spec: LoraSpec | None, kind: str = "lora", base_dtypes: tuple[str, ...] = (),
 ) -> Story:
-    """The story of several LoRAs that were added up, as `of_run`."""
+    """The story of several LoRAs that were added up, as `of_run`; base_dtypes: see `Story`."""
     base = told.base_model or public_name(model, family, size)
     name = name_of(model, base)
     return Story(
         family, size, name, base, told,
         None if spec is None else dataclasses.replace(spec, base_model=name), kind=kind,
         members=tuple(Named(Path(m.path).name, m.strength) for m in members),
+        base_dtypes=base_dtypes,
     )
 
 
@@ -267,6 +272,7 @@ def header(story: Story, name: str, fmt: str) -> dict[str, str]:
         "ss_num_train_images": story.rows,
         "ss_learning_rate": settings.get("learning_rate"),
         "ss_seed": settings.get("seed"),
+        BASE_DTYPE: ", ".join(story.base_dtypes),
     }
     return {key: str(value) for key, value in facts.items() if value not in (None, "")}
 
@@ -283,13 +289,14 @@ def summary(story: Story) -> str:
     what = "All weights of the transformer" if story.spec is None else (
         f"A {WORDS[story.kind]} of rank {story.spec.rank}" if story.kind != "lokr" else
         "A LoKr (a LoRA of Kronecker products)")
+    on = f" It was trained on weights in {', '.join(story.base_dtypes)}." * bool(story.base_dtypes)
     if story.members:
         listed = ", ".join(f"{m.path} at {m.strength:g}" for m in story.members)
-        return f"{what} for {story.model}, which holds {listed}."
+        return f"{what} for {story.model}, which holds {listed}.{on}"
     how = "D-OPSD" if story.settings.get("objective", "dopsd") == "dopsd" else (
         f"objective {story.settings['objective']}")
     data = f" on {story.rows:,} image-text pairs" if story.rows else ""
-    return f"{what} for {story.model}, tuned with {how} in {story.step:,} updates{data}."
+    return f"{what} for {story.model}, tuned with {how} in {story.step:,} updates{data}.{on}"
 
 
 def shown(value: Any) -> str:

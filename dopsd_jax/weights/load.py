@@ -16,10 +16,10 @@ import numpy as np
 from dopsd_jax.core import trees
 from dopsd_jax.core.sharding import place
 from dopsd_jax.models import quantization
-from dopsd_jax.weights import quantized
+from dopsd_jax.weights import comfy_quantized
+from dopsd_jax.weights.comfy_quantized import Tensor
 from dopsd_jax.weights.mapped import PICKLES, map_safetensors, read_metadata
 from dopsd_jax.weights.names import Rule, Slot, WeightsError, fused_parts, resolve
-from dopsd_jax.weights.quantized import Tensor
 
 ALIGNMENT = 64  # bytes; the CPU backend takes such arrays over without a copy
 COLUMNS = 256  # of the last axis, copied at a time: a transposed copy stays in the cache
@@ -196,15 +196,15 @@ def open_tensors(
     stored, problems = _map_all(files)
     layers = {}
     for file in files if not problems else ():
-        text = read_metadata(file).get(quantized.METADATA, "{}")
+        text = read_metadata(file).get(comfy_quantized.METADATA, "{}")
         try:
             layers |= json.loads(text)["layers"] if text != "{}" else {}
         except (ValueError, KeyError, TypeError):
-            problems.append(f"{file}, {quantized.METADATA}: expected JSON with layers, got "
+            problems.append(f"{file}, {comfy_quantized.METADATA}: expected JSON with layers, got "
                             f"{text:.60}")
     if prefixes is not None:
         stored, layers = (_without(prefixes, named) for named in (stored, layers))
-    tensors, unread = quantized.values(stored, layers)
+    tensors, unread = comfy_quantized.values(stored, layers)
     problems += [f"{_where(files)}: {problem}" for problem in unread]
     if problems:
         raise WeightsError(_listed(problems))

@@ -26,13 +26,14 @@ from dopsd_jax.weights.lora_names import (
     key_pattern,
     match_keys,
 )
-from dopsd_jax.weights.mapped import PICKLES, open_safetensors
+from dopsd_jax.weights.mapped import PICKLES, open_safetensors, read_metadata
 from dopsd_jax.weights.names import Modules, WeightsError
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 STUDENT = "student"  # the published torch code keeps its two adapters in student/ and teacher/
 OUR_METADATA = "dopsd_jax_lora"
+BASE_DTYPE = "dopsd_jax_base_dtype"  # in which the weights were kept that it was trained on
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # of pipe.save_lora_weights
 
 SAME = 1e-6  # relative difference of two alphas that float32 may have rounded
@@ -206,6 +207,18 @@ def fingerprint(path: str | Path) -> str:
     if file.name == PEFT_WEIGHTS and config.is_file():
         digest.update(config.read_bytes())
     return digest.hexdigest()
+
+
+def base_dtype(path: str | Path) -> str:
+    """What a LoRA file says of how the weights were kept that it was trained on; "" if nothing.
+
+    Raises:
+        LoraFileError: No file, or one that is no safetensors file.
+    """
+    try:
+        return read_metadata(_locate(Path(path))).get(BASE_DTYPE, "")
+    except WeightsError as e:
+        raise LoraFileError(str(e)) from e
 
 
 def _locate(path: Path) -> Path:

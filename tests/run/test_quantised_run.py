@@ -105,10 +105,18 @@ def test_a_run_on_int8_is_the_run_on_what_int8_holds(short_run, rounded, tmp_pat
     train_lib.train(short_run, tmp_path / "int8")
     quantised = numbers(tmp_path / "int8")
 
-    export.export_loras(short_run.model, [str(tmp_path / "int8")], "diffusers",
-                        str(tmp_path / "merged"), full=True, with_card=False)
-    assert "was trained on weights in int8, and is merged into those of" in caplog.text
-
+    said = "It was trained on weights in int8."
+    told = "was trained on weights in int8, and is merged"
+    run, file = tmp_path / "int8", tmp_path / "lora" / "a.safetensors"
+    export.export(str(run), "diffusers", str(file))
+    assert said in (file.parent / "README.md").read_text()
+    # A file tells it as the run does.
+    for lora, out in ((run, "merged"), (file, "again")):
+        caplog.clear()
+        export.export_loras(short_run.model, [str(lora)], "diffusers",
+                            str(tmp_path / out), full=True)
+        assert f"{lora}: {told} into those of" in caplog.text
+        assert said in (tmp_path / out / "README.md").read_text()
     with pytest.raises(ValueError, match="base_dtype"):
         short_run.base_dtype, short_run.num_train_steps = "nf4", 3
         train_lib.train(short_run, tmp_path / "int8")
