@@ -3,7 +3,7 @@
     python -m dopsd_jax.continual --config configs/mini_continual.py --workdir runs/continual
 
 Each method learns every style from eight pictures. Learning rates are chosen by one seed and one
-order; the figures are of other seeds, in both orders.
+order; the figures are of other seeds, half of them in each order.
 """
 
 from ml_collections import ConfigDict
@@ -24,9 +24,9 @@ def get_config():
         ("stitch", "sepia", "thermal", "blueprint", "chalk"),
     )
     c.pictures = 8           # of each style
-    # Name -> how its sequences go on (carry), keys of a run that differ (changes), and
-    # rehearsal: the share of rows that are pictures which the untuned model drew. The first is
-    # what the others are compared with.
+    # Name -> how its sequences go on (carry), keys of a run that differ (changes), its
+    # learning_rate, where none is to be chosen, and rehearsal: the share of rows that are pictures
+    # which the untuned model drew. The first is what the others are compared with.
     c.methods = ConfigDict({
         "dopsd": {},
         "dopsd, keeping": {"changes": KEEP},
@@ -43,9 +43,10 @@ def get_config():
     c.learning_rates = (4e-4, 8e-4, 1.6e-3)
     c.new_style = 0.8        # accuracy right after its task, of rates that may be chosen
     c.num_train_steps = 25   # of every task
-    c.training_seeds = 8     # none of which chose a rate
+    c.training_seeds = 8     # none of which chose a rate; they take the orders by turns
     c.num_steps = 2          # deployed number of denoiser calls
-    c.old_prompts = 200
+    c.old_prompts = 200      # after the last task
+    c.old_along = 40         # the first of them, after every task
     c.style_things = 12      # of a style, which no picture that is learned from shows
     c.generation_seeds = 2   # noises per prompt
     return c

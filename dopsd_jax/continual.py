@@ -5,7 +5,8 @@
 Every method learns the styles of a sequence one after another on the mini model. After each task
 the pictures of all styles so far and of old prompts are judged. Learning rates are chosen by one
 seed in the first order: of those that learn the styles, the one that keeps most of the old prompts.
-The figures are of other seeds, in every order. Whatever is done already is not done again.
+The figures are of other seeds, which take the orders by turns. Whatever is done already is not done
+again.
 
 Writes <workdir>/report.html, and what it is made of: table.md, curves.png and grid.png.
 """
@@ -33,45 +34,47 @@ GRID_OLD = 4  # old prompts in the picture
 
 
 def choose_rates(trials: Trials) -> tuple[dict[str, float], list[str]]:
-    """The learning rate of every method, and which of them never learn the styles.
+    """The learning rate of every method, and sentences that tell where they are from.
 
-    Of the rates whose accuracy right after each task is config.new_style on average, the one that
-    keeps most of the old prompts at the end; where there is none, the one that learns most.
+    A method's own, where it has one. Otherwise, of the rates whose accuracy right after each task
+    is config.new_style on average, the one that keeps most of the old prompts at the end; where
+    there is none, the one that learns most.
     """
     c = trials.config
-    rates = dict.fromkeys(c.methods, tuple(c.learning_rates))
-    tried = trials.planned(rates, [0], [CHOOSING])
+    chosen = {m: how.learning_rate for m, how in c.methods.items() if "learning_rate" in how}
+    how = [f"Learning rates of {', '.join(chosen)}: as the config has them."] if chosen else []
+    open_ = [m for m in c.methods if m not in chosen]
+    if not open_:
+        return chosen, how
+    tried = trials.planned(dict.fromkeys(open_, tuple(c.learning_rates)), [CHOOSING])
     trials.train(tried)
-    found = {
-        (t.method, t.rate): figures.summary(figures.results(trials, [[t]])) for t in tried
-    }
-    chosen, short = {}, []
-    for method in c.methods:
+    found = {(t.method, t.rate): figures.summary(figures.results(trials, [t])) for t in tried}
+    how.append(f"Learning rates{' of the others' * bool(chosen)}, by a seed of their own: of those "
+               f"that reach {c.new_style:g} right after each task, the one that keeps most of the "
+               "old prompts.")
+    for method in open_:
         of_method = {rate: found[method, rate] for rate in c.learning_rates}
         good = {r: s for r, s in of_method.items() if s["learned"] >= c.new_style}
         if good:
             chosen[method] = max(good, key=lambda r: good[r]["old"])
         else:
-            short.append(method)
             chosen[method] = max(of_method, key=lambda r: of_method[r]["learned"])
-        log.info("%s: learning rate %g", method, chosen[method])
-    return chosen, short
+            how.append(f"{method} never does, and is shown where it learns most.")
+        for rate, said in of_method.items():
+            log.info("%s at %g: style right after each task %.3f, old prompts at the end %.3f%s",
+                     method, rate, said["learned"], said["old"],
+                     ", chosen" * (rate == chosen[method]))
+    return {m: chosen[m] for m in c.methods}, how
 
 
 def compared(trials: Trials, rates: dict[str, float]) -> tuple[dict[str, Results], list[Trial]]:
-    """The results of every method with all seeds in all orders, and a first trial of each."""
-    c = trials.config
-    seeds, orders = range(1, c.training_seeds + 1), range(len(c.orders))
-    found, first = {}, []
-    every = {
-        method: [trials.planned({method: [rate]}, [order], seeds) for order in orders]
-        for method, rate in rates.items()
-    }
-    trials.train([t for of_method in every.values() for in_order in of_method for t in in_order])
-    for method, of_method in every.items():
-        found[method] = figures.results(trials, of_method)
-        first.append(of_method[0][0])
-    return found, first
+    """The results of every method with all seeds, and a first trial of each."""
+    seeds = range(1, trials.config.training_seeds + 1)
+    every = {method: trials.planned({method: [rate]}, seeds) for method, rate in rates.items()}
+    # A seed of every method, then the next: what is stopped early compares all of them.
+    trials.train([t for of_seed in zip(*every.values(), strict=True) for t in of_seed])
+    found = {method: figures.results(trials, planned) for method, planned in every.items()}
+    return found, [planned[0] for planned in every.values()]
 
 
 def draw_curves(path: Path, found: dict[str, Results]) -> None:
@@ -111,9 +114,9 @@ def draw_grid(trials: Trials, first: list[Trial]) -> np.ndarray:
 def continual(config: ConfigDict, workdir: Path) -> str:
     """Runs a whole comparison and returns the text of its table."""
     trials = Trials(config, workdir)
-    rates, short = choose_rates(trials)
+    rates, how = choose_rates(trials)
     found, first = compared(trials, rates)
-    text = figures.as_text(trials, found, rates, short)
+    text = figures.as_text(trials, found, rates, how)
     draw_curves(workdir / "curves.png", found)
     previews.save(workdir / "grid.png", draw_grid(trials, first))
     write_atomic(workdir / report.TABLE, text)

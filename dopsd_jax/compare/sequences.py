@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dopsd_jax.compare.measures import (
     write_arrays,
 )
 from dopsd_jax.core import trees
+from dopsd_jax.core.checks import is_number
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.data.keeping import read_prompts
@@ -78,7 +79,8 @@ class Trials:
     """All trials of a comparison, and the pictures of each, measured once and kept.
 
     What is drawn: things that no picture shows in every style, by the model after each task that
-    has taught it or an earlier one; and old prompts, after every task. All on the same noise.
+    has taught it or an earlier one; and old prompts, the first of them after every task, all after
+    the last. All on the same noise.
 
     Args:
         config: See configs/mini_continual.py.
@@ -104,6 +106,8 @@ class Trials:
             for name, s in self.sets.items()
         }
         self._untuned = self.draw(OLD, {"params": self._pipe.params})
+        self._taught: Measured = {}
+        self.along = min(config.old_along, config.old_prompts)  # old prompts after every task
 
     def _case_sets(self) -> dict[str, CaseSet]:
         """What is drawn, by style, and old prompts; of what the shipped model knows."""
@@ -153,16 +157,18 @@ class Trials:
             (partial / f"{i:04d}.txt").write_text(prompt + "\n")
         partial.rename(self._rehearsed)
 
-    def planned(self, rates: dict[str, Sequence[float]], orders: Sequence[int],
-                seeds: Sequence[int]) -> list[Trial]:
-        """Trials of every method at its rates, in every order with every seed."""
+    def planned(
+        self, rates: Mapping[str, Sequence[float]], seeds: Sequence[int]
+    ) -> list[Trial]:
+        """Trials of every method at its rates with every seed, the orders by turns."""
         return [
-            self._trial(method, rate, order, seed)
-            for method in rates for rate in rates[method] for order in orders for seed in seeds
+            self._trial(method, rate, seed)
+            for method in rates for rate in rates[method] for seed in seeds
         ]
 
-    def _trial(self, method: str, rate: float, order: int, seed: int) -> Trial:
+    def _trial(self, method: str, rate: float, seed: int) -> Trial:
         c, how = self.config, self.config.methods[method].to_dict()
+        order = max(seed - 1, CHOOSING) % len(c.orders)
         styles = tuple(c.orders[order])
         changes = {
             "learning_rate": rate, "seed": seed + 30, "num_train_steps": c.num_train_steps,
@@ -217,10 +223,16 @@ class Trials:
         return {"params": self._pipe.params, "lora": loras.take_loras(members, self._pipe)}
 
     def measured(self, trial: Trial | None, number: int = 0) -> Measured:
-        """The pictures after a task: of its style and all earlier ones, and of old prompts."""
+        """The pictures after a task: of its style and all earlier ones, and of old prompts.
+
+        Of old prompts the first, or all after the last task.
+        """
         names = (*self.styles, OLD) if trial is None else (*trial.styles[:number], OLD)
+        picks = dict.fromkeys(names, slice(None))
+        if trial is not None and number < len(trial.styles):
+            picks[OLD] = slice(self.along * self.config.generation_seeds)
         key = [self._judge_digest, str(self.config.num_steps)]
-        key += [caption for n in names for caption in self.sets[n].rows.captions]
+        key += [text for n in names for text in self.sets[n].rows.captions[picks[n]]]
         if trial is not None:
             key += [(trial.run(number) / f).read_text() for f in ("config.json", "identity.json")]
         digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:8]
@@ -228,7 +240,9 @@ class Trials:
         file = self.workdir / "measured" / f"{label}-{digest}.npz"
         if not file.is_file():
             variables = self.variables(trial, number)
-            found = {n: self._judged(n, self.draw(n, variables)) for n in names}
+            found = {
+                n: self._judged(n, self.draw(n, variables, picks[n]), picks[n]) for n in names
+            }
             write_arrays(file, found)
             right = found[OLD]["style"] & found[OLD]["concept"]
             log.info("%s: old prompts %.3f", label, right.mean())
@@ -248,6 +262,8 @@ class Trials:
     def taught(self) -> Measured:
         """What the teacher draws of every style: the untuned model, shown a real picture of each
         thing that is asked for."""
+        if self._taught:
+            return self._taught
         vl, sprites = load_vision_language("mini", self._pipe, dtype="float32"), load_sprites()
         labels, found = self._judge.labels, {}
         for style in self.styles:
@@ -258,23 +274,29 @@ class Trials:
                 shown.append(world.render(sprites, world.plain_scene(rng, style, str(thing)), rng))
             ctx = drawing.pair_contexts(self._pipe, vl, rows.captions, np.stack(shown))
             pixels = self._pictures({"params": self._pipe.params}, ctx, rows.seeds)
-            found[style] = self._judged(style, pixels)
+            found[style] = self._judged(style, pixels, slice(None))
+        self._taught = found
         return found
 
-    def _judged(self, name: str, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """bool style and concept, float32 sharpness and, of old prompts, drift, all [N].
+    def by_case(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Of all or the first pictures of a set, [pictures] -> [prompts, noises]."""
+        return np.asarray(values).reshape(-1, self.sets[name].seeds)
+
+    def _judged(self, name: str, pixels: np.ndarray, pick: slice) -> dict[str, np.ndarray]:
+        """Of the pictures of some of a set's rows: bool style and concept, float32 sharpness and,
+        of old prompts, drift, all [N].
 
         Drift is the root mean square of the difference to the untuned model's picture on the same
         noise, in levels of 255.
         """
         rows, said = self.sets[name].rows, judge.opinion(self._judge.params, pixels)
         found = {
-            "style": said.style_accuracy(rows.styles),
-            "concept": said.concept_accuracy(rows.concepts),
+            "style": said.style_accuracy(rows.styles[pick]),
+            "concept": said.concept_accuracy(rows.concepts[pick]),
             "sharpness": np.asarray(gauges.sharpness(pixels), np.float32),
         }
         if name == OLD:
-            off = pixels.astype(np.float32) - self._untuned
+            off = pixels.astype(np.float32) - self._untuned[pick]
             found["drift"] = np.sqrt(np.mean(np.square(off), (1, 2, 3)))
         return found
 
@@ -289,9 +311,13 @@ def check(config: ConfigDict) -> None:
         problems.append("methods: expected at least one, got none")
     files = set()
     for name, how in config.methods.items():
-        if unknown := sorted(set(how) - {"changes", "carry", "rehearsal"}):
-            problems.append(f"methods.{name}: expected changes, carry or rehearsal, got "
-                            f"{', '.join(unknown)}")
+        if unknown := sorted(set(how) - {"changes", "carry", "rehearsal", "learning_rate"}):
+            problems.append(f"methods.{name}: expected changes, carry, rehearsal or learning_rate, "
+                            f"got {', '.join(unknown)}")
+        rate = how.get("learning_rate", 1.0)
+        if not is_number(rate) or rate <= 0:
+            problems.append(f"methods.{name}.learning_rate: expected a number above 0, got "
+                            f"{rate!r}")
         share = how.get("rehearsal", 0.0)
         if not isinstance(share, int | float) or not 0 <= share < 1:
             problems.append(f"methods.{name}.rehearsal: expected a share in [0, 1), got {share!r}")
@@ -300,7 +326,7 @@ def check(config: ConfigDict) -> None:
         problems.append("methods: expected one file of keep_prompts, whose pictures are rehearsed "
                         f"too, got {sorted(files) or 'none'}")
     counts = ("pictures", "num_train_steps", "training_seeds", "num_steps", "old_prompts",
-              "style_things", "generation_seeds")
+              "old_along", "style_things", "generation_seeds")
     for name in counts:
         least = 2 if name in ("training_seeds", "old_prompts", "style_things") else 1
         if not isinstance(config[name], int) or config[name] < least:

@@ -8,49 +8,72 @@ from ml_collections import ConfigDict
 
 from configs import mini_continual
 from dopsd_jax import continual, tasks
+from dopsd_jax.compare import continual as figures
 from dopsd_jax.compare import jobs, sequences
-from dopsd_jax.compare.continual import Results
+from dopsd_jax.compare.continual import Results, mean_of
 from dopsd_jax.compare.measures import OLD
 from dopsd_jax.compare.sequences import Trials
 from dopsd_jax.compare.stats import crossed_interval
 from dopsd_jax.core import cli
 
-SEEDS, ORDERS, TASKS, THINGS = 3, 2, 3, 4
+TRAININGS, TASKS, THINGS = 4, 3, 4
 
 
 @pytest.fixture
 def results():
-    """Styles 0, 1, 2 learned in this order, and in 2, 0, 1; accuracies that tell their place."""
-    orders = [[0, 1, 2], [2, 0, 1]]
+    """Styles 0, 1, 2 learned in this order, and in 2, 0, 1, by turns; accuracies tell the place."""
+    orders = [[0, 1, 2], [2, 0, 1]] * 2
     position = np.argsort(orders, axis=1)
-    style = np.full((SEEDS, ORDERS, TASKS, TASKS, THINGS), np.nan)
-    for o, order in enumerate(orders):
+    style = np.full((TRAININGS, TASKS, TASKS, THINGS), np.nan)
+    for r, order in enumerate(orders):
         for i in range(TASKS):
             for j in order[: i + 1]:  # after task i: 1 - a tenth for each task since it was learned
-                style[:, o, i, j] = 1 - 0.1 * (i - position[o][j])
-    style += 0.01 * np.arange(SEEDS)[:, None, None, None, None]
-    old = np.zeros((SEEDS, ORDERS, TASKS, 5)) + np.array([0.9, 0.8, 0.7])[:, None]
+                style[r, i, j] = 1 - 0.1 * (i - position[r][j])
+    style += 0.01 * np.arange(TRAININGS)[:, None, None, None]
+    old = np.zeros((TRAININGS, TASKS, 5)) + np.array([0.9, 0.8, 0.7])[:, None]
+    old[:, :2, 2:] = np.nan  # drawn at the end alone
     return Results(position, style, style, old, old, old)
 
 
 def test_what_was_learned_and_what_became_of_it(results):
-    of_seed = 0.01 * np.arange(SEEDS)
+    of_training = 0.01 * np.arange(TRAININGS)
     learned = results.learned(results.style)
-    assert learned.shape == (SEEDS, ORDERS, TASKS, THINGS)
-    np.testing.assert_allclose(learned[:, 1, 2, 3], 1 + of_seed)
+    assert learned.shape == (TRAININGS, TASKS, THINGS)
+    np.testing.assert_allclose(learned[:, 2, 3], 1 + of_training)
     # At the end styles are 2, 1, 0 and 1, 0, 2 tasks old.
-    end = results.at_end(results.style).reshape(SEEDS, TASKS, THINGS)
-    np.testing.assert_allclose(end[0, :, 0], [0.85, 0.95, 0.9])
+    end = results.at_end(results.style).reshape(TRAININGS, TASKS, THINGS)
+    np.testing.assert_allclose(end[:2, :, 0], [[0.8, 0.9, 1.0], [0.91, 1.01, 0.81]])
     np.testing.assert_allclose(results.at_end(results.old), 0.7)
-    # Of style 1, which is the last of the second order, only the first order tells.
-    transfer = results.transfer(results.style).reshape(SEEDS, TASKS, THINGS)
-    np.testing.assert_allclose(transfer[2, :, 0], [-0.15, -0.1, -0.2])
+    # The last style of an order has no transfer there.
+    transfer = results.transfer(results.style).reshape(TRAININGS, TASKS, THINGS)
+    np.testing.assert_allclose(transfer[:2, :, 0], [[-0.2, -0.1, np.nan], [-0.1, np.nan, -0.2]])
+    found = mean_of(results.transfer(results.style))
+    np.testing.assert_allclose(found.value, np.mean([-0.15, -0.1, -0.2]))
+    assert found.low < found.value < found.high
+    by_task = list(figures.by_task(results).values())
+    np.testing.assert_allclose(by_task[0], np.tile([0.9, 0.8, 0.7], (TRAININGS, 1)))
+    np.testing.assert_allclose(by_task[2][0], [1, 0.95, 0.9])
 
 
-def test_a_style_that_is_always_last_has_no_transfer(results):
-    one = Results(results.position[:1], results.style[:, :1], results.thing[:, :1],
-                  results.old[:, :1], results.sharpness[:, :1], results.drift[:, :1])
-    np.testing.assert_allclose(one.transfer(one.style).mean(), -0.15)
+def test_the_order_learned_is_the_order_of_the_matrix(results):
+    by_place = results.by_place(results.style)
+    want = [[1, np.nan, np.nan], [0.9, 1, np.nan], [0.8, 0.9, 1]]
+    for r in range(TRAININGS):
+        np.testing.assert_allclose(by_place[r, ..., 0], np.array(want) + 0.01 * r)
+
+
+def test_prompts_that_tell_a_difference():
+    """As many as it takes by the parts that the values were made of."""
+    rng = np.random.default_rng(0)
+    R, N = 8, 4000
+    seeds, prompts = rng.normal(0, 0.01, (R, 1)), rng.normal(0, 0.3, (1, N))
+    values = seeds + prompts + rng.normal(0, 0.2, (R, N))
+    seeds *= 0.01 / seeds.std(ddof=1)
+    quantile = 2.3646  # Student's t, 7 degrees of freedom
+    want = (0.3**2 + 0.2**2 / R) / ((0.03 / quantile) ** 2 - seeds.var(ddof=1) / R)
+    assert abs(figures.prompts_needed(values, 0.03) / want - 1) < 0.1
+    more = seeds * 10 + prompts + rng.normal(0, 0.2, (R, N))
+    assert figures.prompts_needed(more, 0.03) == np.inf
 
 
 def test_intervals_hold_what_seeds_and_prompts_make():
@@ -77,7 +100,8 @@ def test_one_seed_has_no_interval():
     ({"orders": (("a", "a"),)}, "orders: expected the same styles in each, every one once"),
     ({"orders": ()}, "orders: expected"),
     ({"training_seeds": 1}, "training_seeds: expected a whole number from 2 on, got 1"),
-    ({"methods": ConfigDict({"x": {"rate": 1}})}, "methods.x: expected changes, carry or rehe"),
+    ({"methods": ConfigDict({"x": {"rate": 1}})}, "methods.x: expected changes, carry, rehearsal o"),
+    ({"methods": ConfigDict({"x": {"learning_rate": 0.0}})}, "x.learning_rate: expected a number"),
     ({"methods": ConfigDict({"x": {"rehearsal": 1.5}})}, r"methods.x.rehearsal: expected a share"),
     ({"methods": ConfigDict({"x": {"rehearsal": 0.5}})}, "expected one file of keep_prompts"),
 ])
@@ -95,7 +119,7 @@ def smallest(orders=(("blueprint", "sepia"), ("sepia", "blueprint"))):
     chosen = ("dopsd, keeping and anchor", "sft, rehearsal", "sft on the undistilled")
     c.methods = ConfigDict({name: c.methods[name] for name in chosen})
     c.orders, c.learning_rates, c.num_train_steps, c.training_seeds = orders, (1e-3,), 2, 2
-    c.old_prompts, c.style_things, c.generation_seeds = 4, 2, 2
+    c.old_prompts, c.old_along, c.style_things, c.generation_seeds = 4, 2, 2, 2
     return c
 
 
@@ -106,14 +130,16 @@ def trials(tmp_path_factory):
 
 def test_every_trial_is_a_sequence_that_tasks_takes(trials):
     rates = dict.fromkeys(trials.config.methods, (1e-3,))
-    planned = trials.planned(rates, [0, 1], [1])
+    planned = trials.planned(rates, [1, 2])
     assert len({t.workdir for t in planned}) == len(planned) == 6
+    assert [t.styles for t in planned[:2]] == list(map(tuple, trials.config.orders))
+    assert trials.planned({"sft, rehearsal": (1e-3,)}, [0])[0].order == 0
     for trial in planned:
         config = ConfigDict(json.loads(json.dumps(trial.tasks)))
         runs = tasks.planned(config, trial.workdir)
         tasks.check(runs)
         assert [t.workdir for t in runs] == [trial.run(1), trial.run(2)]
-        assert {t.config.seed for t in runs} == {31}
+        assert {t.config.seed for t in runs} == {30 + trial.seed}
         if trial.method == "sft, rehearsal":
             assert all(t.config.data_weights == "0.75,0.25" for t in runs)
             assert all(t.config.data.endswith("/untuned") for t in runs)
@@ -139,11 +165,13 @@ def test_a_judge_that_does_not_know_the_styles_is_refused(tmp_path):
 @pytest.mark.slow
 def test_a_whole_comparison_and_a_second_start_that_does_nothing(tmp_path, monkeypatch):
     config = smallest()
+    config.methods["sft, rehearsal"].learning_rate = 0.002
     text = continual.continual(config, tmp_path)
     for method in config.methods:
-        assert f"| {method} (0.001) | " in text
-    assert "of which chose a rate" in text and (tmp_path / "grid.png").is_file()
-    assert (tmp_path / "report.html").read_text().count("<table>") == 2
+        assert f"| {method} ({0.002 if method == 'sft, rehearsal' else 0.001:g}) | " in text
+    assert "rates of sft, rehearsal: as the config" in text and (tmp_path / "grid.png").is_file()
+    assert (tmp_path / "report.html").read_text().count("<table>") == 5
+    assert not [f for f in (tmp_path / "trials").iterdir() if "sft_rehearsal-0.002-0-0" in f.name]
     monkeypatch.setattr(jobs.subprocess, "run", None)
     assert continual.continual(config, tmp_path) == text
 
