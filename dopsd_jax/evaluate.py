@@ -187,8 +187,8 @@ def table_of(
                 points, [base], evaluation.sets
             )
         if label not in (first, "untuned", OTHER):
-            rows[label][f"old: both, less {next(iter(compared))}'s"] = table_lib.paired(
-                points, members[first], evaluation.sets
+            rows[label] |= table_lib.beside(
+                points, members[first], evaluation.sets, f"{next(iter(compared))}'s"
             )
     extra = f", guidance {guidance:g}" if guidance != 1 else ""
     text = f"### {num_steps} steps{extra}\n\n{table_lib.as_markdown(rows)}"

@@ -5,13 +5,19 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dopsd_jax.compare.measures import NEW_SEEN, NEW_UNSEEN, OLD, CaseSet, Measured
-from dopsd_jax.compare.stats import Interval, interval, mean_interval, ratio_interval
+from dopsd_jax.compare.stats import (
+    Interval,
+    crossed_interval,
+    interval,
+    mean_interval,
+    ratio_interval,
+)
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.markdown import markdown_table
 from dopsd_jax.mini.judge import frechet_distance, moments
@@ -147,6 +153,31 @@ def paired(points: Sequence[Point], others: Sequence[Point], sets: dict[str, Cas
         ], axis=0)
 
     return mean_interval(values(points) - values(others))
+
+
+def beside(
+    points: Sequence[Point], others: Sequence[Point], sets: dict[str, CaseSet], whose: str
+) -> dict[str, Interval]:
+    """What a method draws less what another one does: new style, old prompts and their sharpness.
+
+    Where both have as many training seeds, seed by seed, and the intervals are over seeds and
+    prompts together; otherwise over prompts alone.
+    """
+    def difference(names: Sequence[str], values: Callable[[Measured], np.ndarray]) -> Interval:
+        ours, theirs = (np.array([
+            np.concatenate([sets[n].by_case(values(p.sets[n])).mean(1) for n in names])
+            for p in of
+        ], np.float64) for of in (points, others))
+        if len(ours) != len(theirs) or len(ours) == 1:
+            return mean_interval(ours.mean(0) - theirs.mean(0))
+        off = ours - theirs
+        return crossed_interval(lambda s, c: off[s][:, c].mean(), *off.shape)
+
+    return {
+        f"new style, less {whose}": difference((NEW_SEEN, NEW_UNSEEN), lambda m: m.style),
+        f"old: both, less {whose}": difference((OLD,), lambda m: m.style & m.concept),
+        f"old: sharpness, less {whose}": difference((OLD,), lambda m: m.sharpness),
+    }
 
 
 def as_markdown(rows: dict[str, dict[str, Interval | str]]) -> str:

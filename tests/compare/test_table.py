@@ -14,6 +14,7 @@ from dopsd_jax.mini.judge import moments
 from dopsd_jax.mini.labels import WORLD
 
 TUNED = ("apple", "banana", "car")
+SHARES = np.linspace(0.3, 0.9, 8)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,22 @@ def test_a_row_has_the_shares_and_a_distance_of_zero_to_itself(sets):
     assert np.allclose([found.value, found.low, found.high], 0, atol=1e-6)
     three = table.row_of([tuned] * 3, sets, base, real)
     assert three["old: both"].value == row["old: both"].value
+
+
+def test_methods_are_compared_seed_by_seed(sets):
+    """Trainings that differ by much and alike do not hide what always differs."""
+    ours, theirs = (
+        [point(sets, new=n - less, old=n - less, seed=i) for i, n in enumerate(SHARES)]
+        for less in (0.25, 0)
+    )
+    found = table.beside(ours, theirs, sets, "another's")
+    assert list(found) == ["new style, less another's", "old: both, less another's",
+                           "old: sharpness, less another's"]
+    for name in list(found)[:2]:
+        assert abs(found[name].value + 0.25) < 0.02 and found[name].low < found[name].value
+    assert found[name].high < 0 and found["old: sharpness, less another's"].low == 0
+    alone = table.beside(ours[:1], theirs, sets, "another's")  # no seed to pair with
+    assert abs(alone["old: both, less another's"].value - (0.05 - np.mean(SHARES))) < 0.03
 
 
 def test_a_paired_difference_has_the_sign_of_the_first(sets):
