@@ -217,7 +217,9 @@ def parse_data(data: str, weights: str) -> tuple[list[str], list[float] | None]:
     return sets, found
 
 
-def read_data(config: ConfigDict, needs: Needs, refused: list[Draft] | None = None) -> Data:
+def read_data(
+    config: ConfigDict, needs: Needs, refused: list[Draft] | None = None, *, learned: bool = True
+) -> Data:
     """Reads, checks and plans all data of a run; with encode=online, makes an index alone.
 
     Args:
@@ -225,6 +227,7 @@ def read_data(config: ConfigDict, needs: Needs, refused: list[Draft] | None = No
         needs: What the recipe reads of every row.
         refused: Takes what a run would be refused for, rows and small buckets; the data is then
             that of all other rows.
+        learned: It is learned from, and not only previewed: the log tells its buckets.
 
     Raises:
         DataError: Bad rows, or buckets that cannot fill a batch, unless `refused` takes them; no
@@ -254,10 +257,11 @@ def read_data(config: ConfigDict, needs: Needs, refused: list[Draft] | None = No
         if refused is None:
             raise
         refused.append(Draft("buckets", problems=[str(error)]))
-    log.info(
-        "%d rows in %d buckets: %s; that many shapes of the train step will be compiled",
-        len(rows), len(assignment), ", ".join(f"{b} x{len(r)}" for b, r in assignment.items()),
-    )
+    if learned:
+        log.info(
+            "%d rows in %d buckets: %s; that many shapes of the train step will be compiled",
+            len(rows), len(assignment), ", ".join(f"{b} x{len(r)}" for b, r in assignment.items()),
+        )
     plan = BatchPlan(
         assignment, lambda row: list(rows[row].captions), batch_size=batch_size,
         seed=config.seed, sizes=[s.rows for s in found if s.rows],
@@ -322,5 +326,5 @@ def read_earlier(config: ConfigDict, needs: Needs) -> tuple[Data, ...]:
     for data in filter(None, config.earlier_data.split(";")):
         one = config.copy_and_resolve_references()
         one.update(changes | {"data": data})
-        found.append(read_data(one, needs))
+        found.append(read_data(one, needs, learned=False))
     return tuple(found)

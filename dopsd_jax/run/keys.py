@@ -226,8 +226,8 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "keep_share": key(0.0, SHARE, STEP,
         meaning="Share of the rows of every batch that keep_prompts take; a whole number of rows."),
     "anchor": key(0.0, NOT_NEGATIVE, STEP,
-        meaning="Weight of the distance to the untuned model's prediction with the prompt alone, "
-        "at the states of the loss; 0: none."),
+        meaning="Weight of the distance to what the model of retain predicts with the prompt "
+        "alone, at the states of the loss; 0: none."),
     "retain": key("untuned", one_of("untuned", "start"), STEP,
         meaning="What keep_prompts and anchor hold on to: the untuned model, or the one that this "
         "run began with, base_lora, init_lora or init_full included."),
