@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -33,13 +36,40 @@ def lfs_advice(path: Path) -> str:
 
 def write_atomic(path: str | Path, text: str) -> None:
     """Writes a local file so that a crash leaves either the old or the new text."""
+    write_whole(epath.Path(path), text.encode())
+
+
+@contextlib.contextmanager
+def new_sibling(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside a local path, for what is renamed to it when it is whole.
+
+    What is left under that name is removed at the end. The folder of both is made.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(temporary)  # a killed process with the same id may have left one
+    try:
+        yield temporary
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

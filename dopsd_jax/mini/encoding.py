@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dopsd_jax.core import trees
+from dopsd_jax.core.files import new_sibling
 from dopsd_jax.core.log import log
 from dopsd_jax.data import prompts
 from dopsd_jax.mini.data import to_float
@@ -113,7 +114,8 @@ def latents(
     if file.is_file():
         return np.load(file, mmap_mode="r", allow_pickle=False)
     result = encoded(pipe.vae, pipe.vae_params, pixels, name=f"{kind}: {name}")
-    temporary = file.with_name(f".{os.getpid()}-{file.name}")
-    np.save(temporary, result)
-    os.replace(temporary, file)
+    with new_sibling(file) as temporary:
+        with temporary.open("wb") as f:
+            np.save(f, result)
+        os.replace(temporary, file)
     return np.load(file, mmap_mode="r", allow_pickle=False)

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dopsd_jax.core import trees
+from dopsd_jax.core.files import new_sibling
 from dopsd_jax.core.log import log
 from dopsd_jax.method.train_step import Method, init_state, make_train_step
 from dopsd_jax.mini import data as data_lib
@@ -276,11 +277,11 @@ def write(
     for name, (mean, cov) in references.items():
         tensors |= {f"real/{name}/mean": mean.astype(np.float32),
                     f"real/{name}/cov": cov.astype(np.float32)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     words = {"labels": json.dumps(dataclasses.asdict(labels)), "report": json.dumps(report)}
-    save_file(tensors, temporary, metadata=words)
-    temporary.chmod(0o644)
-    os.replace(temporary, path)
+    with new_sibling(path) as temporary:
+        save_file(tensors, temporary, metadata=words)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
 
 
 @dataclasses.dataclass(frozen=True)

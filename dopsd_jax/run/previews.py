@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dopsd_jax.core.files import new_sibling
+
 GAP = 4
 HEADER = 16
 
@@ -58,8 +60,7 @@ def column_of(picture: np.ndarray, count: int, column: int, rows: int) -> list[n
 def save(path: str | Path, pixels: np.ndarray) -> Path:
     """Writes a PNG, whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    Image.fromarray(pixels).save(temporary, format="png")
-    temporary.replace(path)
+    with new_sibling(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="png")
+        temporary.replace(path)
     return path

@@ -21,7 +21,6 @@ unless ComfyUI reads it: PEFT would scale whole factors too. Neither has a file 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from dopsd_jax.core import trees
+from dopsd_jax.core.files import fsync, new_sibling
 from dopsd_jax.models import adapters
 from dopsd_jax.weights import lokr_files
 from dopsd_jax.weights.lora_parts import Parts, fused_pairs, named, torch_parts
@@ -124,14 +124,14 @@ def save_peft(
     }
     tensors = named(parts, "base_model.model.", spec if is_lokr else None)
     ours = {**asdict(spec), "scale_in_b": True} if is_lokr else asdict(spec)
-    with _new_sibling(path) as temporary:
+    with new_sibling(path) as temporary:
         temporary.mkdir(parents=True)
         # PEFT itself reads no metadata; it is how `check_replaceable` knows its own.
         _write(temporary / PEFT_WEIGHTS, tensors, ours, about)
         carry_card(path, temporary)
         (temporary / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in (PEFT_WEIGHTS, PEFT_CONFIG):
-            _fsync(temporary / file)
+            fsync(temporary / file)
         if path.is_dir():
             # A directory cannot be replaced in one step: a crash between the two renames leaves
             # the earlier adapter whole, under this name.
@@ -142,7 +142,7 @@ def save_peft(
             shutil.rmtree(earlier)
         else:
             os.rename(temporary, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def save_diffusers(
@@ -316,11 +316,11 @@ def _save_one(
             "find and open it"
         )
     check_replaceable(path, overwrite=overwrite)
-    with _new_sibling(path) as temporary:
+    with new_sibling(path) as temporary:
         _write(temporary, tensors, ours, about)
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def _write(
@@ -342,30 +342,3 @@ def _write(
     with file.open("wb") as f:
         f.write(len(header).to_bytes(8, "little") + header)
         f.write(content[end:])
-
-
-@contextlib.contextmanager
-def _new_sibling(path: Path):
-    """A temporary name on the same file system; nothing is left there on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)  # a killed process with the same id may have left one
-    try:
-        yield temporary
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dopsd_jax.core import trees
+from dopsd_jax.core.files import new_sibling
 from dopsd_jax.weights.load import weight_files
 from dopsd_jax.weights.names import Rule, WeightsError, resolve, tensor_names
 
@@ -111,9 +112,8 @@ def write_component(
         value = slot.transform.to_torch(value if slot.layer is None else value[slot.layer])
         return np.ascontiguousarray(value, dtype(name))
 
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    with new_sibling(out) as temporary:
+        temporary.mkdir()
         sizes = {name: size(name) for name in slots}
         groups = _shards_of(sizes, shard_bytes)
         names = [f"{STEM}-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
@@ -134,8 +134,6 @@ def write_component(
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return [out / name for name in names]
 
 
@@ -192,10 +190,10 @@ def write_tensors(
 ) -> None:
     """Writes all safetensors files of a folder, each atomically, and the index beside them."""
     for file, tensors in contents.items():
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)
-        os.replace(temporary, file)
+        with new_sibling(file) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            temporary.chmod(0o644)
+            os.replace(temporary, file)
     _update_index(Path(directory), contents)
 
 
