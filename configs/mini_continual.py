@@ -18,7 +18,7 @@ ANCHOR = {"anchor": 1.0}
 def get_config():
     c = ConfigDict()
     c.run_config = "configs/mini_style.py"  # what every task starts from
-    c.judge = ""             # a judge's file that knows the styles; the shipped one by default
+    c.judge = ""             # a judge's file that knows the styles; by default of today's world
     c.orders = (
         ("chalk", "blueprint", "thermal", "sepia", "stitch"),
         ("stitch", "sepia", "thermal", "blueprint", "chalk"),

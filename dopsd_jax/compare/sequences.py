@@ -37,7 +37,7 @@ from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import gauges, loras
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
-from dopsd_jax.weights.shipped import JUDGE
+from dopsd_jax.weights.shipped import JUDGE, WIDE_JUDGE
 
 CHOOSING = 0  # the seed of the trials that choose rates; the figures are of 1, 2, ..
 FROM_JSON = "configs/tasks_from_json.py"
@@ -93,7 +93,7 @@ class Trials:
     def __init__(self, config: ConfigDict, workdir: Path):
         check(config)
         self.config, self.workdir = config, workdir
-        file = config.judge or str(JUDGE)
+        file = config.judge or str(WIDE_JUDGE)
         self._judge, self._known = judge.read(file), judge.read(str(JUDGE)).labels
         self._judge_digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         self.report = self._judge.report

@@ -13,7 +13,9 @@ VISION_LANGUAGE = {"mini": ASSETS / "mini_qwen3_vl"}
 UNDISTILLED = ASSETS / "mini_undistilled.safetensors"
 # A VAE trained on today's mini world, which the next mini model is made with; see mini/make.py.
 MINI_VAE = ASSETS / "mini_vae"
-JUDGE = ASSETS / "mini_judge.safetensors"  # see mini/judge.py
+JUDGE = ASSETS / "mini_judge.safetensors"  # of what mini was trained on; see mini/judge.py
+# Of today's mini world, which has more styles and things; it tells too how many and where.
+WIDE_JUDGE = ASSETS / "mini_judge_wide.safetensors"
 
 
 def pipeline_directory(

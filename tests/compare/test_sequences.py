@@ -15,6 +15,8 @@ from dopsd_jax.compare.measures import OLD
 from dopsd_jax.compare.sequences import Trials
 from dopsd_jax.compare.stats import crossed_interval
 from dopsd_jax.core import cli
+from dopsd_jax.mini import judge
+from dopsd_jax.weights import shipped
 
 TRAININGS, TASKS, THINGS = 4, 3, 4
 
@@ -114,13 +116,22 @@ def test_what_cannot_be_compared_is_refused(changes, message):
 
 
 def smallest(orders=(("blueprint", "sepia"), ("sepia", "blueprint"))):
-    """Of the shipped judge's styles, as little as there can be."""
+    """As little as there can be."""
     c = mini_continual.get_config()
     chosen = ("dopsd, keeping and anchor", "sft, rehearsal", "sft on the undistilled")
     c.methods = ConfigDict({name: c.methods[name] for name in chosen})
     c.orders, c.learning_rates, c.num_train_steps, c.training_seeds = orders, (1e-3,), 2, 2
     c.old_prompts, c.old_along, c.style_things, c.generation_seeds = 4, 2, 2, 2
     return c
+
+
+def test_the_default_judge_knows_all_that_is_learned_and_all_that_the_model_draws():
+    wide, known = (judge.read(str(f)) for f in (shipped.WIDE_JUDGE, shipped.JUDGE))
+    styles = {s for order in mini_continual.get_config().orders for s in order}
+    assert len(styles) == 5 and styles.isdisjoint(known.labels.trained_styles)
+    assert {*styles, *known.labels.trained_styles} <= set(wide.labels.styles)
+    assert set(known.labels.concepts) <= set(wide.labels.concepts)
+    assert wide.report["style"] > 0.99 and wide.report["concept_of_one"] > 0.98
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +169,10 @@ def test_pictures_are_measured_once_and_the_untuned_model_does_not_drift(trials,
 
 
 def test_a_judge_that_does_not_know_the_styles_is_refused(tmp_path):
+    config = smallest((("chalk", "sepia"),))
+    config.judge = str(shipped.JUDGE)
     with pytest.raises(ValueError, match="judge: expected one that knows chalk, got one of noto"):
-        Trials(smallest((("chalk", "sepia"),)), tmp_path)
+        Trials(config, tmp_path)
 
 
 @pytest.mark.slow
