@@ -126,8 +126,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     base, state, untuned = first_state(config, pipe, step)
     memory.log_devices("the model is loaded")
     if looks_ahead:
-        run_preflight(config, workdir, pipe, data, features,
-                      step.method.assemble(base, state.student), mesh)
+        variables = (step.method.assemble(base, trained)
+                     for trained in (state.student, step.method.taught_by(state)))
+        run_preflight(config, workdir, pipe, data, features, *variables, mesh)
         memory.log_devices("the preflight is drawn")
     preview = None
     if config.sample_every:

@@ -124,6 +124,34 @@ def test_all_weights_go_on_from_a_run(config, tiny, tmp_path):
     assert gauges[0]["step"] == 0 and gauges[0]["drift"] > 0
 
 
+@pytest.mark.parametrize("earlier", ["base_lora", "init_lora"])
+def test_the_untuned_teacher_knows_nothing_of_earlier_tasks(config, first, tmp_path, earlier):
+    """So what it predicts at the states of one student is the same as without these tasks."""
+    found = {}
+    for name, changes in {
+        "alone": {"teacher": "untuned"}, "as begun": {"teacher": "frozen"},
+        "untuned": {"teacher": "untuned", earlier: str(first)},
+        "frozen": {"teacher": "frozen", earlier: str(first)},
+    }.items():
+        changes |= {"learning_rate": 1e-30, "sample_every": 2}
+        train_lib.train(changed(config, **changes), tmp_path / name)
+        found[name] = read_metrics(tmp_path / name, GAUGES)[-1]["teacher_style"]
+    assert found["untuned"] == found["alone"] == found["as begun"] != found["frozen"]
+    with pytest.raises(ValueError, match="teacher=untuned, its teacher is the model itself"):
+        workdir_lib.read_lora(tmp_path / "untuned", role="teacher")
+
+
+def test_all_weights_are_taught_by_the_untuned_model(config, tmp_path):
+    full = changed(config, trainable="full", learning_rate=1e-2)
+    train_lib.train(full, tmp_path / "first")
+    losses = {}
+    for teacher in ("untuned", "frozen"):
+        train_lib.train(changed(full, init_full=str(tmp_path / "first"), teacher=teacher,
+                                learning_rate=1e-30), tmp_path / teacher)
+        losses[teacher] = first_loss(tmp_path / teacher)
+    assert abs(losses["untuned"] / losses["frozen"] - 1) > 1e-3
+
+
 def test_rows_that_keep_are_trained_on_and_cannot_be_exchanged(config, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red fox\na lighthouse\n")

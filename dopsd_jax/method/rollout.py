@@ -85,7 +85,7 @@ def dopsd_loss_and_grad(
 
     Args:
         student: Trained tree (LoRA, or all parameters).
-        teacher: Tree of the same structure; receives no gradient.
+        teacher: Tree of the same structure, or None for the untuned network; receives no gradient.
         base: Frozen tree, or None where everything trains.
         noise: float32 [B, h, w, C], the rollout's start.
         student_ctx: What the student sees.

@@ -19,7 +19,7 @@ from dopsd_jax.core.trees import Tree, cast_floats, round_like
 from dopsd_jax.method import baselines, dora, lora, moments, rollout
 from dopsd_jax.models.denoiser import Context
 
-TEACHERS = ("ema", "frozen", "live")
+TEACHERS = ("ema", "frozen", "live", "untuned")
 TRAINABLE = ("lora", "full")
 OPTIMIZERS = ("adamw", "muon")
 
@@ -72,7 +72,8 @@ class Method:
     Attributes:
         trainable: "lora" or "full".
         lora_scale: alpha / rank.
-        teacher: "ema" (teacher follows the student), "frozen" (as initialised) or "live".
+        teacher: "ema" (teacher follows the student), "frozen" (as initialised), "live" (the student
+            itself) or "untuned" (the network without anything that was trained, now or earlier).
         ema_decay: Decay of the "ema" teacher per update.
         ema_warmup: Average over fewer updates at first, decay (1 + n) / (10 + n) if that is less:
             for averages of weights that start at random, not for teachers.
@@ -116,9 +117,13 @@ class Method:
     @property
     def needs_base(self) -> bool:
         """Whether weights stay beside those that train."""
-        return self.trainable == "lora" or self.retains
+        return self.trainable == "lora" or self.retains or self.teacher == "untuned"
 
-    def assemble(self, base: Tree | None, trained: Tree) -> Tree:
+    def taught_by(self, state: TrainState) -> Tree | None:
+        """What `assemble` makes the teacher of."""
+        return {"live": state.student, "untuned": None}.get(self.teacher, state.teacher)
+
+    def assemble(self, base: Tree | None, trained: Tree | None) -> Tree:
         """Variables of the network: the roles are arguments, not modes.
 
         Args:
@@ -126,8 +131,10 @@ class Method:
                 earlier LoRAs stay beside the one that trains; and "norms" of a DoRA, see
                 `dora.column_norms`. Not read where everything trains. "start", if there, is for
                 `retained` alone.
-            trained: A LoRA, or all parameters.
+            trained: A LoRA, or all parameters; None for the untuned network.
         """
+        if trained is None:
+            return {"params": base["params"]}
         if self.trainable == "full":
             return {"params": trained}
         tree = lora.scaled(trained, self.lora_scale)
@@ -328,8 +335,7 @@ def make_train_step(
     """
     def train_step(state: TrainState, base: Tree, batch):
         # A live teacher is the student of this very step, in the teacher's context.
-        teacher = state.student if method.teacher == "live" else state.teacher
-        grads, metrics = objective(state.student, teacher, base, batch)
+        grads, metrics = objective(state.student, method.taught_by(state), base, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
         # The teacher follows last: it averages in the student that this update has made, so that

@@ -251,7 +251,9 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
     "loss": key("x0", one_of(*rollout.LOSSES), STEP,
         meaning="x0, as published, which is sigma^2 times velocity; or velocity."),
     "teacher": key("ema", one_of(*TEACHERS), STEP,
-        meaning="ema (average of the student), frozen, or live (known to collapse)."),
+        meaning="ema (average of the student), frozen (as the run began), live (known to "
+        "collapse), or untuned (the model without any LoRA, earlier ones included; for one task "
+        "after another, see tasks.md)."),
     "ema_decay": key(0.9999, SHARE, STEP,
         meaning="Share of the averaged teacher that stays in each update, computed in float32."),
     "ema_dtype": key("float32", KEPT_DTYPE, STEP,

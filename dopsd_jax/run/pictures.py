@@ -80,7 +80,7 @@ def own_artist(config, pipe: Pipeline, mesh: Mesh, bucket: Bucket, ctxs: BatchFe
 
 
 def run_preflight(config, workdir: Path, pipe: Pipeline, data: Data, ctxs: BatchFeatures,
-                  variables: trees.Tree, mesh: Mesh) -> None:
+                  of_student: trees.Tree, of_teacher: trees.Tree, mesh: Mesh) -> None:
     """Compares untrained student and teacher; writes preflight.json and its pictures."""
     rows = data.first_rows(PREFLIGHT_PICTURES, repeat=True)
     if not have_pictures(data, rows):
@@ -91,7 +91,8 @@ def run_preflight(config, workdir: Path, pipe: Pipeline, data: Data, ctxs: Batch
     shape = pipe.denoiser.latent_shape(rows.bucket.height, rows.bucket.width)
     noise = sampling.draw_noise([config.seed + 3000 + i for i in range(len(rows.rows))], shape)
     draw = own_artist(config, pipe, mesh, rows.bucket, ctxs)
-    student, teacher = (draw(variables, noise, ctx)[0] for ctx in (student_ctx, teacher_ctx))
+    student, teacher = (draw(variables, noise, ctx)[0] for variables, ctx in (
+        (of_student, student_ctx), (of_teacher, teacher_ctx)))
     found = preflight.compare(student, teacher, targets)
     for words in found.words():
         (log.info if found.teaches else log.warning)("preflight: %s", words)
@@ -209,9 +210,7 @@ class Previews:
             trajectories = trajectories or [trajectory]
         values, beside = self._values(drawn, self._untuned), []
         if self._teacher_ctx is not None:
-            teacher = self._method.assemble(
-                self._base, state.student if self._method.teacher == "live" else state.teacher
-            )
+            teacher = self._method.assemble(self._base, self._method.taught_by(state))
             theirs, trajectory = self._draw(teacher, self._subjects["step"][0], self._teacher_ctx)
             beside.append(("teacher", theirs))
             values["teacher_style"] = gauges.style_distance(theirs, self._targets).mean()

@@ -293,12 +293,13 @@ def read_full(
 
 def _check_role(workdir: str | Path, config: dict[str, Any], role: str) -> None:
     """Raises ValueError for the teacher of a run that has none of its own."""
-    if role != "teacher" or config["teacher"] not in ("live", "frozen"):
+    if role != "teacher" or config["teacher"] == "ema":
         return
     untrained = "the untrained LoRA, which changes nothing"
     if config["trainable"] == "full":
         untrained = "the model it began with"
-    what = "the student itself" if config["teacher"] == "live" else untrained
+    what = {"live": "the student itself", "untuned": "the model itself"}.get(
+        config["teacher"], untrained)
     raise ValueError(
         f"{workdir}: this run has teacher={config['teacher']}, its teacher is {what}; take the "
         "role student"

@@ -155,8 +155,11 @@ class TorchRun:
         for t, t_next in itertools.pairwise(self.times()):
             x = x.detach()
             with torch.no_grad():
-                role = "student" if case.teacher == "live" else "teacher"
-                u_teacher = self.raw(role, x, t, teacher)
+                if case.teacher == "untuned":
+                    u_teacher = self.untuned(x, t, teacher)
+                else:
+                    role = "student" if case.teacher == "live" else "teacher"
+                    u_teacher = self.raw(role, x, t, teacher)
             u_student = self.raw("student", x, t, student)
             to_teacher, to_untuned = self.loss(
                 x, t, u_student, (u_teacher, self.untuned(x, t, student))

@@ -44,6 +44,7 @@ CASES = {
     "x0, an anchor and a row that keeps": Case(
         "x0", "ema", 3, 0.01, 3, 0.01, anchor=0.5, kept=(False, True)
     ),
+    "x0, untuned teacher": Case("x0", "untuned", 2, 1e3, 0, 0.1),
     "DoRA": Case("x0", "ema", 2, 1e3, 0, 0.01, kind="dora"),
     "LoKr": Case("x0", "ema", 2, 1e3, 0, 0.01, kind="lokr"),
 }

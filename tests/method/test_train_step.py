@@ -205,6 +205,18 @@ def test_live_teacher_is_the_student_of_this_very_step():
         np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-6)
 
 
+def test_the_untuned_teacher_is_the_base_whatever_was_trained():
+    optimizer = make_optimizer()
+    state = make_state(optimizer)
+    nothing = state.replace(teacher=jax.tree.map(jnp.zeros_like, state.teacher))
+    _, zero = run(Method(teacher="frozen"), optimizer, state=nothing)
+    _, untuned = run(Method(teacher="untuned"), optimizer, state=state)
+    _, frozen = run(Method(teacher="frozen"), optimizer, state=make_state(optimizer))
+    for got, want in zip(untuned, zero, strict=True):
+        np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-6)
+    assert abs(frozen[0]["loss"] / untuned[0]["loss"] - 1) > 1e-3
+
+
 def test_full_fine_tuning_moves_every_parameter():
     optimizer = make_optimizer()
     state, log = run(Method(trainable="full", ema_decay=0.9), optimizer, updates=2)
@@ -288,7 +300,7 @@ def test_noise_is_a_function_of_key_and_step():
     "option,message",
     [
         ({"trainable": "some"}, r"trainable: expected one of \('lora', 'full'\), got 'some'"),
-        ({"teacher": "old"}, r"teacher: expected one of \('ema', 'frozen', 'live'\), got 'old'"),
+        ({"teacher": "old"}, r"teacher: expected one of \('ema', .*, 'untuned'\), got 'old'"),
         ({"loss": "l1"}, r"loss: expected one of \('x0', 'velocity'\), got 'l1'"),
         ({"ema_decay": 1.5}, r"ema_decay: expected a number in \[0, 1\], got 1\.5"),
         ({"ema_decay": float("nan")}, r"ema_decay: expected a number in \[0, 1\], got nan"),
