@@ -210,9 +210,10 @@ def _write_merged(
         merged = jax.tree.map(np.asarray, lora_lib.merge(params, tree, 1.0))
         changed, error = lora_lib.rounding(params, merged, tree)
     dtype = next(x.dtype for n, x in trees.flatten(merged).items() if n.endswith("/kernel"))
+    source = pipe.files.get("transformer", pipe.directory).name
     for name, kind in kept_as.items():
-        log.warning("%s: was trained on weights in %s, and is merged into those of %s as they "
-                    "are, %s", name, kind, pipe.directory.name, dtype)
+        log.warning("%s: was trained on weights in %s, and is merged into those of %s, in %s",
+                    name, kind, source, dtype)
     log.info("merged in %s: %.1f%% of the elements of adapted layers changed; what was added is "
              "off by %.2g of it, which as a LoRA it would not be", dtype, 100 * changed, error)
     write_component(

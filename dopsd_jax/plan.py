@@ -227,7 +227,7 @@ def main() -> None:
                          f" it goes through batches {SWEEP_BATCHES} by short plans")
     if FLAGS.full and (not FLAGS.topology or FLAGS.device):
         raise ValueError("--full: expected --topology alone with it: it is about the TPU compiler")
-    if FLAGS.fit:
+    if FLAGS["fit"].present:
         if targets or FLAGS.sweep or FLAGS.full:
             raise ValueError("--fit: expected it alone, or with --batch, got --topology, --device, "
                              "--sweep or --full; give the card or chip to --fit itself")

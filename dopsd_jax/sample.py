@@ -20,6 +20,7 @@ from PIL import Image
 
 from dopsd_jax.core import cli
 from dopsd_jax.core.checks import is_whole, noted
+from dopsd_jax.core.log import log
 from dopsd_jax.data.images import read_image, reference_image
 from dopsd_jax.data.prompts import encode_prompts, prompt_problems
 from dopsd_jax.method import flow, sampling
@@ -32,6 +33,8 @@ from dopsd_jax.weights.pipeline import DTYPES, Pipeline
 
 MAX_SEED = 2**31
 References = Sequence[Sequence[Image.Image | np.ndarray]]
+Encoded = tuple[Context, Context | None]  # of prompts, and of what guidance leads away from
+ENCODERS, DRAWING = ("text_encoder",), ("transformer", "vae")  # parts, one after the other
 
 
 def check_request(
@@ -170,6 +173,7 @@ def generate(
     references: References | None = None,
     guidance: float = 0.0,
     negative: str = "",
+    encoded: Encoded | None = None,
 ) -> np.ndarray:
     """Draws one picture per prompt.
 
@@ -190,6 +194,7 @@ def generate(
         guidance: Scale of classifier-free guidance, as guidance_scale of the model's pipeline in
             diffusers, for models that are not step-distilled; 0 is none. It doubles the time.
         negative: What guidance leads away from, in all pictures.
+        encoded: What `encode` made of the prompts, where the text encoder is no longer in memory.
 
     Returns:
         uint8 [B, H, W, 3].
@@ -212,18 +217,33 @@ def generate(
     variables = {"params": pipe.params}
     if lora is not None:
         variables["lora"] = jax.tree.map(jnp.asarray, loras.take_loras(lora, pipe))
-    length = _padded_length(pipe, [*prompts, negative])
-    ctx = text_context(pipe, prompts, length=length)
-    if guidance:
-        away = text_context(pipe, [negative], length=length, allow_empty=True)
+    ctx, away = encoded or encode(pipe, prompts, guidance=guidance, negative=negative)
     sigmas = flow.sigmas_shifted(num_steps, pipe.shift_at(num_steps, height, width))
     pixels = np.empty((len(prompts), height, width, 3), np.uint8)
     for rows, part in _alike(pipe, ctx, images):
-        if guidance:
+        if away is not None:
             part = with_guidance(part, away, scale_of(pipe, guidance))
         latents = sampling.sample(pipe.denoiser, variables, noise[rows], part, sigmas)
         pixels[rows] = sampling.decode(pipe, latents)
     return pixels
+
+
+def encode(
+    pipe: Pipeline, prompts: Sequence[str], *, guidance: float = 0.0, negative: str = ""
+) -> Encoded:
+    """What the denoiser sees of B prompts, for `generate`.
+
+    It needs the text encoder alone, which can be given up before the transformer is loaded:
+    `load_pipeline(.., parts=ENCODERS)`, and then `load_pipeline(.., parts=DRAWING)`.
+
+    Returns:
+        The contexts of B rows, and of guidance the one that it leads away from, else None.
+    """
+    length = _padded_length(pipe, [*prompts, negative])
+    ctx = text_context(pipe, prompts, length=length)
+    if not guidance:
+        return ctx, None
+    return ctx, text_context(pipe, [negative], length=length, allow_empty=True)
 
 
 def _alike(
@@ -309,9 +329,21 @@ def main() -> None:
     lora = [loras.parse(text) for text in FLAGS.lora or ()] or None
     if lora:
         loras.take_loras(lora, pipe)
-    pipe = model.load_model(chosen, dtype=FLAGS.dtype, **model.dtypes_given(FLAGS),
-                            cache_quantised=FLAGS.cache_quantised)
-    pixels = generate(pipe, FLAGS.prompt, **how, seed=FLAGS.seed, lora=lora, references=references)
+        told = loras.base_dtypes([n.path for n in lora])
+        for name, kind in told.items():
+            if kind != FLAGS.base_dtype:
+                log.info("%s: was trained on weights in %s, drawn on --base_dtype %s", name, kind,
+                         FLAGS.base_dtype)
+    # The text encoder is as large as the transformer or larger: one after the other.
+    kept = {"dtype": FLAGS.dtype, "cache_quantised": FLAGS.cache_quantised,
+            **model.dtypes_given(FLAGS)}
+    pipe = model.load_model(chosen, parts=ENCODERS, **kept)
+    encoded = jax.device_get(encode(pipe, FLAGS.prompt, guidance=how["guidance"],
+                                    negative=how["negative"]))
+    del pipe
+    pipe = model.load_model(chosen, parts=DRAWING, **kept)
+    pixels = generate(pipe, FLAGS.prompt, **how, seed=FLAGS.seed, lora=lora, references=references,
+                      encoded=encoded)
     out.mkdir(parents=True, exist_ok=True)
     for i, (prompt, image) in enumerate(zip(FLAGS.prompt, pixels, strict=True)):
         words = re.sub(r"\W+", "-", prompt).strip("-")[:60]

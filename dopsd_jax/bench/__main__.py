@@ -154,7 +154,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("teacher_tokens", 512, "Of prompt and picture.", lower_bound=32)
     flags.DEFINE_list("remat", ["linears", "matmuls", "attention", "full"], "Our policies of "
                       "rematerialisation, the one that computes least again first.")
-    flags.DEFINE_list("base_dtype", ["int8", "w8a8", "nf4"], "Quantised bases to measure "
+    flags.DEFINE_list("base_dtype", ["int8", "w8a8", "fp8", "nf4"], "Quantised bases to measure "
                       "with the fastest policy.")
     flags.DEFINE_float("seconds", 540.0, "When to stop.", lower_bound=1.0)
     cli.run_command(main)

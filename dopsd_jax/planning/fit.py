@@ -37,7 +37,7 @@ class Trial:
     """One setting, and what the phases that it decides need.
 
     Attributes:
-        changes: Keys of the config, with the policy of rematerialisation if any was compiled.
+        changes: Keys of the config, with the policy of rematerialisation.
         phases: Those that were compiled.
         least: Bytes that the weights and the state alone need; of a setting that was not compiled.
         fits: Whether all of it is below the bytes that it may need.
@@ -267,6 +267,12 @@ def advice(config: ConfigDict, found: Fit) -> list[str]:
     """What else needs less, where nothing that keeps the recipe fits."""
     failed = {t.phases[-1].name for t in found.trials if t.phases and not t.fits}
     lines = []
+    if found.trials and all(t.least for t in found.trials):  # whatever is computed
+        if config.trainable == "full":
+            lines.append("with a LoRA: --config.trainable=lora; or with fewer bytes of state: "
+                         "--config.moments_dtype=int8 --config.ema_dtype=bfloat16")
+        return [*lines, "on more chips, over which weights and state are split: --topology "
+                "v5e:2x2, or several GPUs"]
     if failed & set(ENCODING):
         lines.append("encode on another machine (python -m dopsd_jax.encode) and give its "
                      "--config.cache: no encoder is loaded then")

@@ -308,7 +308,8 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         meaning="Global norm that gradients are clipped to."),
     "moments_dtype": key("float32", one_of("float32", "bfloat16", "int8"), STEP,
         meaning="In which AdamW's averages are kept between updates; bfloat16 takes half the "
-        "memory, rounded at random; int8 a quarter, in blocks of 256 values, see recipes.md."),
+        "memory, rounded at random; int8 a quarter, in blocks of 64 to 256 values, see "
+        "recipes.md."),
     "seed": key(30, SEED, STEP, DISPLAY,
         meaning="Seed of the LoRA's first weights, of the order of rows and of all noise."),
 }, "The machine": {
@@ -316,10 +317,10 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         meaning="In which frozen weights are kept and used; LoRA, the averaged teacher and "
         "AdamW's averages are float32 unless their own keys say otherwise."),
     "base_dtype": key(AS_DTYPE, one_of(*BASE_DTYPES), STEP,
-        meaning=f"In which the kernels of the frozen transformer's layers are kept: {AS_DTYPE}, or "
-        "quantised: int8 takes half the memory of bfloat16, fp8 as much as int8, nf4 a quarter; "
-        "w8a8 is int8 whose products are integers too, faster where the chip has them; see "
-        "memory.md. For trainable = lora."),
+        meaning=f"In which the kernels of the frozen transformer's layers are kept: {AS_DTYPE} (as "
+        f"the key {AS_DTYPE} says, bfloat16 by default), or quantised: int8 takes half the memory "
+        "of bfloat16, fp8 as much as int8, nf4 a quarter; w8a8 is int8 whose products are integers "
+        "too, faster on TPU v5e; see memory.md. For trainable = lora."),
     "encoder_dtype": key(AS_DTYPE, one_of(*ENCODER_DTYPES), STUDENT, TEACHER, VISION,
         meaning="The same for the text encoder and the vision tower, but w8a8."),
     "cache_quantised": key(False, SWITCH,

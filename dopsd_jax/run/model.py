@@ -41,8 +41,16 @@ def define_dtype_flags() -> None:
 
 
 def dtypes_given(given: Mapping[str, Any]) -> dict[str, str]:
-    """The dtypes of `define_dtype_flags` in a command's flags, as options of `load_pipeline`."""
-    return {name: given[name].value for name in ("base_dtype", "encoder_dtype")}
+    """The dtypes of `define_dtype_flags` in a command's flags, as options of `load_pipeline`.
+
+    Raises:
+        ValueError: A cache is asked for, and nothing to keep in it.
+    """
+    dtypes = {name: given[name].value for name in ("base_dtype", "encoder_dtype")}
+    if given["cache_quantised"].value and set(dtypes.values()) == {AS_DTYPE}:
+        raise ValueError("--cache_quantised: expected a quantised --base_dtype or --encoder_dtype "
+                         f"with it, got {AS_DTYPE} for both")
+    return dtypes
 
 
 def files_of(config: Mapping[str, Any] | Any) -> dict[str, str]:

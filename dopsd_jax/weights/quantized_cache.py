@@ -11,9 +11,9 @@ its lower half.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +94,8 @@ def write(folder: Path, tree: trees.Tree) -> None:
     for old in folder.parent.glob(f"*{PARTIAL}"):
         if old.stat().st_mtime < time.time() - DAY:
             shutil.rmtree(old, ignore_errors=True)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}{PARTIAL}")
+    # Not by the process' number: in a container the next process may have the same.
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     partial.mkdir()
     mode = partial.stat().st_mode & 0o666  # the library's own is for the owner alone
     try:

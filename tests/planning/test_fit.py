@@ -102,6 +102,12 @@ def test_where_nothing_fits_it_is_said_what_else_needs_less():
     text = fit.report(search.config, search.found)
     assert "NOTHING FITS" in text and "weights and state alone" in text
     assert "--config.resolution=768" in text and "--config.lora.rank=16" in text
+    search.config.trainable = "full"
+    heavy = fit.Fit("4090", GIB, [fit.Trial({"remat": "full"}, least=90 * GIB)], None, [])
+    text = fit.report(search.config, heavy)
+    assert "--config.trainable=lora" in text and "on more chips" in text
+    assert "resolution" not in text
+    search.config.trainable = "lora"
     needs_pictures = fit.Fit("4090", GIB, [fit.Trial({}, [Phase("draw", 2 * GIB)])], None, [])
     assert "--config.sample_every=0 --config.preflight=off" in fit.report(
         search.config, needs_pictures

@@ -144,6 +144,29 @@ def test_pictures_on_int8_are_those_of_what_int8_holds(tiny, rounded):
     assert np.abs(got - want).max() <= 1
 
 
+def test_prompts_are_encoded_before_the_transformer_is_there(tiny):
+    """As the command does it: the text encoder and the transformer are never both in memory."""
+    how = {"guidance": 2.0, "negative": "blurred"}
+    encoders = load_pipeline(tiny.pipeline, dtype="float32", parts=sample.ENCODERS)
+    assert encoders.params is None
+    encoded = jax.device_get(sample.encode(encoders, ["a fox", "a cat"], **how))
+    drawing = load_pipeline(tiny.pipeline, dtype="float32", parts=sample.DRAWING)
+    assert drawing.text_params is None
+    how |= {"num_steps": 2, "height": 64, "width": 64, "seed": 1}
+    got = sample.generate(drawing, ["a fox", "a cat"], **how, encoded=encoded)
+    whole = load_pipeline(tiny.pipeline, dtype="float32")
+    np.testing.assert_array_equal(got, sample.generate(whole, ["a fox", "a cat"], **how))
+
+
+def test_a_cache_with_nothing_to_keep_is_refused(tiny, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dopsd_jax.sample", "--model", str(tiny.pipeline), "--prompt", "a",
+         "--cache_quantised", "--out", str(tmp_path)],
+        cwd=ROOT, env=environment(), check=False, capture_output=True, text=True,
+    )
+    assert done.returncode and "--cache_quantised: expected a quantised" in done.stderr
+
+
 def test_the_command_draws_on_int8_and_says_so(tiny, tmp_path):
     out = tmp_path / "out"
     flags = {"model": tiny.pipeline, "prompt": "a fox", "base_dtype": "int8", "height": 64,
