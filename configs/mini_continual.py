@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from configs.mini_tasks import PROMPTS
 from dopsd_jax.weights.shipped import UNDISTILLED
 
+SHORT = {"text_tokens": 32}  # enough for these prompts, and a sixth less to compute
+UNTUNED = SHORT | {"teacher": "untuned"}
 KEEP = {"keep_prompts": str(PROMPTS), "keep_share": 0.25}
 ANCHOR = {"anchor": 1.0}
 
@@ -24,19 +26,23 @@ def get_config():
         ("stitch", "sepia", "thermal", "blueprint", "chalk"),
     )
     c.pictures = 8           # of each style
-    # Name -> how its sequences go on (carry), keys of a run that differ (changes), its
-    # learning_rate, where none is to be chosen, and rehearsal: the share of rows that are pictures
-    # which the untuned model drew. The first is what the others are compared with.
+    # Name -> how its sequences go on (carry, keep_earlier), keys of a run that differ (changes),
+    # its learning_rate, where none is to be chosen, and rehearsal: the share of rows that are
+    # pictures which the untuned model drew. The first is what the others are compared with.
     c.methods = ConfigDict({
-        "dopsd": {},
-        "dopsd, keeping": {"changes": KEEP},
-        "dopsd, anchor": {"changes": ANCHOR},
-        "dopsd, keeping and anchor": {"changes": KEEP | ANCHOR},
-        "sft": {"changes": {"objective": "sft"}},
-        "sft, rehearsal": {"changes": {"objective": "sft"}, "rehearsal": 0.25},
-        "off-policy, noised targets": {"changes": {"states": "noised"}},
+        "dopsd": {"changes": UNTUNED},
+        "dopsd, keeping": {"changes": UNTUNED | KEEP},
+        "dopsd, anchor": {"changes": UNTUNED | ANCHOR},
+        "dopsd, keeping and anchor": {"changes": UNTUNED | KEEP | ANCHOR},
+        "dopsd, keeping earlier tasks too": {"changes": UNTUNED | KEEP, "keep_earlier": True},
+        "dopsd, averaged teacher": {"changes": SHORT},
+        "sft": {"changes": SHORT | {"objective": "sft"}},
+        "sft, rehearsal": {
+            "changes": SHORT | {"objective": "sft"}, "rehearsal": 0.25,
+        },
+        "off-policy, noised targets": {"changes": UNTUNED | {"states": "noised"}},
         "sft on the undistilled": {
-            "changes": {"objective": "sft", "base_lora": str(UNDISTILLED)},
+            "changes": SHORT | {"objective": "sft", "base_lora": str(UNDISTILLED)},
         },
     })
     c.carry = "adapter"      # adapter | stack | full, as of a sequence of tasks

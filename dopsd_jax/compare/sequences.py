@@ -40,6 +40,7 @@ from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 from dopsd_jax.weights.shipped import JUDGE, WIDE_JUDGE
 
 CHOOSING = 0  # the seed of the trials that choose rates; the figures are of 1, 2, ..
+OPTIONS = ("changes", "carry", "keep_earlier", "rehearsal", "learning_rate")  # of a method
 FROM_JSON = "configs/tasks_from_json.py"
 REAL = 22  # stream of the random numbers of the pictures that the teacher is shown
 STYLE_NOISE = 100_000  # between the noises of two styles
@@ -185,7 +186,8 @@ class Trials:
             changes["data_weights"] = f"{1 - share:g},{share:g}"
         name = f"{re.sub(r'[^a-z0-9]+', '_', method)}-{rate:g}-{order}-{seed}"
         return Trial(method, rate, order, seed, styles, self.workdir / "trials" / name, {
-            "run_config": c.run_config, "carry": how.get("carry", c.carry), "keep_earlier": False,
+            "run_config": c.run_config, "carry": how.get("carry", c.carry),
+            "keep_earlier": how.get("keep_earlier", False),
             "changes": changes, "tasks": tasks,
         })
 
@@ -311,9 +313,9 @@ def check(config: ConfigDict) -> None:
         problems.append("methods: expected at least one, got none")
     files = set()
     for name, how in config.methods.items():
-        if unknown := sorted(set(how) - {"changes", "carry", "rehearsal", "learning_rate"}):
-            problems.append(f"methods.{name}: expected changes, carry, rehearsal or learning_rate, "
-                            f"got {', '.join(unknown)}")
+        if unknown := sorted(set(how) - set(OPTIONS)):
+            problems.append(f"methods.{name}: expected {', '.join(OPTIONS)}, got "
+                            f"{', '.join(unknown)}")
         rate = how.get("learning_rate", 1.0)
         if not is_number(rate) or rate <= 0:
             problems.append(f"methods.{name}.learning_rate: expected a number above 0, got "

@@ -102,7 +102,7 @@ def test_one_seed_has_no_interval():
     ({"orders": (("a", "a"),)}, "orders: expected the same styles in each, every one once"),
     ({"orders": ()}, "orders: expected"),
     ({"training_seeds": 1}, "training_seeds: expected a whole number from 2 on, got 1"),
-    ({"methods": ConfigDict({"x": {"rate": 1}})}, "methods.x: expected changes, carry, rehear"),
+    ({"methods": ConfigDict({"x": {"rate": 1}})}, "methods.x: expected changes, carry, keep_e"),
     ({"methods": ConfigDict({"x": {"learning_rate": 0.0}})}, "x.learning_rate: expected a number"),
     ({"methods": ConfigDict({"x": {"rehearsal": 1.5}})}, r"methods.x.rehearsal: expected a share"),
     ({"methods": ConfigDict({"x": {"rehearsal": 0.5}})}, "expected one file of keep_prompts"),
