@@ -118,7 +118,7 @@ def test_what_cannot_be_compared_is_refused(changes, message):
 def smallest(orders=(("blueprint", "sepia"), ("sepia", "blueprint"))):
     """As little as there can be."""
     c = mini_continual.get_config()
-    chosen = ("dopsd, keeping and anchor", "sft, rehearsal", "sft on the undistilled")
+    chosen = ("dopsd, keeping earlier tasks too", "sft, rehearsal", "sft on the undistilled")
     c.methods = ConfigDict({name: c.methods[name] for name in chosen})
     c.orders, c.learning_rates, c.num_train_steps, c.training_seeds = orders, (1e-3,), 2, 2
     c.old_prompts, c.old_along, c.style_things, c.generation_seeds = 4, 2, 2, 2
@@ -151,6 +151,10 @@ def test_every_trial_is_a_sequence_that_tasks_takes(trials):
         tasks.check(runs)
         assert [t.workdir for t in runs] == [trial.run(1), trial.run(2)]
         assert {t.config.seed for t in runs} == {30 + trial.seed}
+        if trial.method == "dopsd, keeping earlier tasks too":
+            assert [t.config.retain for t in runs] == ["untuned", "start"]
+            assert {t.config.teacher for t in runs} == {"untuned"}
+            assert runs[1].config.keep_prompts == str(trial.workdir / "keep_2.txt")
         if trial.method == "sft, rehearsal":
             assert all(t.config.data_weights == "0.75,0.25" for t in runs)
             assert all(t.config.data.endswith("/untuned") for t in runs)
