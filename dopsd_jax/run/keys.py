@@ -320,7 +320,7 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         meaning=f"In which the kernels of the frozen transformer's layers are kept: {AS_DTYPE} (as "
         f"the key {AS_DTYPE} says, bfloat16 by default), or quantised: int8 takes half the memory "
         "of bfloat16, fp8 as much as int8, nf4 a quarter; w8a8 is int8 whose products are integers "
-        "too, faster on TPU v5e; see memory.md. For trainable = lora."),
+        "too, faster on TPU; see memory.md. For trainable = lora."),
     "encoder_dtype": key(AS_DTYPE, one_of(*ENCODER_DTYPES), STUDENT, TEACHER, VISION,
         meaning="The same for the text encoder and the vision tower, but w8a8."),
     "cache_quantised": key(False, SWITCH,
