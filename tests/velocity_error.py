@@ -1,9 +1,10 @@
 """Prints how far quantised weights move a velocity: |v - v32| / |v32|, and beside bfloat16's.
 
-    python -m tests.velocity_error --model mini         # the shipped model, seconds
+    python -m tests.velocity_error --model mini         # the shipped model, minutes
+    python -m tests.velocity_error --model mini --part text_encoder
     python -m tests.velocity_error [--side 16] [--text 32] [--kinds bfloat16,int8]
 
-The second is of Z-Image at full size with random weights: the network as it is, but its layers are
+The last is of Z-Image at full size with random weights: the network as it is, but its layers are
 drawn, quantised and evaluated one at a time, so that 24 GB hold the float32 one too.
 """
 
@@ -29,6 +30,7 @@ from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
 
 FLAGS = flags.FLAGS
 PLAIN = "bfloat16"
+PARTS = {"transformer": "base_dtype", "text_encoder": "encoder_dtype"}
 LAYERS = ("noise_refiner", "context_refiner", "layers")
 
 
@@ -81,9 +83,9 @@ def velocity_at_full_size(dtype, kind: str, side: int, text: int) -> jax.Array:
     return network.apply({"params": params}, *args).astype(jnp.float32)
 
 
-def velocity_of_mini(dtype, kind: str) -> jax.Array:
+def velocity_of_mini(dtype, kind: str, part: str = "transformer") -> jax.Array:
     """Float32 [64, ..] of the shipped model: 16 prompts at four noise levels."""
-    pipe = load_pipeline("mini", dtype=jnp.dtype(dtype).name, base_dtype=kind or AS_DTYPE)
+    pipe = load_pipeline("mini", dtype=jnp.dtype(dtype).name, **{PARTS[part]: kind or AS_DTYPE})
     prompts = read_prompts(PROMPTS)[:16]
     context = text_context(pipe, prompts, length=pipe.text.lengths[0])
     side = pipe.sample_size
@@ -99,7 +101,7 @@ def velocity_of_mini(dtype, kind: str) -> jax.Array:
 def main(_) -> None:
     def velocity(dtype, kind):
         if FLAGS.model == "mini":
-            return velocity_of_mini(dtype, kind)
+            return velocity_of_mini(dtype, kind, FLAGS.part)
         return velocity_at_full_size(dtype, kind, FLAGS.side, FLAGS.text)
 
     exact = velocity(jnp.float32, "")
@@ -116,6 +118,7 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_enum("model", "z-image", ["z-image", "mini"], "Which network.")
+    flags.DEFINE_enum("part", "transformer", list(PARTS), "Which weights of mini are quantised.")
     flags.DEFINE_integer("side", 16, "Latents across; an eighth of the pixels.")
     flags.DEFINE_integer("text", 32, "Tokens of the caption.")
     flags.DEFINE_list("kinds", [PLAIN, *quantization.KINDS], "Of errors to print.")
