@@ -112,9 +112,10 @@ def read_lora(path: str | Path, pipe: Pipeline) -> tuple[Tree, float]:
 
 
 def base_dtypes(paths: Sequence[str]) -> dict[str, str]:
-    """LoRAs that were trained on quantised weights, and in which dtype these were.
+    """LoRAs that were trained on quantised weights, and in which dtypes these were.
 
-    By the run's config or the file's header; a file of another tool does not say.
+    By the run's config, and that of the run it went on from, or by the file's header; a file of
+    another tool does not say.
 
     Args:
         paths: Of runs and files, local or not.
@@ -122,16 +123,21 @@ def base_dtypes(paths: Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: A file that cannot be read.
     """
-    found = {}
-    for name in paths:
-        path = mirror.local_copy(name)
-        if workdir_lib.is_workdir(path):
-            kind = workdir_lib.read_config(path).get("base_dtype", AS_DTYPE)
-        else:
-            kind = lora_reader.base_dtype(path) or AS_DTYPE
-        if kind != AS_DTYPE:
-            found[name] = kind
-    return found
+    found = {name: ", ".join(sorted(_trained_in(mirror.local_copy(name)))) for name in paths}
+    return {name: kinds for name, kinds in found.items() if kinds}
+
+
+def _trained_in(path: str | Path) -> set[str]:
+    """In which dtypes the weights were quantised that a LoRA was trained on; {} of floats."""
+    if not workdir_lib.is_workdir(path):
+        return {kind for kind in lora_reader.base_dtype(path).split(", ") if kind}
+    config = workdir_lib.read_config(path)
+    kinds = {config.get("base_dtype", AS_DTYPE)} - {AS_DTYPE}
+    begun = config.get("init_lora") or ""
+    for named in parse_list(begun) if begun else []:  # what it went on from, if it is still there
+        if os.path.exists(named.path):
+            kinds |= _trained_in(named.path)
+    return kinds
 
 
 def take_loras(

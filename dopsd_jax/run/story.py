@@ -17,8 +17,7 @@ from dopsd_jax.data.keeping import kept_rows
 from dopsd_jax.method import contexts
 from dopsd_jax.method.lora import WORDS
 from dopsd_jax.models.family import Family
-from dopsd_jax.models.quantization import AS_DTYPE
-from dopsd_jax.run import previews
+from dopsd_jax.run import loras, previews
 from dopsd_jax.run.keys import KEYS, PLACE, STEP
 from dopsd_jax.run.loras import Named
 from dopsd_jax.run.workdir import flat_config, saved_steps
@@ -157,7 +156,7 @@ def of_run(
         None if spec is None else dataclasses.replace(
             spec, base_model=name_of(config["model"], base)),
         kind=kind, role=role, step=step, settings=_settings(values),
-        base_dtypes=tuple({values.get("base_dtype", AS_DTYPE)} - {AS_DTYPE}),
+        base_dtypes=tuple(loras.base_dtypes([str(workdir)]).values()),
         rows=_rows(workdir, values, step),
         below=len([x for x in str(values.get("base_lora") or "").split(",") if x]),
         gauges=tuple(r for r in read_metrics(workdir, GAUGES) if r["step"] in (0, step)),

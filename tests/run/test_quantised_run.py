@@ -18,6 +18,7 @@ from dopsd_jax.core import trees
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.method.contexts import text_context
 from dopsd_jax.models import quantization
+from dopsd_jax.run import loras
 from dopsd_jax.weights.pipeline import load_pipeline
 from tests.commands import ROOT, environment
 from tests.velocity_error import velocity_of_mini
@@ -128,6 +129,22 @@ def test_a_run_on_int8_is_the_run_on_what_int8_holds(short_run, rounded, tmp_pat
     assert len(quantised) == len(floats) == 2
     for a, b in zip(quantised, floats, strict=True):
         assert a == pytest.approx(b, rel=2e-5)
+
+
+def test_what_a_lora_went_on_from_counts_too(tmp_path):
+    def run(name, **changes):
+        (tmp_path / name).mkdir()
+        config = {"model": "mini", "trainable": "lora", "teacher": "ema", "lora": {}, **changes}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "identity.json").write_text("{}")
+        return str(tmp_path / name)
+
+    first = run("first", base_dtype="int8")
+    second = run("second", base_dtype="dtype", init_lora=first)
+    third = run("third", base_dtype="nf4", init_lora=f"{second}")
+    plain = run("plain", init_lora=str(tmp_path / "gone"))  # of before there was the key
+    assert loras.base_dtypes([first, second, third, plain]) == {
+        first: "int8", second: "int8", third: "int8, nf4"}
 
 
 def test_full_fine_tuning_of_a_quantised_model_is_refused(short_run, tmp_path):
