@@ -5,7 +5,7 @@
 
 One picture per update. By XLA's GPU compiler for an RTX 4070 and remat=full, GiB: encoding 8.51,
 updates 5.68, drawing 5.33, decoding 5.07, of 10.15 that a run may need. By the TPU compiler for
-v5e:1x1: 8.42, 5.78, 5.10, 5.28.
+v5e:1x1: 8.42, 5.78, 5.10, 4.88.
 """
 
 from configs import z_image_turbo_lora

@@ -5,7 +5,7 @@
 
 One picture per update. By XLA's GPU compiler for an RTX 4080 and remat=full, GiB: encoding 8.51,
 updates 11.95, drawing 10.96, decoding 10.59, of 13.54 that a run may need. By the TPU compiler for
-v5e:1x1: 8.42, 12.11, 10.81, 11.11, of 14.49.
+v5e:1x1: 8.42, 12.11, 10.81, 10.56, of 14.49.
 """
 
 from configs import z_image_turbo_lora
