@@ -29,7 +29,6 @@ from dopsd_jax.core.checks import is_whole, noted
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.data.datasets import parse_data, read_data
-from dopsd_jax.data.keeping import read_prompts
 from dopsd_jax.method import contexts
 from dopsd_jax.run import loop
 from dopsd_jax.run import workdir as workdir_lib
@@ -53,8 +52,8 @@ class Task:
         name: Of letters, digits, - and _.
         workdir: Of its run.
         config: Of its run, complete.
-        keep_prompts: The user's own file of them, if any; config has one that holds the prompts of
-            earlier tasks too, where these are kept.
+        keep_prompts: The user's own files of them, if any; config also has one of each earlier
+            task, where these are kept.
     """
 
     name: str
@@ -121,7 +120,10 @@ def planned(config: ConfigDict, workdir: Path) -> list[Task]:
                 problems.append(f"task {i} ({task['name']}): keep_share: expected a share above 0 "
                                 "with keep_earlier, got 0")
             # Of prompts that earlier tasks taught, the untuned model knows nothing.
-            run.keep_prompts, run.retain = str(workdir / f"keep_{i}.txt"), "start"
+            run.keep_prompts = ",".join(filter(None, [
+                own_prompts, *(str(prompts_of(before)) for before in found)
+            ]))
+            run.retain = "start"
         found.append(
             Task(task["name"], workdir / f"{i}_{task['name']}", run, own_prompts)
         )
@@ -198,18 +200,19 @@ def _check_kind(task: Task, earlier: Sequence[Task]) -> None:
                          "nothing")
 
 
-def write_prompts(task: Task, earlier: Sequence[Task]) -> None:
-    """The file of prompts that a task keeps: the user's own, and those of the tasks before it.
+def prompts_of(task: Task) -> Path:
+    """The file of a task's prompts, which later ones keep."""
+    return task.workdir.with_name(f"keep_{task.workdir.name}.txt")
 
-    Of a data set with more than MOST_PROMPTS captions as many, evenly spaced.
+
+def write_prompts(task: Task) -> None:
+    """The captions of a task's data, for later ones to keep; at most MOST_PROMPTS, evenly spaced.
     """
-    prompts = list(read_prompts(task.keep_prompts)) if task.keep_prompts else []
-    for before in earlier:
-        rows = read_data(before.config, needs_of_rows(before.config)).rows
-        every = max(len(rows) / MOST_PROMPTS, 1)
-        chosen = (rows[int(i * every)] for i in range(min(len(rows), MOST_PROMPTS)))
-        prompts += [" ".join(next(iter(row.captions.values())).split()) for row in chosen]
-    write_atomic(Path(task.config.keep_prompts), "".join(f"{p}\n" for p in prompts))
+    rows = read_data(task.config, needs_of_rows(task.config)).rows
+    every = max(len(rows) / MOST_PROMPTS, 1)
+    chosen = (rows[int(i * every)] for i in range(min(len(rows), MOST_PROMPTS)))
+    prompts = [" ".join(next(iter(row.captions.values())).split()) for row in chosen]
+    write_atomic(prompts_of(task), "".join(f"{p}\n" for p in prompts))
 
 
 def claim(config: ConfigDict, tasks: Sequence[Task], workdir: Path) -> None:
@@ -294,7 +297,7 @@ def run(config: ConfigDict, workdir: str | Path) -> list[Task]:
     for i, task in enumerate(tasks, 1):
         distributed.on_main(lambda i=i: _begin(config, tasks[:i], workdir / HISTORY))
         if task.config.keep_prompts != task.keep_prompts:
-            distributed.on_main(lambda i=i: write_prompts(tasks[i - 1], tasks[: i - 1]))
+            distributed.on_main(lambda i=i: write_prompts(tasks[i - 2]))
         log.info("task %d of %d: %s, in %s", i, len(tasks), task.name, task.workdir)
         state = train_lib.train(task.config, task.workdir)
         if state is not None and int(state.step) < task.config.num_train_steps:

@@ -296,8 +296,9 @@ def test_prompts_of_earlier_tasks_are_kept_as_they_were_taught(make, data, tmp_p
     ])
     first, second = tasks.run(config, tmp_path / "run")
     assert first.config.keep_prompts == str(own) and first.config.retain == "untuned"
-    kept = (tmp_path / "run" / "keep_2.txt").read_text().splitlines()
-    assert kept == ["a lighthouse", "one astronaut", "one chelsea"]
+    earlier = tmp_path / "run" / "keep_1_first.txt"
+    assert second.config.keep_prompts == f"{own},{earlier}"
+    assert earlier.read_text().splitlines() == ["one astronaut", "one chelsea"]
     rows = read_metrics(second.workdir)
     assert all(r["loss"] < 1e-9 and r["loss_teacher"] == 0 for r in rows)
     assert read_metrics(first.workdir)[-1]["loss_kept"] > 1e-9

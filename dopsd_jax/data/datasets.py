@@ -29,7 +29,7 @@ from dopsd_jax.data.drafts import Draft, Needs
 from dopsd_jax.data.files import DataError, ImageSource
 from dopsd_jax.data.images import fit_image, read_image
 from dopsd_jax.data.indexed import IndexedRows
-from dopsd_jax.data.keeping import PlanWithKept, kept_rows, read_prompts
+from dopsd_jax.data.keeping import PlanWithKept, kept_rows, read_kept
 from dopsd_jax.data.rows import Row, check_rows, read_rows
 
 DIGESTS_KEPT = 4096  # of an index
@@ -78,7 +78,8 @@ class Data:
         assignment: Rows by bucket.
         plan: Which rows every step takes.
         index: What identifies rows that are not read ahead, or "".
-        keep_prompts: On which the student is to stay as it was, see data/keeping.py; may be empty.
+        keep_prompts: On which the student is to stay as it was, by file, see data/keeping.py; may
+            be empty.
         earlier: The data of every earlier task, of which previews show some rows.
         sets: The data sets that the rows come from, one after the other.
     """
@@ -87,7 +88,7 @@ class Data:
     assignment: Mapping[Bucket, Sequence[int]]
     plan: BatchPlan | PlanWithKept
     index: str = ""
-    keep_prompts: tuple[str, ...] = ()
+    keep_prompts: tuple[tuple[str, ...], ...] = ()
     earlier: tuple[Data, ...] = ()
     sets: tuple[DataSet, ...] = ()
     _digests: dict[ImageSource, str] = field(default_factory=dict)
@@ -267,9 +268,9 @@ def read_data(
         seed=config.seed, sizes=[s.rows for s in found if s.rows],
         weights=weights and [s.weight for s in found if s.rows],
     )
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[tuple[str, ...], ...] = ()
     if kept:
-        prompts = read_prompts(config.keep_prompts)
+        prompts = read_kept(config.keep_prompts)
         plan = PlanWithKept(
             plan, prompts, batch_size=config.batch_size, count=kept, seed=config.seed
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,31 +65,55 @@ def read_prompts(path: str | Path, name: str = "keep_prompts") -> tuple[str, ...
     return prompts
 
 
-def fingerprint(prompts: Sequence[str]) -> str:
-    """SHA-256 of prompts in their order."""
-    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+def read_kept(paths: str) -> tuple[tuple[str, ...], ...]:
+    """The prompts of each of several text files, as the key keep_prompts names them.
+
+    Args:
+        paths: The files, separated by commas.
+
+    Raises:
+        DataError: As `read_prompts`, of any of them; a file that is named twice.
+    """
+    files = [path.strip() for path in paths.split(",")]
+    if twice := sorted({path for path in files if files.count(path) > 1}):
+        raise DataError(f"keep_prompts: expected every file once, got {', '.join(twice)} twice")
+    return tuple(read_prompts(path) for path in files)
+
+
+def all_prompts(kept: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The prompts of all files, each once."""
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(kept)))
+
+
+def fingerprint(kept: Sequence[Sequence[str]]) -> str:
+    """SHA-256 of the prompts of files, in their order; where they are kept says nothing."""
+    named = kept if len(kept) > 1 else kept[0]
+    return hashlib.sha256(json.dumps([*named]).encode()).hexdigest()
 
 
 class PlanWithKept:
     """The batches of a run whose last rows keep; the others are those of a plan of their own.
 
-    Prompts take turns like rows of data: an endless stream, one permutation after the other.
+    Files take turns, so that each has as many rows as any other, however many prompts it holds.
+    Those of a file take turns like rows of data: an endless stream, one permutation after the
+    other.
 
     Args:
         plan: Of the rows of data: as many in each batch as do not keep, and one where all do.
-        prompts: At least one.
+        kept: The prompts of each file, at least one.
         batch_size: Rows per global batch, those that keep included.
         count: How many keep.
         seed: Of the run.
     """
 
     def __init__(
-        self, plan: BatchPlan, prompts: Sequence[str], *, batch_size: int, count: int, seed: int
+        self, plan: BatchPlan, kept: Sequence[Sequence[str]], *, batch_size: int, count: int,
+        seed: int,
     ):
-        self._plan, self._prompts, self._seed = plan, tuple(prompts), seed
+        self._plan, self._kept, self._seed = plan, tuple(map(tuple, kept)), seed
         self._batch_size, self._count = batch_size, count
-        # A run walks through epochs in order: the last two are all that is asked for.
-        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
+        # A run walks through epochs in order: the last two of each file are all it asks for.
+        self._order = functools.lru_cache(maxsize=2 * len(kept))(self._shuffle)
 
     def at(self, step: int) -> BatchRows:
         """The global batch of a step.
@@ -110,8 +135,11 @@ class PlanWithKept:
         return self._plan.epochs(step) if self._count < self._batch_size else 0.0
 
     def _prompt(self, position: int) -> str:
-        epoch, offset = divmod(position, len(self._prompts))
-        return self._prompts[int(self._order(epoch)[offset])]
+        turn, file = divmod(position, len(self._kept))
+        epoch, offset = divmod(turn, len(self._kept[file]))
+        return self._kept[file][int(self._order(file, epoch)[offset])]
 
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        return permutation(len(self._prompts), self._seed, _KEPT, epoch)
+    def _shuffle(self, file: int, epoch: int) -> np.ndarray:
+        # The first file's order is that of a run with this file alone.
+        key = (epoch, file) if file else (epoch,)
+        return permutation(len(self._kept[file]), self._seed, _KEPT, *key)

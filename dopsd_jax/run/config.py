@@ -297,7 +297,9 @@ def _break_model(config: ConfigDict, pipe: Pipeline, good: Callable[..., bool]) 
         texts["sample_negative"] = [config.sample_negative]
     if good("keep_prompts") and config.keep_prompts:
         with noted(problems):
-            texts["keep_prompts"] = keeping.read_prompts(config.keep_prompts)
+            texts["keep_prompts"] = keeping.all_prompts(
+                keeping.read_kept(config.keep_prompts)
+            )
     for key, given in texts.items() if good("text_tokens") else ():
         problems += [
             f"{key}: {problem} (text_tokens = {config.text_tokens})"

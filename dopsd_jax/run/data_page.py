@@ -91,7 +91,8 @@ def _summary(config: ConfigDict, found: Inspection) -> str:
     rows += [["recipe", config.recipe], ["model", config.model],
              ["batch", f"{rows_of_batch(config)} rows of data"]]
     if data and data.keep_prompts:
-        rows.append(["keep_prompts", f"{len(data.keep_prompts)} prompts without a picture"])
+        counts = " and ".join(str(len(prompts)) for prompts in data.keep_prompts)
+        rows.append(["keep_prompts", f"{counts} prompts without a picture"])
     rows.append(["tokens", ", ".join(f"{role} up to {n}" for role, n in found.limits.items())])
     return f'<div class="summary">{as_table(["", ""], rows)}</div>'
 

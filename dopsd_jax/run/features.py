@@ -20,6 +20,7 @@ from dopsd_jax.core.log import log
 from dopsd_jax.data.batches import BatchRows
 from dopsd_jax.data.cache import Cache, CacheError, entry_key
 from dopsd_jax.data.datasets import Data
+from dopsd_jax.data.keeping import all_prompts
 from dopsd_jax.method import contexts
 from dopsd_jax.method.contexts import RECIPES, TEACHER
 from dopsd_jax.models.denoiser import Context
@@ -70,7 +71,7 @@ class Entries:
     def __init__(self, config: ConfigDict, data: Data):
         self._config, self._data, self._prompts = config, data, {
             key: tuple(config[key]) for key in ("sample_prompts", "gauge_prompts")
-        } | {"keep_prompts": data.keep_prompts, "earlier_data": [
+        } | {"keep_prompts": all_prompts(data.keep_prompts), "earlier_data": [
             caption for earlier in data.earlier
             for caption in earlier.captions(earlier.first_rows(config.sample_rows))
         ]}

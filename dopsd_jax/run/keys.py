@@ -221,7 +221,8 @@ SECTIONS: dict[str, dict[str, Key]] = {"What to train on": {
         resume="as base_lora"),
     "keep_prompts": key("", ANY_PATH, PLACE,
         meaning="Text file with a prompt in each line on which the student is to stay as it was: "
-        "rows without a picture whose teacher is the model of retain with the same prompt.",
+        "rows without a picture whose teacher is the model of retain with the same prompt. Several "
+        "files, `a.txt,b.txt`, take turns: each has as many rows.",
         resume="the prompts are part of a run's identity"),
     "keep_share": key(0.0, SHARE, STEP,
         meaning="Share of the rows of every batch that keep_prompts take; a whole number of rows."),

@@ -154,7 +154,9 @@ def test_every_trial_is_a_sequence_that_tasks_takes(trials):
         if trial.method == "dopsd, keeping earlier tasks too":
             assert [t.config.retain for t in runs] == ["untuned", "start"]
             assert {t.config.teacher for t in runs} == {"untuned"}
-            assert runs[1].config.keep_prompts == str(trial.workdir / "keep_2.txt")
+            own = trial.tasks["changes"]["keep_prompts"]
+            earlier = trial.workdir / f"keep_1_{trial.styles[0]}.txt"
+            assert runs[1].config.keep_prompts == f"{own},{earlier}"
         if trial.method == "sft, rehearsal":
             assert all(t.config.data_weights == "0.75,0.25" for t in runs)
             assert all(t.config.data.endswith("/untuned") for t in runs)

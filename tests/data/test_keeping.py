@@ -7,17 +7,24 @@ import pytest
 from dopsd_jax.data.batches import BatchPlan
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.files import DataError
-from dopsd_jax.data.keeping import PlanWithKept, fingerprint, kept_rows, read_prompts
+from dopsd_jax.data.keeping import (
+    PlanWithKept,
+    all_prompts,
+    fingerprint,
+    kept_rows,
+    read_kept,
+    read_prompts,
+)
 
 PROMPTS = tuple(f"prompt {i}" for i in range(5))
 
 
-def make_plan(count, batch_size=4, seed=0):
+def make_plan(count, batch_size=4, seed=0, kept=(PROMPTS,)):
     rows = BatchPlan(
         {Bucket(64, 64): range(7)}, lambda row: ("caption",), seed=seed,
         batch_size=max(batch_size - count, 1),
     )
-    return PlanWithKept(rows, PROMPTS, batch_size=batch_size, count=count, seed=seed), rows
+    return PlanWithKept(rows, kept, batch_size=batch_size, count=count, seed=seed), rows
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
@@ -39,6 +46,17 @@ def test_every_prompt_comes_equally_often_in_an_order_of_the_seed():
     assert Counter(prompts(0, range(50))) == dict.fromkeys(PROMPTS, 30)
     assert sorted(prompts(0, range(5))[:5]) == sorted(PROMPTS)
     assert prompts(0, range(9, 20)) == prompts(0, range(20))[9 * 3 :] != prompts(1, range(9, 20))
+
+
+def test_files_take_turns_however_many_prompts_they_hold():
+    few = ("few 0", "few 1")
+    plan, _ = make_plan(3, kept=(PROMPTS, few))
+    alone, _ = make_plan(3)
+    kept = [p for step in range(40) for p in plan.at(step).kept if p]
+    assert Counter(kept[::2]) == dict.fromkeys(PROMPTS, 12)
+    assert Counter(kept[1::2]) == dict.fromkeys(few, 30)
+    # A second file changes nothing in the order of the first.
+    assert kept[::2] == [p for step in range(20) for p in alone.at(step).kept if p]
 
 
 def test_a_process_takes_its_rows_with_their_prompts():
@@ -67,7 +85,21 @@ def test_a_file_holds_a_prompt_in_each_line(tmp_path):
     file.write_bytes("\ufeffa red fox\r\n\r\n  a lighthouse  \r\na red fox\r\n".encode())
     prompts = read_prompts(file)
     assert prompts == ("a red fox", "a lighthouse")
-    assert fingerprint(prompts) != fingerprint(prompts[::-1])
+    assert fingerprint([prompts]) != fingerprint([prompts[::-1]])
+
+
+def test_several_files_are_named_with_commas(tmp_path):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("a red fox\na lighthouse\n")
+    two.write_text("a lighthouse\na tram\n")
+    kept = read_kept(f"{one}, {two}")
+    assert kept == (("a red fox", "a lighthouse"), ("a lighthouse", "a tram"))
+    assert all_prompts(kept) == ("a red fox", "a lighthouse", "a tram")
+    assert len({fingerprint(k) for k in (kept, kept[::-1], kept[:1], kept[1:])}) == 4
+    with pytest.raises(DataError, match="every file once, got .*one.txt twice"):
+        read_kept(f"{one},{two},{one}")
+    with pytest.raises(DataError, match="found none at"):
+        read_kept(f"{one},{tmp_path}/none.txt")
 
 
 @pytest.mark.parametrize("content, message", [
