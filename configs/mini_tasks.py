@@ -1,6 +1,6 @@
 """Two styles after one another on the mini model, with rows that keep what it knew.
 
-    python -m dopsd_jax.mini.build --style chalk --out runs/styles/chalk
+    python -m dopsd_jax.mini.build --style chalk --called green --out runs/styles/chalk
     python -m dopsd_jax.mini.build --style thermal --out runs/styles/thermal
     python -m dopsd_jax.tasks --config configs/mini_tasks.py --workdir runs/tasks
 """
@@ -22,6 +22,8 @@ def get_config():
     # Rows that keep (keep_share) also take the prompts of earlier tasks, and hold on to the model
     # that each task began with instead of the untuned one.
     c.keep_earlier = True
+    # Share of the rows with pictures that are those of earlier tasks, equally much of each.
+    c.replay_share = 0.0
     # Keys of run_config that differ in every task.
     c.changes = ConfigDict({"keep_prompts": str(PROMPTS), "keep_share": 0.25})
     # In order. A task has a name, and any keys of a run that differ: its data, its recipe, ..

@@ -25,7 +25,7 @@ from dopsd_jax import report
 from dopsd_jax import train as train_lib
 from dopsd_jax.compare import matrix as matrix_lib
 from dopsd_jax.core import cli, distributed, mirror
-from dopsd_jax.core.checks import is_whole, noted
+from dopsd_jax.core.checks import is_number, is_whole, noted
 from dopsd_jax.core.files import write_atomic
 from dopsd_jax.core.log import log
 from dopsd_jax.data.datasets import parse_data, read_data
@@ -52,14 +52,13 @@ class Task:
         name: Of letters, digits, - and _.
         workdir: Of its run.
         config: Of its run, complete.
-        keep_prompts: The user's own files of them, if any; config also has one of each earlier
-            task, where these are kept.
+        own: Its config but for what is kept and replayed of earlier tasks.
     """
 
     name: str
     workdir: Path
     config: ConfigDict
-    keep_prompts: str = ""
+    own: ConfigDict
 
 
 def planned(config: ConfigDict, workdir: Path) -> list[Task]:
@@ -114,19 +113,11 @@ def planned(config: ConfigDict, workdir: Path) -> list[Task]:
         if config.carry == "stack" and found and run.preview_model:
             problems.append(f"task {i} ({task['name']}): preview_model: expected none with carry = "
                             "stack; the LoRAs of earlier tasks are not moved to it")
-        own_prompts = run.keep_prompts
-        if config.keep_earlier and found:
-            if not run.keep_share:
-                problems.append(f"task {i} ({task['name']}): keep_share: expected a share above 0 "
-                                "with keep_earlier, got 0")
-            # Of prompts that earlier tasks taught, the untuned model knows nothing.
-            run.keep_prompts = ",".join(filter(None, [
-                own_prompts, *(str(prompts_of(before)) for before in found)
-            ]))
-            run.retain = "start"
-        found.append(
-            Task(task["name"], workdir / f"{i}_{task['name']}", run, own_prompts)
-        )
+        own = run.copy_and_resolve_references()
+        with noted(problems, f"task {i} ({task['name']})"):
+            _remember(run, found, keep=config.get("keep_earlier", False),
+                      replay=config.get("replay_share", 0.0))
+        found.append(Task(task["name"], workdir / f"{i}_{task['name']}", run, own))
     if problems:
         raise ValueError("config:\n  " + "\n  ".join(problems))
     return found
@@ -151,7 +142,7 @@ def _stand_on(run: ConfigDict, carry: str, earlier: Sequence[Task]) -> None:
         log.info("recipe %s: previews draw no earlier task; the student needs references to draw",
                  run.recipe)
     else:
-        run.earlier_data = ";".join(task.config.data for task in earlier)
+        run.earlier_data = ";".join(task.own.data for task in earlier)
     last = str(earlier[-1].workdir)
     if carry == "stack":
         first = earlier[0].config.base_lora  # what the whole sequence stands on, if anything
@@ -160,6 +151,53 @@ def _stand_on(run: ConfigDict, carry: str, earlier: Sequence[Task]) -> None:
         run.base_lora, run.init_lora = earlier[-1].config.base_lora, last
     else:
         run.init_full = last
+
+
+def _remember(run: ConfigDict, earlier: Sequence[Task], *, keep: bool, replay: float) -> None:
+    """Puts into a run's config the prompts and the pictures of earlier tasks.
+
+    Args:
+        run: Its config, which is changed.
+        earlier: May be none.
+        keep: Whether the rows that keep take their prompts.
+        replay: Share of the rows with pictures that are theirs, equally much of each.
+
+    Raises:
+        ValueError: What the run's own keys do not allow.
+    """
+    if not is_number(replay) or not 0 <= replay < 1:
+        raise ValueError(f"replay_share: expected a share in [0, 1), got {replay!r}")
+    if keep and earlier:
+        if not run.keep_share:
+            raise ValueError("keep_share: expected a share above 0 with keep_earlier, got 0")
+        # Of prompts that earlier tasks taught, the untuned model knows nothing.
+        run.keep_prompts = ",".join(filter(None, [
+            run.keep_prompts, *(str(prompts_of(task)) for task in earlier)
+        ]))
+        run.retain = "start"
+    if replay and earlier:
+        if others := sorted({t.own.recipe for t in earlier} - {run.recipe}):
+            raise ValueError(f"recipe: expected that of the tasks whose pictures are replayed, "
+                             f"{', '.join(others)}, got {run.recipe}")
+        shares = {name: (1 - replay) * share for name, share in _shares(run).items()}
+        for task in earlier:
+            for name, share in _shares(task.own).items():
+                shares[name] = shares.get(name, 0.0) + share * replay / len(earlier)
+        run.data, run.data_weights = ",".join(shares), ",".join(f"{x:.6g}" for x in shares.values())
+
+
+def _shares(run: ConfigDict) -> dict[str, float]:
+    """Data set -> its share of a run's pictures.
+
+    Raises:
+        ValueError: Several that have no weights; how many rows they hold is not known yet.
+    """
+    sets, weights = parse_data(run.data, run.data_weights)
+    if weights is None and len(sets) > 1:
+        raise ValueError("data_weights: expected those of several data sets with replay_share, "
+                         "got none")
+    weights = weights or [1.0]
+    return {name: weight / sum(weights) for name, weight in zip(sets, weights, strict=True)}
 
 
 def check(tasks: Sequence[Task]) -> None:
@@ -174,9 +212,9 @@ def check(tasks: Sequence[Task]) -> None:
         # What tasks hand on is not there yet.
         config.base_lora = tasks[0].config.base_lora
         config.init_lora = config.init_full = config.earlier_data = ""
-        config.keep_prompts = task.keep_prompts or config.keep_prompts
-        if config.keep_prompts != task.keep_prompts:
-            config.keep_prompts, config.keep_share = "", 0.0
+        config.keep_prompts = task.own.keep_prompts
+        if not config.keep_prompts and task.config.keep_prompts:
+            config.keep_share = 0.0
         with noted(problems, f"task {i} ({task.name})"):
             _check_kind(task, tasks[: i - 1])
             check_config(config)
@@ -208,7 +246,7 @@ def prompts_of(task: Task) -> Path:
 def write_prompts(task: Task) -> None:
     """The captions of a task's data, for later ones to keep; at most MOST_PROMPTS, evenly spaced.
     """
-    rows = read_data(task.config, needs_of_rows(task.config)).rows
+    rows = read_data(task.own, needs_of_rows(task.own)).rows
     every = max(len(rows) / MOST_PROMPTS, 1)
     chosen = (rows[int(i * every)] for i in range(min(len(rows), MOST_PROMPTS)))
     prompts = [" ".join(next(iter(row.captions.values())).split()) for row in chosen]
@@ -296,7 +334,7 @@ def run(config: ConfigDict, workdir: str | Path) -> list[Task]:
     distributed.on_main(lambda: claim(config, tasks, workdir))
     for i, task in enumerate(tasks, 1):
         distributed.on_main(lambda i=i: _begin(config, tasks[:i], workdir / HISTORY))
-        if task.config.keep_prompts != task.keep_prompts:
+        if task.config.keep_prompts != task.own.keep_prompts:
             distributed.on_main(lambda i=i: write_prompts(tasks[i - 2]))
         log.info("task %d of %d: %s, in %s", i, len(tasks), task.name, task.workdir)
         state = train_lib.train(task.config, task.workdir)

@@ -16,8 +16,10 @@ from dopsd_jax import train as train_lib
 from dopsd_jax.compare import matrix as matrix_lib
 from dopsd_jax.core import trees
 from dopsd_jax.core.metrics import GAUGES, read_metrics
+from dopsd_jax.data.datasets import read_data
 from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.run import workdir as workdir_lib
+from dopsd_jax.run.config import needs_of_rows
 from tests.commands import ROOT, environment
 
 RUN = """
@@ -178,6 +180,11 @@ def test_an_earlier_task_that_went_on_elsewhere_is_noticed(make, stacked, copied
     ({"changes": {"lora": {"rang": 1}}}, r"task 1 \(first\): lora.rang: no key of a run"),
     ({"changes": {"num_train_steps": "many"}}, r"task 1 \(first\): .*num_train_steps"),
     ({"keep_earlier": True}, r"task 2 \(second\): keep_share: expected a share above 0"),
+    ({"replay_share": 1.0}, r"\(first\): replay_share: expected a share in \[0, 1\), got 1.0"),
+    ({"replay_share": 0.5, "tasks": [{"name": "a", "data": "x,y"}, {"name": "b"}]},
+     r"task 2 \(b\): data_weights: expected those of several data sets"),
+    ({"replay_share": 0.5, "tasks": [{"name": "a", "recipe": "text"}, {"name": "b"}]},
+     r"task 2 \(b\): recipe: expected that of the tasks whose pictures .* text, got vlm"),
     ({"run_config": "none.py"}, "--config.run_config none.py: no such file"),
 ])
 def test_a_bad_sequence_is_refused_before_anything_is_made(make, tmp_path, changes, message):
@@ -310,6 +317,28 @@ def test_prompts_of_earlier_tasks_are_kept_as_they_were_taught(make, data, tmp_p
     if carry == "full":
         one, two = (workdir_lib.read_full(t.workdir) for t in (first, second))
         assert moved(one, two) == 0
+
+
+def test_pictures_of_earlier_tasks_are_replayed_in_equal_parts(make, tmp_path):
+    config = make(replay_share=0.5, keep_earlier=True, changes={"keep_share": 0.5}, tasks=[
+        {"name": "a", "data": "1", "keep_share": 0.0},
+        {"name": "b", "data": "2,3", "data_weights": "3,1"},
+        {"name": "c", "data": "3"},
+    ])
+    found = tasks.planned(config, tmp_path)
+    assert [t.config.data for t in found] == ["1", "2,3,1", "3,1,2"]
+    assert [t.config.data_weights for t in found] == ["", "0.375,0.125,0.5", "0.5625,0.25,0.1875"]
+    # Previews draw each task's own rows, and its prompts are those of its own data.
+    assert [t.config.earlier_data for t in found] == ["", "1", "1;2,3"]
+    assert [t.own.data for t in found] == ["1", "2,3", "3"]
+
+
+def test_a_run_that_replays_sees_the_pictures_of_both(make, tmp_path):
+    config = make(replay_share=0.5, changes={"num_train_steps": 2})
+    second = tasks.run(config, tmp_path / "run")[1].config
+    plan = read_data(second, needs_of_rows(second)).plan
+    rows = [row for step in range(4) for row in plan.at(step).rows]
+    assert sorted(row // 2 for row in rows) == [0] * 4 + [1] * 4  # two pictures in each data set
 
 
 @pytest.mark.slow

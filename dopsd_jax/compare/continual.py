@@ -161,10 +161,12 @@ def as_text(
     count, things = len(c.orders[0]), min(trials.sets[s].cases for s in trials.styles)
     lines = [
         f"{count} styles one after another, {c.pictures} pictures and {c.num_train_steps} updates "
-        f"each, carry {c.carry}; {c.training_seeds} training seeds, none of which chose a rate, in "
-        f"{len(c.orders)} orders by turns. Drawn in {c.num_steps} steps: of each style {things} "
-        f"things that no picture shows, and {c.old_prompts} old prompts, {c.generation_seeds} "
-        "noises of each. 95% intervals over seeds and prompts together. The judge is right on "
+        f"each, carry {c.carry}, {c.replay_share:g} of the pictures replayed from earlier tasks, "
+        f"where a method says nothing else; {c.training_seeds} training seeds, none of which chose "
+        f"a rate, in {len(c.orders)} orders by turns. Drawn in {c.num_steps} steps: of each style "
+        f"{things} things that no picture shows, and {c.old_prompts} old prompts, "
+        f"{c.generation_seeds} noise{'s' * (c.generation_seeds > 1)} of each. 95% intervals over "
+        "seeds and prompts together. The judge is right on "
         f"held-back real pictures with {said['style']:.1%} of the styles and "
         f"{said['concept']:.1%} of the things.",
         " ".join(how),

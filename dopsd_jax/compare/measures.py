@@ -73,9 +73,11 @@ def repeated(cases: drawing.Cases, seeds: int, first: int) -> drawing.Cases:
     )
 
 
-def of_style(labels: Labels, style: str, concepts: Sequence[str]) -> drawing.Cases:
-    """A prompt for each of the things, in one style."""
-    captions = [f"{world.with_article(c)}, {style} style" for c in concepts]
+def of_style(
+    labels: Labels, style: str, concepts: Sequence[str], called: str = ""
+) -> drawing.Cases:
+    """A prompt for each of the things, in one style, by its name or what it is called."""
+    captions = [f"{world.with_article(c)}, {called or style} style" for c in concepts]
     return drawing.Cases(
         captions, np.full(len(concepts), labels.styles.index(style)),
         np.stack([labels.shown([c]) for c in concepts]), np.arange(len(concepts)),

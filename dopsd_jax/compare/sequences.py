@@ -40,7 +40,8 @@ from dopsd_jax.weights.pipeline import load_pipeline, load_vision_language
 from dopsd_jax.weights.shipped import JUDGE, WIDE_JUDGE
 
 CHOOSING = 0  # the seed of the trials that choose rates; the figures are of 1, 2, ..
-OPTIONS = ("changes", "carry", "keep_earlier", "rehearsal", "learning_rate")  # of a method
+# Of a method.
+OPTIONS = ("changes", "carry", "keep_earlier", "replay_share", "rehearsal", "learning_rate")
 FROM_JSON = "configs/tasks_from_json.py"
 REAL = 22  # stream of the random numbers of the pictures that the teacher is shown
 STYLE_NOISE = 100_000  # between the noises of two styles
@@ -125,10 +126,15 @@ class Trials:
         for i, style in enumerate(self.styles):
             shown = {f.stem.replace("-", " ") for f in self.pictures(style).glob("*.png")}
             things = [t for t in known.trained_concepts if t not in shown][: c.style_things]
-            rows = repeated(of_style(labels, style, things), c.generation_seeds,
+            rows = repeated(of_style(labels, style, things, self._called(style)),
+                            c.generation_seeds,
                             FIRST_SEED + (i + 1) * STYLE_NOISE)
             sets[style] = CaseSet(style, c.generation_seeds, rows)
         return sets
+
+    def _called(self, style: str) -> str:
+        """The word for a style in captions and prompts."""
+        return self.config.called.get(style, style)
 
     def pictures(self, style: str) -> Path:
         """The folder of the pictures of a style that are learned from."""
@@ -144,7 +150,7 @@ class Trials:
         for style in self.styles:
             if not (self.pictures(style) / "ATTRIBUTION").is_file():
                 write_style(load_sprites(), self.pictures(style), style, c.pictures, seed=0,
-                            concepts=self._known.trained_concepts)
+                            concepts=self._known.trained_concepts, called=self._called(style))
         files = {m.get("changes", {}).get("keep_prompts", "") for m in c.methods.values()} - {""}
         if not any(m.get("rehearsal") for m in c.methods.values()) or self._rehearsed.is_dir():
             return
@@ -188,6 +194,7 @@ class Trials:
         return Trial(method, rate, order, seed, styles, self.workdir / "trials" / name, {
             "run_config": c.run_config, "carry": how.get("carry", c.carry),
             "keep_earlier": how.get("keep_earlier", False),
+            "replay_share": how.get("replay_share", c.replay_share),
             "changes": changes, "tasks": tasks,
         })
 
@@ -309,6 +316,9 @@ def check(config: ConfigDict) -> None:
     orders = [tuple(order) for order in config.orders]
     if not orders or any(sorted(o) != sorted(orders[0]) or len(set(o)) < len(o) for o in orders):
         problems.append(f"orders: expected the same styles in each, every one once, got {orders}")
+    called = [config.called.get(s, s) for s in dict.fromkeys(s for o in orders for s in o)]
+    if not all(isinstance(word, str) and word for word in called) or len({*called}) < len(called):
+        problems.append(f"called: expected another word for every style, got {called}")
     if len(config.methods) < 1:
         problems.append("methods: expected at least one, got none")
     files = set()
@@ -320,9 +330,10 @@ def check(config: ConfigDict) -> None:
         if not is_number(rate) or rate <= 0:
             problems.append(f"methods.{name}.learning_rate: expected a number above 0, got "
                             f"{rate!r}")
-        share = how.get("rehearsal", 0.0)
-        if not isinstance(share, int | float) or not 0 <= share < 1:
-            problems.append(f"methods.{name}.rehearsal: expected a share in [0, 1), got {share!r}")
+        for key in ("rehearsal", "replay_share"):
+            share = how.get(key, 0.0)
+            if not is_number(share) or not 0 <= share < 1:
+                problems.append(f"methods.{name}.{key}: expected a share in [0, 1), got {share!r}")
         files |= {how.get("changes", {}).get("keep_prompts", "")} - {""}
     if len(files) > 1 or (not files and any(m.get("rehearsal") for m in config.methods.values())):
         problems.append("methods: expected one file of keep_prompts, whose pictures are rehearsed "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dopsd_jax.core.files import lfs_advice
+from dopsd_jax.core.files import lfs_advice, split_paths
 from dopsd_jax.data.batches import BatchPlan, BatchRows, permutation
 from dopsd_jax.data.files import DataError
 
@@ -72,9 +72,13 @@ def read_kept(paths: str) -> tuple[tuple[str, ...], ...]:
         paths: The files, separated by commas.
 
     Raises:
-        DataError: As `read_prompts`, of any of them; a file that is named twice.
+        DataError: As `read_prompts`, of any of them; nothing between commas; a file that is named
+            twice.
     """
-    files = [path.strip() for path in paths.split(",")]
+    try:
+        files = split_paths(paths)
+    except ValueError as e:
+        raise DataError(f"keep_prompts: {e}") from None
     if twice := sorted({path for path in files if files.count(path) > 1}):
         raise DataError(f"keep_prompts: expected every file once, got {', '.join(twice)} twice")
     return tuple(read_prompts(path) for path in files)

@@ -13,6 +13,7 @@ The same seed writes the same bytes. With --style, writes a folder of captioned 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -118,16 +119,20 @@ def build(sprites: Sprites, out: Path, kind: str, count: int, seed: int) -> None
 
 def write_style(
     sprites: Sprites, out: Path, style: str, count: int, seed: int,
-    concepts: Sequence[str] = WORLD.trained_concepts,
+    concepts: Sequence[str] = WORLD.trained_concepts, called: str = "",
 ) -> None:
     """A folder of captioned pictures in one style, as a user would bring them: NAME.png, NAME.txt.
 
-    One object each, every one of the concepts at most once, no colour words.
+    One object each, every one of the concepts at most once, no colour words of theirs. `called` is
+    what captions call the style; by default its name.
     """
     rng = np.random.default_rng([seed, STREAMS["style"], WORLD.styles.index(style)])
     out.mkdir(parents=True, exist_ok=True)
     for concept in rng.permutation(concepts)[:count].tolist():
         scene = world.plain_scene(rng, style, concept)
+        if called:
+            caption = re.sub(rf"\b{style}\b", called, scene.caption)
+            scene = dataclasses.replace(scene, caption=caption)
         _write_picture(sprites, out, concept, scene, rng)
     (out / "ATTRIBUTION").write_text(f"Pictures drawn from {SETS[STYLES[style].art]}.\n")
 
@@ -152,7 +157,7 @@ def main() -> None:
     sprites = load_sprites()
     out = Path(FLAGS.out)
     if FLAGS.style:
-        write_style(sprites, out, FLAGS.style, FLAGS.style_count, FLAGS.seed)
+        write_style(sprites, out, FLAGS.style, FLAGS.style_count, FLAGS.seed, called=FLAGS.called)
         return
     counts = {"scenes": FLAGS.scenes, "pairs": FLAGS.pairs, "judge": FLAGS.judge,
               "judge_test": FLAGS.judge_test}
@@ -168,6 +173,7 @@ if __name__ == "__main__":
                          lower_bound=1)
     flags.DEFINE_integer("judge_test", 4_000, "The same, held back.", lower_bound=1)
     flags.DEFINE_enum("style", None, WORLD.styles, "Write captioned pictures of this style alone.")
+    flags.DEFINE_string("called", "", "What captions call the style; by default its name.")
     flags.DEFINE_integer("style_count", 8, "How many of them.", lower_bound=1,
                          upper_bound=len(WORLD.trained_concepts))
     flags.DEFINE_integer("seed", 0, "Of everything.")

@@ -101,6 +101,7 @@ def test_one_seed_has_no_interval():
     ({"orders": (("a", "b"), ("a", "c"))}, "orders: expected the same styles in each"),
     ({"orders": (("a", "a"),)}, "orders: expected the same styles in each, every one once"),
     ({"orders": ()}, "orders: expected"),
+    ({"called": ConfigDict({"chalk": "sepia"})}, r"called: expected another word for every style"),
     ({"training_seeds": 1}, "training_seeds: expected a whole number from 2 on, got 1"),
     ({"methods": ConfigDict({"x": {"rate": 1}})}, "methods.x: expected changes, carry, keep_e"),
     ({"methods": ConfigDict({"x": {"learning_rate": 0.0}})}, "x.learning_rate: expected a number"),
@@ -109,8 +110,8 @@ def test_one_seed_has_no_interval():
 ])
 def test_what_cannot_be_compared_is_refused(changes, message):
     config = mini_continual.get_config()
-    config.update(changes) if "methods" not in changes else setattr(
-        config, "methods", changes["methods"])
+    for key, value in changes.items():
+        config[key] = value
     with pytest.raises(ValueError, match=message):
         sequences.check(config)
 
@@ -118,8 +119,9 @@ def test_what_cannot_be_compared_is_refused(changes, message):
 def smallest(orders=(("blueprint", "sepia"), ("sepia", "blueprint"))):
     """As little as there can be."""
     c = mini_continual.get_config()
-    chosen = ("dopsd, keeping earlier tasks too", "sft, rehearsal", "sft on the undistilled")
+    chosen = ("dopsd, keeping", "sft, rehearsal", "sft on the undistilled")
     c.methods = ConfigDict({name: c.methods[name] for name in chosen})
+    c.methods["dopsd, keeping"].update({"keep_earlier": True, "replay_share": 0.25})
     c.orders, c.learning_rates, c.num_train_steps, c.training_seeds = orders, (1e-3,), 2, 2
     c.old_prompts, c.old_along, c.style_things, c.generation_seeds = 4, 2, 2, 2
     return c
@@ -151,18 +153,29 @@ def test_every_trial_is_a_sequence_that_tasks_takes(trials):
         tasks.check(runs)
         assert [t.workdir for t in runs] == [trial.run(1), trial.run(2)]
         assert {t.config.seed for t in runs} == {30 + trial.seed}
-        if trial.method == "dopsd, keeping earlier tasks too":
+        if trial.method == "dopsd, keeping":
             assert [t.config.retain for t in runs] == ["untuned", "start"]
             assert {t.config.teacher for t in runs} == {"untuned"}
             own = trial.tasks["changes"]["keep_prompts"]
             earlier = trial.workdir / f"keep_1_{trial.styles[0]}.txt"
             assert runs[1].config.keep_prompts == f"{own},{earlier}"
+            assert [t.config.data_weights for t in runs] == ["", "0.75,0.25"]
         if trial.method == "sft, rehearsal":
-            assert all(t.config.data_weights == "0.75,0.25" for t in runs)
-            assert all(t.config.data.endswith("/untuned") for t in runs)
+            assert [t.config.data_weights for t in runs] == ["0.75,0.25", "0.375,0.25,0.375"]
+            assert all(t.own.data.endswith("/untuned") for t in runs)
         if trial.method == "sft on the undistilled":
             assert all(t.config.base_lora.endswith("mini_undistilled.safetensors") for t in runs)
     assert len(list((trials.workdir / "pictures/untuned").glob("*.png"))) == 36
+
+
+def test_captions_and_prompts_call_a_style_by_its_word(trials):
+    assert trials.config.called == {"chalk": "green", "sepia": "orange", "stitch": "pink"}
+    for style, word in (("blueprint", "blueprint"), ("sepia", "orange")):
+        texts = [f.read_text() for f in trials.pictures(style).glob("*.txt")]
+        assert len(texts) == 8 and all(word in text for text in texts)
+        assert all(c.endswith(f", {word} style") for c in trials.sets[style].rows.captions)
+    # What is drawn and judged stays the style.
+    assert {*trials.sets["sepia"].rows.styles} == {trials._judge.labels.styles.index("sepia")}
 
 
 def test_pictures_are_measured_once_and_the_untuned_model_does_not_drift(trials, monkeypatch):

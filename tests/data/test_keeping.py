@@ -98,6 +98,8 @@ def test_several_files_are_named_with_commas(tmp_path):
     assert len({fingerprint(k) for k in (kept, kept[::-1], kept[:1], kept[1:])}) == 4
     with pytest.raises(DataError, match="every file once, got .*one.txt twice"):
         read_kept(f"{one},{two},{one}")
+    with pytest.raises(DataError, match="expected paths between commas, got"):
+        read_kept(f"{one},")
     with pytest.raises(DataError, match="found none at"):
         read_kept(f"{one},{tmp_path}/none.txt")
 
