@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from configs.mini_tasks import PROMPTS
 from dopsd_jax.weights.shipped import UNDISTILLED
 
-SHORT = {"text_tokens": 32}  # enough for these prompts, and a sixth less to compute
+# Enough for these prompts, and a sixth less to compute; a warm-up for tasks of 25 updates.
+SHORT = {"text_tokens": 32, "warmup_steps": 5}
 UNTUNED = SHORT | {"teacher": "untuned"}
 KEEP = {"keep_prompts": str(PROMPTS), "keep_share": 0.25}
 ANCHOR = {"anchor": 1.0}
@@ -57,8 +58,8 @@ def get_config():
     c.num_train_steps = 25   # of every task
     c.training_seeds = 8     # none of which chose a rate; they take the orders by turns
     c.num_steps = 2          # deployed number of denoiser calls
-    c.old_prompts = 200      # after the last task
-    c.old_along = 40         # the first of them, after every task
+    c.old_prompts = 300      # after the last task
+    c.old_along = 60         # the first of them, after every task
     c.style_things = 12      # of a style, which no picture that is learned from shows
-    c.generation_seeds = 2   # noises per prompt
+    c.generation_seeds = 1   # noises per prompt; more prompts tell more than more noises
     return c

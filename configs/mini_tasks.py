@@ -19,13 +19,15 @@ def get_config():
     c.run_config = "configs/mini_style.py"  # what every task starts from
     # adapter: one LoRA carried along; stack: a new LoRA on top of frozen ones; full: all weights.
     c.carry = "adapter"
-    # Rows that keep (keep_share) also take the prompts of earlier tasks, and hold on to the model
-    # that each task began with instead of the untuned one.
-    c.keep_earlier = True
     # Share of the rows with pictures that are those of earlier tasks, equally much of each.
-    c.replay_share = 0.0
+    c.replay_share = 0.5
+    # Rows that keep (keep_share) also take the prompts of earlier tasks, and hold on to the model
+    # that each task began with instead of the untuned one: where earlier pictures are gone.
+    c.keep_earlier = False
     # Keys of run_config that differ in every task.
-    c.changes = ConfigDict({"keep_prompts": str(PROMPTS), "keep_share": 0.25})
+    c.changes = ConfigDict({
+        "teacher": "untuned", "keep_prompts": str(PROMPTS), "keep_share": 0.25,
+    })
     # In order. A task has a name, and any keys of a run that differ: its data, its recipe, ..
     c.tasks = (
         {"name": "chalk", "data": "runs/styles/chalk"},

@@ -169,7 +169,7 @@ def test_every_trial_is_a_sequence_that_tasks_takes(trials):
 
 
 def test_captions_and_prompts_call_a_style_by_its_word(trials):
-    assert trials.config.called == {"chalk": "green", "sepia": "orange", "stitch": "pink"}
+    assert trials.config.called.to_dict() == {"chalk": "green", "sepia": "orange", "stitch": "pink"}
     for style, word in (("blueprint", "blueprint"), ("sepia", "orange")):
         texts = [f.read_text() for f in trials.pictures(style).glob("*.txt")]
         assert len(texts) == 8 and all(word in text for text in texts)
