@@ -63,7 +63,7 @@ def get_config():
     c.num_train_steps = 25   # of every task
     c.training_seeds = 8     # none of which chose a rate; they take the orders by turns
     c.num_steps = 2          # deployed number of denoiser calls
-    c.old_prompts = 300      # after the last task
+    c.old_prompts = 500      # after the last task: what it takes to tell .03 with 8 trainings
     c.old_along = 60         # the first of them, after every task
     c.style_things = 12      # of a style, which no picture that is learned from shows
     c.generation_seeds = 1   # noises per prompt; more prompts tell more than more noises
