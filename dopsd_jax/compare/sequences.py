@@ -126,9 +126,8 @@ class Trials:
         for i, style in enumerate(self.styles):
             shown = {f.stem.replace("-", " ") for f in self.pictures(style).glob("*.png")}
             things = [t for t in known.trained_concepts if t not in shown][: c.style_things]
-            rows = repeated(of_style(labels, style, things, self._called(style)),
-                            c.generation_seeds,
-                            FIRST_SEED + (i + 1) * STYLE_NOISE)
+            cases = of_style(labels, style, things, self._called(style))
+            rows = repeated(cases, c.generation_seeds, FIRST_SEED + (i + 1) * STYLE_NOISE)
             sets[style] = CaseSet(style, c.generation_seeds, rows)
         return sets
 
@@ -137,8 +136,10 @@ class Trials:
         return self.config.called.get(style, style)
 
     def pictures(self, style: str) -> Path:
-        """The folder of the pictures of a style that are learned from."""
-        return self.workdir / "pictures" / style
+        """The folder of the pictures of a style that are learned from, named by its word too."""
+        word = self._called(style)
+        name = style if word == style else f"{style}_{re.sub(r'[^a-z0-9]+', '_', word.lower())}"
+        return self.workdir / "pictures" / name
 
     @property
     def _rehearsed(self) -> Path:

@@ -131,7 +131,7 @@ def write_style(
     for concept in rng.permutation(concepts)[:count].tolist():
         scene = world.plain_scene(rng, style, concept)
         if called:
-            caption = re.sub(rf"\b{style}\b", called, scene.caption)
+            caption = re.sub(rf"\b{style}\b", lambda _: called, scene.caption)
             scene = dataclasses.replace(scene, caption=caption)
         _write_picture(sprites, out, concept, scene, rng)
     (out / "ATTRIBUTION").write_text(f"Pictures drawn from {SETS[STYLES[style].art]}.\n")
@@ -156,6 +156,8 @@ def _write_picture(sprites: Sprites, out: Path, name: str, scene: world.Scene, r
 def main() -> None:
     sprites = load_sprites()
     out = Path(FLAGS.out)
+    if FLAGS.called and not FLAGS.style:
+        raise ValueError(f"--called {FLAGS.called}: expected --style with it, got none")
     if FLAGS.style:
         write_style(sprites, out, FLAGS.style, FLAGS.style_count, FLAGS.seed, called=FLAGS.called)
         return
