@@ -244,8 +244,7 @@ def prompts_of(task: Task) -> Path:
 
 
 def write_prompts(task: Task) -> None:
-    """The captions of a task's data, for later ones to keep; at most MOST_PROMPTS, evenly spaced.
-    """
+    """Writes the captions of a task's data, at most MOST_PROMPTS of them, evenly spaced."""
     rows = read_data(task.own, needs_of_rows(task.own)).rows
     every = max(len(rows) / MOST_PROMPTS, 1)
     chosen = (rows[int(i * every)] for i in range(min(len(rows), MOST_PROMPTS)))

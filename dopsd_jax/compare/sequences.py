@@ -138,8 +138,8 @@ class Trials:
     def pictures(self, style: str) -> Path:
         """The folder of the pictures of a style that are learned from, named by its word too."""
         word = self._called(style)
-        name = style if word == style else f"{style}_{re.sub(r'[^a-z0-9]+', '_', word.lower())}"
-        return self.workdir / "pictures" / name
+        return self.workdir / "pictures" / (style if word == style else
+                                            f"{style}_{_file_name(word)}")
 
     @property
     def _rehearsed(self) -> Path:
@@ -191,7 +191,7 @@ class Trials:
             for task in tasks:
                 task["data"] += f",{self._rehearsed}"
             changes["data_weights"] = f"{1 - share:g},{share:g}"
-        name = f"{re.sub(r'[^a-z0-9]+', '_', method)}-{rate:g}-{order}-{seed}"
+        name = f"{_file_name(method)}-{rate:g}-{order}-{seed}"
         return Trial(method, rate, order, seed, styles, self.workdir / "trials" / name, {
             "run_config": c.run_config, "carry": how.get("carry", c.carry),
             "keep_earlier": how.get("keep_earlier", False),
@@ -309,6 +309,11 @@ class Trials:
             off = pixels.astype(np.float32) - self._untuned[pick]
             found["drift"] = np.sqrt(np.mean(np.square(off), (1, 2, 3)))
         return found
+
+
+def _file_name(text: str) -> str:
+    """Part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", text)
 
 
 def check(config: ConfigDict) -> None:
