@@ -48,6 +48,7 @@ def choose_rates(trials: Trials) -> tuple[dict[str, float], list[str]]:
         return chosen, how
     tried = trials.planned(dict.fromkeys(open_, tuple(c.learning_rates)), [CHOOSING])
     trials.train(tried)
+    trials.measure(tried)
     found = {(t.method, t.rate): figures.summary(figures.results(trials, [t])) for t in tried}
     how.append(f"Learning rates{' of the others' * bool(chosen)}, by a seed of their own: of those "
                f"that reach {c.new_style:g} right after each task, the one that keeps most of the "
@@ -72,7 +73,9 @@ def compared(trials: Trials, rates: dict[str, float]) -> tuple[dict[str, Results
     seeds = range(1, trials.config.training_seeds + 1)
     every = {method: trials.planned({method: [rate]}, seeds) for method, rate in rates.items()}
     # A seed of every method, then the next: what is stopped early compares all of them.
-    trials.train([t for of_seed in zip(*every.values(), strict=True) for t in of_seed])
+    in_turn = [t for of_seed in zip(*every.values(), strict=True) for t in of_seed]
+    trials.train(in_turn)
+    trials.measure(in_turn)
     found = {method: figures.results(trials, planned) for method, planned in every.items()}
     return found, [planned[0] for planned in every.values()]
 

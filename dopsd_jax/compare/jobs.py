@@ -32,6 +32,12 @@ class Job:
     logged: Path
 
 
+def at_once(count: int) -> int:
+    """How many of so many jobs run beside each other: on a CPU one for each core, else one."""
+    cores = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
+    return max(min(cores, MOST_AT_ONCE, count), 1)
+
+
 def run_all(jobs: Sequence[Job], what: str) -> None:
     """Runs commands to their ends, and logs how many are done and the time left.
 
@@ -45,15 +51,12 @@ def run_all(jobs: Sequence[Job], what: str) -> None:
     Raises:
         ValueError: A command ended with an error.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    at_once = min(len(cores), MOST_AT_ONCE, len(jobs))
-    if at_once == 0:
+    if not jobs:
         return
-    if jax.default_backend() != "cpu":
-        at_once = 1
+    cores, parts = sorted(os.sched_getaffinity(0)), at_once(len(jobs))
     shares: queue.SimpleQueue[set[int]] = queue.SimpleQueue()
-    for i in range(at_once):
-        shares.put(set(cores[i::at_once]))
+    for i in range(parts):
+        shares.put(set(cores[i::parts]))
     began = time.monotonic()
 
     def run(job: Job) -> None:
@@ -64,7 +67,7 @@ def run_all(jobs: Sequence[Job], what: str) -> None:
         finally:
             shares.put(share)
 
-    with ThreadPool(at_once) as pool:
+    with ThreadPool(parts) as pool:
         for done, _ in enumerate(pool.imap_unordered(run, jobs), 1):
             spent = time.monotonic() - began
             log.info("%d of %d %s, %.0f s, %.0f s left", done, len(jobs), what, spent,
