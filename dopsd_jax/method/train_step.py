@@ -206,10 +206,15 @@ def method_of(config: ConfigDict) -> Method:
 
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
     """The optimizer of a run's config."""
-    return make_optimizer(**{k: config[k] for k in (
+    return make_optimizer(**optimizer_settings(config))
+
+
+def optimizer_settings(config: ConfigDict) -> dict[str, Any]:
+    """What `make_optimizer` takes from a run's config."""
+    return {k: config[k] for k in (
         "learning_rate", "warmup_steps", "b1", "b2", "eps", "weight_decay", "max_grad_norm",
         "moments_dtype",
-    )})
+    )}
 
 
 def _muon_dimensions(params: Tree, stacks: Sequence[str]) -> Tree:

@@ -27,13 +27,16 @@ from dopsd_jax.method import contexts, dora, flow, lokr, lora
 from dopsd_jax.method.baselines import draw_sigma
 from dopsd_jax.method.train_step import (
     Batch,
+    Method,
     TrainState,
     dopsd,
     draw_noise,
     init_state,
+    make_optimizer,
     make_train_step,
     method_of,
     optimizer_of,
+    optimizer_settings,
     sft,
 )
 from dopsd_jax.models.denoiser import Context, Denoiser
@@ -212,16 +215,14 @@ class Step:
     @functools.cached_property
     def jitted(self):
         """The function that XLA compiles."""
-        objective = OBJECTIVES[self._config.objective](self.method, self._denoiser.velocity)
-        return jax.jit(
-            make_train_step(self.method, self.optimizer, objective),
-            # The new state takes the memory of the old one; two of them may not fit. The base is
-            # not donated: the next step needs it again.
-            donate_argnums=0,
-            # The state stays where it was: left to the compiler, it may come back placed in another
-            # way, for which the second step would be compiled anew.
-            out_shardings=(_where(self.state_shapes), self._everywhere),
-            compiler_options=sharding.compiler_options(self._mesh),
+        # The state stays where it was: left to the compiler, it may come back placed in another
+        # way, for which the second step would be compiled anew.
+        where = jax.tree.flatten((_where(self.state_shapes), self._everywhere))
+        options = sharding.compiler_options(self._mesh)
+        return shared_step(
+            make_train_step, OBJECTIVES[self._config.objective], self.method,
+            tuple(optimizer_settings(self._config).items()), self._denoiser,
+            (tuple(where[0]), where[1]), None if options is None else tuple(options.items()),
         )
 
     def __call__(
@@ -350,6 +351,36 @@ class Step:
             noise, student_ctx, teacher_ctx, self._sigmas[shift], latents,
             sigma if self._draws_sigma else None, kept,
         )
+
+
+@functools.lru_cache(maxsize=8)
+def shared_step(
+    make: Callable[..., Any], objective: Callable[..., Any], method: Method,
+    settings: tuple[tuple[str, Any], ...], denoiser: Denoiser, where: tuple[Any, Any],
+    options: tuple[tuple[str, Any], ...] | None,
+):
+    """The jitted function of all steps for which these are equal.
+
+    The next run of a process, such as a later task of a sequence, so neither traces nor compiles
+    again what an earlier one did.
+
+    Args:
+        make: `make_train_step`.
+        objective: Of OBJECTIVES.
+        method, settings: Of the config; settings are `optimizer_settings`, as items.
+        denoiser: The network on its mesh.
+        where: Shardings of the new state and of the metrics, flattened.
+        options: For the compiler, as items.
+    """
+    leaves, structure = where
+    return jax.jit(
+        make(method, make_optimizer(**dict(settings)), objective(method, denoiser.velocity)),
+        # The new state takes the memory of the old one; two of them may not fit. The base is not
+        # donated: the next step needs it again.
+        donate_argnums=0,
+        out_shardings=jax.tree.unflatten(structure, leaves),
+        compiler_options=None if options is None else dict(options),
+    )
 
 
 def _signature(batch: Batch) -> Any:

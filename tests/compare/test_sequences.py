@@ -187,6 +187,21 @@ def test_pictures_are_measured_once_and_the_untuned_model_does_not_drift(trials,
     np.testing.assert_array_equal(again[OLD]["sharpness"], first[OLD]["sharpness"])
 
 
+def test_all_tasks_of_all_trials_are_measured_each_once(trials, monkeypatch):
+    planned = trials.planned({"dopsd, keeping": (1e-3,)}, [1, 2])
+    asked = []
+    monkeypatch.setattr(trials, "measured", lambda trial, number: asked.append((trial, number)))
+    trials.measure(planned)
+    assert sorted((t.seed, number) for t, number in asked) == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+    def fails(trial, number):
+        raise ValueError("no such picture")
+
+    monkeypatch.setattr(trials, "measured", fails)
+    with pytest.raises(ValueError, match="no such picture"):
+        trials.measure(planned)
+
+
 def test_a_judge_that_does_not_know_the_styles_is_refused(tmp_path):
     config = smallest((("chalk", "sepia"),))
     config.judge = str(shipped.JUDGE)

@@ -33,7 +33,7 @@ from dopsd_jax.method.baselines import draw_sigma
 from dopsd_jax.method.train_step import Method, draw_noise, make_optimizer, method_of
 from dopsd_jax.models.layers import Dense
 from dopsd_jax.planning import compiler, lowering, phases
-from dopsd_jax.run.step import Step
+from dopsd_jax.run.step import Step, shared_step
 from dopsd_jax.run.workdir import flat_config
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
@@ -78,8 +78,10 @@ def catch(command):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", jit)
+        shared_step.cache_clear()
         with pytest.raises(Caught) as caught:
             command()
+    shared_step.cache_clear()
     return caught.value
 
 
@@ -335,17 +337,38 @@ class Denoiser:
         return self.network.apply(variables, x, ctx.text)
 
 
+def step_of(changes):
+    config = ours.config_of(CASE)
+    config.update_from_flattened_dict(changes)
+    presets = {"published": (".*/kernel",)}
+    return Step(config, Denoiser(Network()), presets, sharding.make_mesh())
+
+
 def test_whatever_changes_the_step_changes_the_program():
     def program(changes):
-        config = ours.config_of(CASE)
-        config.update_from_flattened_dict(changes)
-        presets = {"published": (".*/kernel",)}
-        step = Step(config, Denoiser(Network()), presets, sharding.make_mesh())
-        return step.lower(Bucket(32, 32)).as_text()
+        return step_of(changes).lower(Bucket(32, 32)).as_text()
 
     plain = program({})
     cases = [*FIELDS.values(), *({k: v} for k, v in (OPTIMIZER | OTHERS).items())]
     assert program({}) == plain and not [c for c in cases if program(c) == plain]
+
+
+def test_the_next_run_of_a_process_does_not_trace_the_same_step_again(monkeypatch):
+    traced = []
+    velocity = Denoiser.velocity
+
+    def noted(self, *args):
+        traced.append(self)
+        return velocity(self, *args)
+
+    monkeypatch.setattr(Denoiser, "velocity", noted)
+    shared_step.cache_clear()
+    for seed in (1, 2):
+        step = step_of({"seed": seed})
+        step.lower(Bucket(32, 32))
+        assert len(traced) == 2  # student and teacher
+    other = step_of({"learning_rate": 0.5})
+    assert other.jitted is not step.jitted and step_of({"seed": 3}).jitted is step.jitted
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "bench"])
