@@ -248,8 +248,10 @@ class Step:
 
     def compile(self, bucket: Bucket) -> jax.stages.Compiled:
         """The program for the batches of a bucket, which calls with such batches then run."""
-        compiled = self.lower(bucket).compile()
-        self._compiled[_signature(self.shapes(bucket).batch)] = compiled
+        shapes = self.shapes(bucket)
+        leaves, structure = jax.tree.flatten((shapes.state, shapes.base, shapes.batch))
+        compiled = shared_program(self.jitted, tuple(leaves), structure)
+        self._compiled[_signature(shapes.batch)] = compiled
         return compiled
 
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
@@ -353,7 +355,8 @@ class Step:
         )
 
 
-@functools.lru_cache(maxsize=8)
+# Of one step alone: programs that are kept take memory of the devices.
+@functools.lru_cache(maxsize=1)
 def shared_step(
     make: Callable[..., Any], objective: Callable[..., Any], method: Method,
     settings: tuple[tuple[str, Any], ...], denoiser: Denoiser, where: tuple[Any, Any],
@@ -361,8 +364,8 @@ def shared_step(
 ):
     """The jitted function of all steps for which these are equal.
 
-    The next run of a process, such as a later task of a sequence, so neither traces nor compiles
-    again what an earlier one did.
+    With it the next run of a process, such as a later task of a sequence, neither traces nor
+    compiles again what the last one did.
 
     Args:
         make: `make_train_step`.
@@ -381,6 +384,14 @@ def shared_step(
         out_shardings=jax.tree.unflatten(structure, leaves),
         compiler_options=None if options is None else dict(options),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def shared_program(
+    step: Any, shapes: tuple[jax.ShapeDtypeStruct, ...], structure: Any
+) -> jax.stages.Compiled:
+    """The program of a `shared_step` for arguments of these shapes, flattened."""
+    return step.lower(*jax.tree.unflatten(structure, shapes)).compile()
 
 
 def _signature(batch: Batch) -> Any:

@@ -367,8 +367,10 @@ def test_the_next_run_of_a_process_does_not_trace_the_same_step_again(monkeypatc
         step = step_of({"seed": seed})
         step.lower(Bucket(32, 32))
         assert len(traced) == 2  # student and teacher
+    program = step.compile(Bucket(32, 32))
+    assert step_of({"seed": 3}).compile(Bucket(32, 32)) is program
     other = step_of({"learning_rate": 0.5})
-    assert other.jitted is not step.jitted and step_of({"seed": 3}).jitted is step.jitted
+    assert other.jitted is not step.jitted and other.compile(Bucket(32, 32)) is not program
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "bench"])
