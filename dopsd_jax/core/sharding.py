@@ -17,7 +17,8 @@ from dopsd_jax.core.trees import Tree
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split a batch
 # Below this many scalars a parameter (one layer of a stack) is whole everywhere: gathering it
-# costs more than holding it.
+# costs more than holding it. Of an adapter already an eighth of it is split: a scalar that trains
+# is held four times, in float32, where a frozen one has 2 bytes.
 MIN_SHARDED_SIZE = 2**16
 
 # Options of the TPU compiler without which v6e and v5p gather weights while nothing else runs, and
@@ -38,16 +39,19 @@ COMPILER_OPTIONS = {  # by how a chip names itself
 # layer and pass: 87 GB read and written per update of Z-Image at 1024 x 1024.
 GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 
+# Of adapters, see models/adapters.py: LoRA [in, r] and [r, out], and the same of LoKr.
+ADAPTERS = {
+    "a": ("fsdp", None), "b": (None, "fsdp"),
+    "w2_down": ("fsdp", None), "w2_up": (None, "fsdp"), "w2": ("fsdp", None),
+}
 # Name -> how the last axes of an array lie on the mesh; axes before them, such as a stack's, stay
 # whole. The last part of a name counts: names of trained trees, moments and averages end as their
 # parameters do. What a network adds with `add_names` comes before these.
 RULES: dict[str, tuple[str | None, ...]] = {
     "kernel": ("fsdp", None),  # of a linear layer, [in, out]
     "embed_tokens": ("fsdp", None),
-    # Adapters, see models/adapters.py: LoRA [in, r] and [r, out], the same of LoKr, and the rest.
-    "a": ("fsdp", None), "b": (None, "fsdp"),
-    "w2_down": ("fsdp", None), "w2_up": (None, "fsdp"), "w2": ("fsdp", None),
-    **dict.fromkeys(("w1", "m", "g", "norm"), ()),
+    **ADAPTERS,
+    **dict.fromkeys(("w1", "m", "g", "norm"), ()),  # the rest of adapters
     **dict.fromkeys(("scale", "bias"), ()),
     **dict.fromkeys(("step", "rng", "count"), ()),  # of a train state
 }
@@ -105,6 +109,12 @@ def _axes_of(name: str) -> tuple[str | None, ...]:
             if part in table:
                 return table[part]
     raise KeyError(name)
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether an array is one of ADAPTERS, or a part of one that is quantised."""
+    *parents, last = name.split("/")
+    return (parents[-1] if parents and last in QUANTISED else last) in ADAPTERS
 
 
 def fsdp_axis(name: str, ndim: int) -> int | None:
@@ -283,7 +293,8 @@ def spec_of(name: str, shape: Sequence[int], mesh: Any) -> PartitionSpec:
     """
     axes = _axes_of(name)
     size = int(np.prod(shape[len(shape) - len(axes):])) if axes else 0
-    if size < MIN_SHARDED_SIZE or len(shape) < len(axes):
+    least = MIN_SHARDED_SIZE // 8 if _of_adapter(name) else MIN_SHARDED_SIZE
+    if size < least or len(shape) < len(axes):
         return PartitionSpec()
     start = len(shape) - len(axes)
 

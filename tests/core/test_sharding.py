@@ -131,6 +131,24 @@ def test_trained_trees_moments_and_averages_lie_like_their_parameters():
     assert per_chip == trees.count(trained) / 16
 
 
+@pytest.mark.parametrize("chips", [4, 16])
+def test_a_smaller_rank_needs_no_more_of_a_chip(chips):
+    shapes = transformer_shapes(Z_IMAGE)
+
+    def per_chip(rank):
+        targets = Z_IMAGE_TARGETS["published"]
+        made = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, targets, rank))
+        placed = sharding.shard(mesh(fsdp=chips), made)
+        return sum(
+            np.prod(where.shard_shape(x.shape)) for where, x in
+            zip(jax.tree.leaves(placed), jax.tree.leaves(made), strict=True)
+        )
+
+    found = [per_chip(rank) for rank in (4, 8, 16, 32, 64)]
+    assert found == sorted(found)
+    assert found[-3] == found[-1] / 4  # all of rank 16 is split, as all of rank 64 is
+
+
 def test_quantised_moments_lie_like_their_parameters():
     optimizer = make_optimizer(
         learning_rate=1e-4, warmup_steps=0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0,
