@@ -22,7 +22,8 @@ def get_config():
     # Share of the rows with pictures that are those of earlier tasks, equally much of each.
     c.replay_share = 0.5
     # Rows that keep (keep_share) also take the prompts of earlier tasks, and hold on to the model
-    # that each task began with instead of the untuned one: where earlier pictures are gone.
+    # that each task began with instead of the untuned one: where no earlier picture may be trained
+    # on again. Their folders must still be there: a changed history is refused.
     c.keep_earlier = False
     # Keys of run_config that differ in every task.
     c.changes = ConfigDict({

@@ -81,7 +81,10 @@ def compared(trials: Trials, rates: dict[str, float]) -> tuple[dict[str, Results
 
 
 def draw_curves(path: Path, found: dict[str, Results]) -> None:
-    """What is kept of old prompts, and known of the styles so far, after each task."""
+    """What is kept of old prompts, and known of the styles so far, after each task.
+
+    Bands are the standard deviation over trainings.
+    """
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     panels = figure.subplots(1, 3)
     for i, (method, results) in enumerate(found.items()):
@@ -93,7 +96,7 @@ def draw_curves(path: Path, found: dict[str, Results]) -> None:
             ax.fill_between(x, values.mean(0) - spread, values.mean(0) + spread, color=f"C{i}",
                             alpha=0.12, lw=0)
     for ax, words in zip(panels, lines, strict=True):
-        ax.set_xlabel("tasks learned")
+        ax.set_xlabel("tasks learned (bands: standard deviation over trainings)")
         ax.set_title(words, fontsize=10)
         ax.grid(alpha=0.3)
     panels[0].legend(fontsize=8)

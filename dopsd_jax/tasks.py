@@ -33,11 +33,10 @@ from dopsd_jax.method import contexts
 from dopsd_jax.run import loop
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.config import check_config, needs_of_rows
+from dopsd_jax.run.loras import CARRIES
 
 FLAGS = flags.FLAGS
 HISTORY = "tasks.json"
-# How a task goes on from those before it -> whether a LoRA or all weights train.
-CARRIES = {"adapter": "lora", "stack": "lora", "full": "full"}
 # Of a task's run, made here.
 OWN_KEYS = ("base_lora", "init_lora", "init_full", "trainable", "earlier_data")
 MOST_PROMPTS = 1000  # of an earlier task's data that are kept
@@ -108,7 +107,11 @@ def planned(config: ConfigDict, workdir: Path) -> list[Task]:
         except (TypeError, ValueError) as e:  # a number where a text stands, and the like
             problems.append(f"task {i} ({task['name']}): {e}")
             continue
-        run.trainable = CARRIES[config.carry]
+        wanted = CARRIES[config.carry]
+        if changes.get("trainable", wanted) != wanted:
+            problems.append(f"task {i} ({task['name']}): trainable: expected {wanted}, as carry = "
+                            f"{config.carry} has it, got {changes['trainable']!r}")
+        run.trainable = wanted
         _stand_on(run, config.carry, found)
         if config.carry == "stack" and found and run.preview_model:
             problems.append(f"task {i} ({task['name']}): preview_model: expected none with carry = "
@@ -259,6 +262,9 @@ def claim(config: ConfigDict, tasks: Sequence[Task], workdir: Path) -> None:
         ValueError: Tasks that were begun in another order or under other names, another way to go
             on, or another number of updates of a task on which a later one stands.
     """
+    def done(task: Task) -> int:
+        return max(workdir_lib.saved_steps(task.workdir), default=0)
+
     file = workdir / HISTORY
     begun: list[dict[str, Any]] = []
     if file.is_file():
@@ -276,6 +282,12 @@ def claim(config: ConfigDict, tasks: Sequence[Task], workdir: Path) -> None:
         if i >= len(tasks) or tasks[i].name != old["name"]:
             now = tasks[i].name if i < len(tasks) else "none"
             problems.append(f"task {i + 1}: was {old['name']}, now {now}")
+        elif i + 1 == len(begun) < len(tasks) and done(tasks[i]) > tasks[i].config.num_train_steps:
+            problems.append(
+                f"task {i + 1} ({old['name']}): {done(tasks[i])} updates are done, now "
+                f"num_train_steps is {tasks[i].config.num_train_steps}, and task {i + 2} would "
+                "stand on it"
+            )
         elif i + 1 < len(begun) and tasks[i].config.num_train_steps != old["num_train_steps"]:
             problems.append(
                 f"task {i + 1} ({old['name']}): num_train_steps was {old['num_train_steps']}, now "

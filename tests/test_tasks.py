@@ -150,6 +150,10 @@ def changed_tasks(make, *changes):
     (lambda make, data: changed_tasks(make, {}), "task 2: was second, now none"),
     (lambda make, data: changed_tasks(make, {"num_train_steps": 4}, {}),
      "num_train_steps was 3, now 4, and task 2 stands on it"),
+    (lambda make, data: make(tasks=(*make().tasks[:1], {
+        "name": "second", "data": str(data / "two"), "lora.rank": 2, "num_train_steps": 1,
+    }, {"name": "third"})), r"task 2 \(second\): 3 updates are done, now num_train_steps is 1, and "
+     "task 3 would stand on it"),
     (lambda make, data: changed_tasks(make, {"data": str(data / "two")}, {}),
      "contents of data: the run has"),
     (lambda make, data: changed_tasks(make, {"learning_rate": 1.0}, {}),
@@ -179,6 +183,8 @@ def test_an_earlier_task_that_went_on_elsewhere_is_noticed(make, stacked, copied
     ({"tasks": [{"name": "a", "rate": 1}]}, r"task 1 \(a\): rate: no key of a run"),
     ({"changes": {"lora": {"rang": 1}}}, r"task 1 \(first\): lora.rang: no key of a run"),
     ({"changes": {"num_train_steps": "many"}}, r"task 1 \(first\): .*num_train_steps"),
+    ({"changes": {"trainable": "full"}},
+     r"task 1 \(first\): trainable: expected lora, as carry = stack has it, got full"),
     ({"keep_earlier": True}, r"task 2 \(second\): keep_share: expected a share above 0"),
     ({"replay_share": 1.0}, r"\(first\): replay_share: expected a share in \[0, 1\), got 1.0"),
     ({"replay_share": 0.5, "tasks": [{"name": "a", "data": "x,y"}, {"name": "b"}]},
@@ -342,7 +348,16 @@ def test_a_run_that_replays_sees_the_pictures_of_both(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_instants(make, tmp_path):
+@pytest.mark.parametrize("carry", ["adapter", "stack"])
+def test_twenty_kills_at_random_instants(make, tmp_path, carry):
     """Each life of a process makes a few seconds of progress, of a minute or more in all."""
-    config = make(changes={"num_train_steps": 600, "sample_every": 100, "checkpoint_every": 10})
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a lighthouse\n")
+    changes = {"num_train_steps": 600, "sample_every": 100, "checkpoint_every": 10}
+    if carry == "adapter":  # with all that keeps what earlier tasks taught
+        changes |= {"teacher": "untuned", "keep_prompts": str(prompts), "keep_share": 0.5,
+                    "anchor": 0.1}
+    config = make(carry=carry, changes=changes, replay_share=0.5)
+    for task in config.tasks:
+        task.pop("lora.rank", None)
     assert kill_and_compare(config, tmp_path, kills=20, seed=2, longest=14) == 20

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from dopsd_jax.core import sharding
+from dopsd_jax.core import child, sharding
 from dopsd_jax.core.memory import memory_of
 from dopsd_jax.models import vae_strips
 from dopsd_jax.models.flux2_vae import Flux2Vae, Flux2VaeConfig
@@ -105,7 +105,7 @@ def _mesh(device: str):
 
 def main() -> None:
     device, family, direction, side, strips, dtype, directory = sys.argv[1:]
-    compiler.end_with_parent()
+    child.end_with_parent()
     if not int(strips):
         vae_strips.WHOLE = float("inf")
     mesh = _mesh(device)

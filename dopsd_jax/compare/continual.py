@@ -110,11 +110,11 @@ def by_task(found: Results) -> dict[str, np.ndarray]:
 
 
 def mean_of(values: np.ndarray) -> Interval:
-    """Interval of a mean over [R, cases], without what is nan."""
+    """Interval of the mean of [R, cases], of each training without what is nan, then of all."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a case that a resample lacks
+        warnings.simplefilter("ignore", RuntimeWarning)  # all cases that a training has
         return crossed_interval(
-            lambda s, c: np.nanmean(np.nanmean(values[s][:, c], axis=0)), *values.shape
+            lambda s, c: np.nanmean(np.nanmean(values[s][:, c], axis=1)), *values.shape
         )
 
 
@@ -173,9 +173,9 @@ def as_text(
         "### After all tasks\n\n" + _table(trials, found, rates),
         _needed(trials, found),
         "### Style accuracy after all tasks, by style\n\n" + _styles(trials, found),
-        "### After task i, task j\n\nStyle accuracy in the order in which each training learned "
-        f"them; of old prompts the first {trials.along}, and all {c.old_prompts} at the end.\n\n"
-        + _matrices(found),
+        "### After task i, task j\n\nAccuracy of style and of things, in the order in which each "
+        f"training learned them; of old prompts the first {trials.along}, and all "
+        f"{c.old_prompts} at the end.\n\n" + _matrices(found),
     ]
     return "\n\n".join(line for line in lines if line)
 
@@ -220,8 +220,9 @@ def _needed(trials: Trials, found: Mapping[str, Results]) -> str:
         said.append(f"{method}: " + (f"{needed:,.0f}" if np.isfinite(needed) else
                                      "more trainings, whatever the prompts"))
     trainings = len(next(iter(found.values())).old)
-    return (f"Old prompts that it takes with {trainings} trainings to tell a loss of "
-            f"{DIFFERENCE:g} of them from none: " + "; ".join(said) + ".")
+    return (f"Old prompts with which {trainings} trainings tell a loss of {DIFFERENCE:g} of them "
+            "from none, so that a 95% interval reaches as far to each side: " + "; ".join(said)
+            + ".")
 
 
 def _old(trials: Trials, measured: Measured, name: str) -> np.ndarray:
@@ -253,18 +254,20 @@ def _styles(trials: Trials, found: Mapping[str, Results]) -> str:
 
 
 def _matrices(found: Mapping[str, Results]) -> str:
-    """Of every method a table: after task i, the style of task j, and what old prompts lost."""
+    """Of every method a table: after task i, style and things of task j, and old prompts."""
     parts = []
     for method, r in found.items():
-        style, old = r.by_place(r.style).mean((0, 3)), np.nanmean(r.old, (0, 2))
+        style, thing = (r.by_place(x).mean((0, 3)) for x in (r.style, r.thing))
+        old = np.nanmean(r.old, (0, 2))
         sharpness, drift = np.nanmean(r.sharpness, (0, 2)), np.nanmean(r.drift, (0, 2))
         count = len(old)
         columns = [*(f"task {j + 1}" for j in range(count)), "old prompts right",
                    "old: sharpness", "old: difference to untuned"]
         rows = {
             f"after task {i + 1}": [
-                *("" if np.isnan(x) else f"{x:.3f}" for x in style[i]), f"{old[i]:.3f}",
-                f"{sharpness[i]:.2f}", f"{drift[i]:.1f}",
+                *("" if np.isnan(x) else f"{x:.3f}, {y:.3f}"
+                  for x, y in zip(style[i], thing[i], strict=True)),
+                f"{old[i]:.3f}", f"{sharpness[i]:.2f}", f"{drift[i]:.1f}",
             ] for i in range(count)
         }
         parts.append(f"{method}:\n\n{markdown_table(columns, rows)}")

@@ -41,6 +41,8 @@ def at_once(count: int) -> int:
 def run_all(jobs: Sequence[Job], what: str) -> None:
     """Runs commands to their ends, and logs how many are done and the time left.
 
+    They end with this process, even if it is killed.
+
     On a CPU several at a time, each on cores of its own: that is faster than one after the other
     on all cores, which small networks leave idle, and compiling uses only one.
 
@@ -79,7 +81,8 @@ def _run(job: Job) -> None:
     with job.logged.open("w") as f:
         f.write("$ python -m " + " ".join(job.command) + "\n")
         f.flush()
-        done = subprocess.run([sys.executable, "-m", *job.command], check=False, stdout=f, stderr=f)
+        command = [sys.executable, "-m", "dopsd_jax.core.child", *job.command]
+        done = subprocess.run(command, check=False, stdout=f, stderr=f)
     if done.returncode:
         last = "".join(job.logged.read_text().splitlines(keepends=True)[-5:])
         raise ValueError(

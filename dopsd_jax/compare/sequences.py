@@ -97,11 +97,12 @@ class Trials:
     def __init__(self, config: ConfigDict, workdir: Path):
         check(config)
         self.config, self.workdir = config, workdir
+        self.styles = tuple(dict.fromkeys(s for order in config.orders for s in order))
         file = config.judge or str(WIDE_JUDGE)
         self._judge, self._known = judge.read(file), judge.read(str(JUDGE)).labels
         self._judge_digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
         self.report = self._judge.report
-        self.styles = tuple(dict.fromkeys(s for order in config.orders for s in order))
+        self._check_judge()
         self._pipe = load_pipeline("mini", dtype="float32", remat="none")
         self._write_pictures()
         self.sets = self._case_sets()
@@ -113,12 +114,15 @@ class Trials:
         self._taught: Measured = {}
         self.along = min(config.old_along, config.old_prompts)  # old prompts after every task
 
-    def _case_sets(self) -> dict[str, CaseSet]:
-        """What is drawn, by style, and old prompts; of what the shipped model knows."""
-        c, labels, known = self.config, self._judge.labels, self._known
+    def _check_judge(self) -> None:
+        labels, known = self._judge.labels, self._known
         if unknown := sorted({*self.styles, *known.concepts} - {*labels.styles, *labels.concepts}):
             raise ValueError(f"judge: expected one that knows {', '.join(unknown)}, got one of "
                              f"{', '.join(labels.styles)}; configs/mini/judge.py trains another")
+
+    def _case_sets(self) -> dict[str, CaseSet]:
+        """What is drawn, by style, and old prompts; of what the shipped model knows."""
+        c, labels, known = self.config, self._judge.labels, self._known
         old = drawing.draw_cases(
             labels, c.old_prompts, seed=7, styles=known.trained_styles,
             concepts=known.trained_concepts,
@@ -151,9 +155,13 @@ class Trials:
     def _write_pictures(self) -> None:
         c = self.config
         for style in self.styles:
-            if not (self.pictures(style) / "ATTRIBUTION").is_file():
-                write_style(load_sprites(), self.pictures(style), style, c.pictures, seed=0,
+            folder = self.pictures(style)
+            if not (folder / "ATTRIBUTION").is_file():
+                write_style(load_sprites(), folder, style, c.pictures, seed=0,
                             concepts=self._known.trained_concepts, called=self._called(style))
+            elif (found := len(list(folder.glob("*.png")))) != c.pictures:
+                raise ValueError(f"pictures: {self.workdir} was begun with {found} of {style}, now "
+                                 f"{c.pictures}; choose another --workdir")
         files = {m.get("changes", {}).get("keep_prompts", "") for m in c.methods.values()} - {""}
         if not any(m.get("rehearsal") for m in c.methods.values()) or self._rehearsed.is_dir():
             return
@@ -205,19 +213,29 @@ class Trials:
         """Trains what is not trained yet; a trial that was stopped continues.
 
         Raises:
-            ValueError: A command ended with an error.
+            ValueError: A trial that was begun with other settings, or a command that ended with an
+                error or too early.
         """
         jobs = []
-        for trial in (t for t in trials if not t.is_done):
+        for trial in trials:
             file = self.workdir / "sequences" / f"{trial.workdir.name}.json"
+            tasks = json.dumps(trial.tasks, indent=1)
+            if trial.workdir.is_dir() and file.is_file() and file.read_text() != tasks:
+                raise ValueError(f"{trial.workdir} was begun with other settings than the config's "
+                                 f"now, see {file}; choose another --workdir")
+            if trial.is_done:
+                continue
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, json.dumps(trial.tasks, indent=1))
+            write_atomic(file, tasks)
             jobs.append(Job(
                 ("dopsd_jax.tasks", "--config", f"{FROM_JSON}:{file}", "--workdir",
                  str(trial.workdir)),
                 self.workdir / "logs" / f"{trial.workdir.name}.log",
             ))
         run_all(jobs, "sequences trained")
+        if early := [str(t.workdir) for t in trials if not t.is_done]:
+            raise ValueError(f"{', '.join(early)}: stopped before the end; give the same command "
+                             "again")
 
     def measure(self, trials: Sequence[Trial]) -> None:
         """Measures the pictures after every task of trials that are trained.
@@ -238,6 +256,8 @@ class Trials:
         """
         if trial is None:
             return {"params": self._pipe.params}
+        if trial.tasks["carry"] == "full":
+            return {"params": workdir_lib.read_full(trial.run(number))}
         first = 1 if trial.tasks["carry"] == "stack" else number
         members = []
         for task in range(first, number + 1):
@@ -329,6 +349,18 @@ def _file_name(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text)
 
 
+def _of_a_sequence(where: str, how: Mapping[str, Any]) -> list[str]:
+    """What is wrong with how sequences go on, as a config or one of its methods says it."""
+    problems = []
+    for key in ("rehearsal", "replay_share"):
+        share = how.get(key, 0.0)
+        if not is_number(share) or not 0 <= share < 1:
+            problems.append(f"{where}{key}: expected a share in [0, 1), got {share!r}")
+    if (carry := how.get("carry", "adapter")) not in loras.CARRIES:
+        problems.append(f"{where}carry: expected one of {tuple(loras.CARRIES)}, got {carry!r}")
+    return problems
+
+
 def check(config: ConfigDict) -> None:
     """Raises ValueError for everything in the comparison itself that cannot be, together."""
     problems = []
@@ -338,6 +370,13 @@ def check(config: ConfigDict) -> None:
     called = [config.called.get(s, s) for s in dict.fromkeys(s for o in orders for s in o)]
     if not all(isinstance(word, str) and word for word in called) or len({*called}) < len(called):
         problems.append(f"called: expected another word for every style, got {called}")
+    if unknown := sorted({s for order in orders for s in order} - {*world.STYLES}):
+        problems.append(f"orders: expected styles of {', '.join(world.STYLES)}, got "
+                        f"{', '.join(map(repr, unknown))}")
+    for rate in config.learning_rates:
+        if not is_number(rate) or rate <= 0:
+            problems.append(f"learning_rates: expected numbers above 0, got {rate!r}")
+    problems += _of_a_sequence("", config)
     if len(config.methods) < 1:
         problems.append("methods: expected at least one, got none")
     files = set()
@@ -349,10 +388,7 @@ def check(config: ConfigDict) -> None:
         if not is_number(rate) or rate <= 0:
             problems.append(f"methods.{name}.learning_rate: expected a number above 0, got "
                             f"{rate!r}")
-        for key in ("rehearsal", "replay_share"):
-            share = how.get(key, 0.0)
-            if not is_number(share) or not 0 <= share < 1:
-                problems.append(f"methods.{name}.{key}: expected a share in [0, 1), got {share!r}")
+        problems += _of_a_sequence(f"methods.{name}.", how)
         files |= {how.get("changes", {}).get("keep_prompts", "")} - {""}
     if len(files) > 1 or (not files and any(m.get("rehearsal") for m in config.methods.values())):
         problems.append("methods: expected one file of keep_prompts, whose pictures are rehearsed "

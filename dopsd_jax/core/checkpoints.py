@@ -134,7 +134,8 @@ class Checkpoints:
     def _find(self, step: int | None) -> int:
         steps = self.all_steps()
         if not steps:
-            raise ValueError(f"no checkpoint yet in {self._manager.directory}")
+            raise ValueError(f"no checkpoint yet in {self._manager.directory}; let the run train "
+                             "until its first one (checkpoint_every)")
         if step is not None and step not in steps:
             raise ValueError(
                 f"{self._manager.directory}: expected the checkpoint of step {step}, found steps "

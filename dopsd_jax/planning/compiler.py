@@ -16,7 +16,6 @@ import os
 import re
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,18 +75,6 @@ def child_environment() -> dict[str, str]:
         "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
-
-
-def end_with_parent() -> None:
-    """Ends this child process when its parent is gone, even if the parent was killed."""
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def compile_in_child(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from dopsd_jax.core import sharding
+from dopsd_jax.core import child, sharding
 from dopsd_jax.core.memory import memory_of
 from dopsd_jax.core.trees import Tree
 from dopsd_jax.data.prompts import smart_resize
@@ -377,7 +377,7 @@ def compile_for(
 
 def main() -> None:
     """JSON file of {config, topology, full, phase}, directory -> compiles, and leaves the dump."""
-    compiler.end_with_parent()
+    child.end_with_parent()
     asked, directory = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     config, topology = ConfigDict(asked["config"]), asked["topology"]
     compiled = lower(config, lowering.topology_mesh(config, topology), asked["phase"]).compile()

@@ -27,6 +27,9 @@ from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import lora_files, lora_reader
 from dopsd_jax.weights.pipeline import Pipeline, transformer_shapes
 
+# How a task goes on from those before it -> whether a LoRA or all weights train.
+CARRIES = {"adapter": "lora", "stack": "lora", "full": "full"}
+
 
 class Named(NamedTuple):
     """A LoRA on disk and how strongly it counts; 1 is as it was trained."""

@@ -309,7 +309,8 @@ def _check_role(workdir: str | Path, config: dict[str, Any], role: str) -> None:
 def _restore_role(workdir: str | Path, step: int | None, role: str) -> trees.Tree:
     directory = checkpoints_of(workdir)
     if not directory.is_dir():
-        raise ValueError(f"no checkpoint yet in {directory}")
+        raise ValueError(f"no checkpoint yet in {directory}; let the run train until its first one "
+                         "(checkpoint_every)")
     checkpoints = Checkpoints(directory, read_only=True)
     try:
         return checkpoints.restore_part((role,), step)[role]

@@ -52,6 +52,10 @@ def test_what_was_learned_and_what_became_of_it(results):
     found = mean_of(results.transfer(results.style))
     np.testing.assert_allclose(found.value, np.mean([-0.15, -0.1, -0.2]))
     assert found.low < found.value < found.high
+    # Every training counts alike, not every style, of which some come last more often.
+    lost = np.full((2, 3), np.nan)
+    lost[0, :2], lost[1, 1:] = (-0.4, 0.0), (-0.1, -0.1)
+    np.testing.assert_allclose(mean_of(lost).value, np.mean([-0.2, -0.1]))
     by_task = list(figures.by_task(results).values())
     np.testing.assert_allclose(by_task[0], np.tile([0.9, 0.8, 0.7], (TRAININGS, 1)))
     np.testing.assert_allclose(by_task[2][0], [1, 0.95, 0.9])
@@ -102,6 +106,11 @@ def test_one_seed_has_no_interval():
     ({"orders": (("a", "a"),)}, "orders: expected the same styles in each, every one once"),
     ({"orders": ()}, "orders: expected"),
     ({"called": ConfigDict({"chalk": "sepia"})}, r"called: expected another word for every style"),
+    ({"orders": (("chalk", "xyz"),)}, "orders: expected styles of noto, .*, got 'xyz'"),
+    ({"carry": "foo"}, "carry: expected one of .*, got 'foo'"),
+    ({"replay_share": 1}, r"replay_share: expected a share in \[0, 1\), got 1"),
+    ({"learning_rates": (1e-3, -1)}, "learning_rates: expected numbers above 0, got -1"),
+    ({"methods": ConfigDict({"x": {"carry": "on"}})}, "methods.x.carry: expected one of"),
     ({"training_seeds": 1}, "training_seeds: expected a whole number from 2 on, got 1"),
     ({"methods": ConfigDict({"x": {"rate": 1}})}, "methods.x: expected changes, carry, keep_e"),
     ({"methods": ConfigDict({"x": {"learning_rate": 0.0}})}, "x.learning_rate: expected a number"),
@@ -120,7 +129,9 @@ def smallest(orders=(("blueprint", "sepia"), ("sepia", "blueprint"))):
     """As little as there can be."""
     c = mini_continual.get_config()
     chosen = ("dopsd, keeping", "sft, rehearsal", "sft on the undistilled")
-    c.methods = ConfigDict({name: c.methods[name] for name in chosen})
+    c.methods = ConfigDict({name: c.methods[name].to_dict() for name in chosen})
+    for how in c.methods.values():
+        del how["learning_rate"]
     c.methods["dopsd, keeping"].update({"keep_earlier": True, "replay_share": 0.25})
     c.orders, c.learning_rates, c.num_train_steps, c.training_seeds = orders, (1e-3,), 2, 2
     c.old_prompts, c.old_along, c.style_things, c.generation_seeds = 4, 2, 2, 2
@@ -185,6 +196,28 @@ def test_pictures_are_measured_once_and_the_untuned_model_does_not_drift(trials,
     monkeypatch.setattr(trials, "draw", None)
     again = trials.measured(None)
     np.testing.assert_array_equal(again[OLD]["sharpness"], first[OLD]["sharpness"])
+
+
+def test_what_was_begun_with_other_settings_is_not_taken_for_these(tmp_path):
+    config = smallest((("blueprint",),))
+    trials = Trials(config, tmp_path)
+    (trial,) = trials.planned({"sft, rehearsal": (1e-3,)}, [1])
+    trial.workdir.mkdir(parents=True)
+    file = tmp_path / "sequences" / f"{trial.workdir.name}.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(trial.tasks | {"replay_share": 0.9}, indent=1))
+    with pytest.raises(ValueError, match="was begun with other settings than the config's now"):
+        trials.train([trial])
+    config.pictures = 9
+    with pytest.raises(ValueError, match="pictures: .* was begun with 8 of blueprint, now 9"):
+        Trials(config, tmp_path)
+
+
+def test_a_sequence_that_stopped_early_is_not_a_result(trials, monkeypatch):
+    planned = trials.planned({"sft, rehearsal": (1e-3,)}, [1])
+    monkeypatch.setattr(sequences, "run_all", lambda jobs, what: None)
+    with pytest.raises(ValueError, match="stopped before the end; give the same command again"):
+        trials.train(planned)
 
 
 def test_all_tasks_of_all_trials_are_measured_each_once(trials, monkeypatch):

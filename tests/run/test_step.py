@@ -99,7 +99,7 @@ def of_plan(config):
 
         patch.setattr(compiler, "compile_in_child", child)
         patch.setattr(compiler, "has_tpu_compiler", lambda: True)
-        patch.setattr(compiler, "end_with_parent", lambda: None)
+        patch.setattr(child, "end_with_parent", lambda: None)
         patch.setattr(
             lowering, "topology_mesh",
             lambda config, topology: sharding.make_mesh(**config.mesh.to_dict()),
