@@ -45,7 +45,7 @@ CHOOSING = 0  # the seed of the trials that choose rates; the figures are of 1, 
 OPTIONS = ("changes", "carry", "keep_earlier", "replay_share", "rehearsal", "learning_rate")
 FROM_JSON = "configs/tasks_from_json.py"
 REAL = 22  # stream of the random numbers of the pictures that the teacher is shown
-DRAWN_AT_ONCE = 25  # pictures; on a CPU a quarter faster than 100, which leave its cache
+DRAWN_AT_ONCE = 10  # pictures; on a CPU a third faster than 100, which leave its cache
 STYLE_NOISE = 100_000  # between the noises of two styles
 Measured = dict[str, dict[str, np.ndarray]]  # name of a set -> style, concept, sharpness, drift
 
