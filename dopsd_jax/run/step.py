@@ -365,7 +365,8 @@ def shared_step(
     """The jitted function of all steps for which these are equal.
 
     With it the next run of a process, such as a later task of a sequence, neither traces nor
-    compiles again what the last one did.
+    compiles again what the last one did; but where remat=auto had to try several policies, the
+    next run tries them again.
 
     Args:
         make: `make_train_step`.
