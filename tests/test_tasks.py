@@ -184,7 +184,7 @@ def test_an_earlier_task_that_went_on_elsewhere_is_noticed(make, stacked, copied
     ({"changes": {"lora": {"rang": 1}}}, r"task 1 \(first\): lora.rang: no key of a run"),
     ({"changes": {"num_train_steps": "many"}}, r"task 1 \(first\): .*num_train_steps"),
     ({"changes": {"trainable": "full"}},
-     r"task 1 \(first\): trainable: expected lora, as carry = stack has it, got full"),
+     r"task 1 \(first\): trainable: expected lora, as carry = stack has it, got 'full'"),
     ({"keep_earlier": True}, r"task 2 \(second\): keep_share: expected a share above 0"),
     ({"replay_share": 1.0}, r"\(first\): replay_share: expected a share in \[0, 1\), got 1.0"),
     ({"replay_share": 0.5, "tasks": [{"name": "a", "data": "x,y"}, {"name": "b"}]},
