@@ -38,8 +38,8 @@ def get_config():
     c.pictures = 8           # of each style
     # Name -> how its sequences go on (carry, keep_earlier, replay_share), keys of a run that differ
     # (changes), its learning_rate, where none is to be chosen, and rehearsal: the share of rows
-    # that are pictures which the untuned model drew. The first by name is what the others are compared
-    # with.
+    # that are pictures which the untuned model drew. The first by name is what the others are
+    # compared with.
     c.methods = ConfigDict({
         "dopsd, keeping": {"changes": UNTUNED | KEEP, "learning_rate": RATE},
         "dopsd": {"changes": UNTUNED, "learning_rate": RATE},
