@@ -26,7 +26,7 @@ from dopsd_jax import plan as plan_lib
 from dopsd_jax import train as train_lib
 from dopsd_jax.bench import ours
 from dopsd_jax.bench.case import Case
-from dopsd_jax.core import sharding, trees
+from dopsd_jax.core import child, sharding, trees
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.method import flow, lora
 from dopsd_jax.method.baselines import draw_sigma
@@ -92,12 +92,12 @@ def of_train(config, workdir):
 def of_plan(config):
     """What `plan` makes its child lower: by the JSON that it hands over, for this machine."""
     with pytest.MonkeyPatch.context() as patch:
-        def child(command, module, *, full=False):
+        def compile_here(command, module, *, full=False):
             assert command[1:3] == ["-m", phases.__name__] and module == "train_step"
             patch.setattr(sys, "argv", [command[2], command[3], "directory"])
             phases.main()
 
-        patch.setattr(compiler, "compile_in_child", child)
+        patch.setattr(compiler, "compile_in_child", compile_here)
         patch.setattr(compiler, "has_tpu_compiler", lambda: True)
         patch.setattr(child, "end_with_parent", lambda: None)
         patch.setattr(
