@@ -217,8 +217,12 @@ def draw_curves(rows: list[dict[str, Any]]) -> Figure | None:
         return None
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.6 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
+    width, height = 4.4 * columns, 3.6 * lines  # inches
+    figure = Figure(figsize=(width, height))
+    # A layout that measures every label takes as long as the drawing.
+    margins = dict(left=0.6 / width, right=1 - 0.15 / width, bottom=0.5 / height,
+                   top=1 - 0.35 / height, wspace=0.2, hspace=0.32)
+    axes = figure.subplots(lines, columns, squeeze=False, gridspec_kw=margins)
     for ax in axes.flat[len(names):]:
         ax.set_axis_off()
     for ax, name in zip(axes.flat, names, strict=False):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dopsd_jax.core.checks import check_shapes
-from dopsd_jax.models.layers import ParamNames
+from dopsd_jax.models.layers import ParamNames, parameter
 from dopsd_jax.models.vae import CONV_FIELDS, Vae, read_config
 
 PATCH = 2  # raw latents per normalised one along h and w
@@ -103,9 +103,9 @@ class Flux2Vae(Vae):
         c = self.config
         self.quant_conv = nn.Conv(2 * c.latent_channels, (1, 1), dtype=self.dtype)
         self.post_quant_conv = nn.Conv(c.latent_channels, (1, 1), dtype=self.dtype)
-        width = (c.normalised_channels,)
-        self.bn_mean = self.param("bn_mean", nn.initializers.zeros, width)
-        self.bn_var = self.param("bn_var", nn.initializers.ones, width)
+        width = c.normalised_channels
+        self.bn_mean = parameter(self, "bn_mean", nn.initializers.zeros, width)
+        self.bn_var = parameter(self, "bn_var", nn.initializers.ones, width)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """The moments of the posterior: [B, H, W, 3] -> [B, h, w, 2C], see `Vae.encode`."""

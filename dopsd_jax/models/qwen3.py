@@ -15,7 +15,7 @@ import numpy as np
 
 from dopsd_jax.core.checks import COUNT, POSITIVE, check_shapes, value_problems
 from dopsd_jax.models.attention import attention
-from dopsd_jax.models.layers import Dense, Dtype, ParamNames, RMSNorm
+from dopsd_jax.models.layers import Dense, Dtype, ParamNames, RMSNorm, parameter
 from dopsd_jax.models.rope import rotate_half
 
 NAMES = ParamNames(
@@ -201,8 +201,8 @@ class Qwen3(nn.Module):
         c = self.config
         if not 1 <= self.depth <= c.num_layers:
             raise ValueError(f"Qwen3: expected a depth of 1 to {c.num_layers}, got {self.depth}")
-        self.embed_tokens = self.param(
-            "embed_tokens", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size)
+        self.embed_tokens = parameter(
+            self, "embed_tokens", nn.initializers.normal(0.02), c.vocab_size, c.hidden_size
         )
         scanned = nn.scan(
             Layer,
@@ -210,6 +210,7 @@ class Qwen3(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, *(nn.broadcast,) * 5),
             length=self.depth,
+            check_constancy_invariants=False,  # see layers.scan_layers
         )
         self.layers = scanned(c, self.dtype)
 

@@ -28,7 +28,7 @@ from dopsd_jax.core.checks import (
     value_problems,
 )
 from dopsd_jax.models.attention import attention
-from dopsd_jax.models.layers import Dense, Dtype, LayerNorm, ParamNames
+from dopsd_jax.models.layers import Dense, Dtype, LayerNorm, ParamNames, parameter
 from dopsd_jax.models.qwen3 import Qwen3, inverse_frequencies, record, rope_theta, rope_values
 from dopsd_jax.models.rope import rotate_half
 
@@ -293,6 +293,7 @@ class VisionTower(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, *(nn.broadcast,) * 3),
             length=c.depth,
+            check_constancy_invariants=False,  # see layers.scan_layers
         )
         (x, recorded), _ = scanned(c, self.dtype, name="blocks")(
             (x, jnp.zeros((len(taps), *x.shape), x.dtype)),
@@ -304,8 +305,9 @@ class VisionTower(nn.Module):
 
     def _positions(self, grid: tuple[int, int]) -> jax.Array:
         c = self.config
-        table = self.param(
-            "pos_embed", nn.initializers.normal(0.02), (c.num_position_embeddings, c.hidden_size)
+        table = parameter(
+            self, "pos_embed", nn.initializers.normal(0.02), c.num_position_embeddings,
+            c.hidden_size,
         )
         side = round(c.num_position_embeddings**0.5)
         index, weight = position_samples(grid, side, c.spatial_merge_size)

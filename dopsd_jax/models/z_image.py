@@ -20,6 +20,7 @@ from dopsd_jax.models.layers import (
     LayerNorm,
     ParamNames,
     RMSNorm,
+    parameter,
     scan_layers,
     sinusoid,
 )
@@ -347,7 +348,7 @@ class ZImageTransformer(nn.Module):
             raise ValueError("ZImageTransformer: " + "; ".join(problems))
 
     def _overwrite_pads(self, name: str, tokens: jax.Array, real: jax.Array) -> jax.Array:
-        pad = self.param(name, nn.initializers.normal(0.02), (1, self.config.dim))
+        pad = parameter(self, name, nn.initializers.normal(0.02), 1, self.config.dim)
         return jnp.where(real[..., None], tokens, pad.astype(tokens.dtype))
 
     def _blocks(self, name: str, x: jax.Array, time, cos, sin, lengths) -> jax.Array:

@@ -177,9 +177,14 @@ def _sample_size(values: dict) -> int:
     return values["sample_size"]
 
 
-@functools.lru_cache(maxsize=8)  # tracing takes longer than a small model's pictures
 def transformer_shapes(network: nn.Module) -> trees.Tree:
     """Parameter shapes of a transformer, float32, without computing anything; not to be changed."""
+    # Of every dtype and policy the same: the checks of a run and its step then share one tracing.
+    return _transformer_shapes(network.clone(dtype=jnp.dtype("float32"), remat="full"))
+
+
+@functools.lru_cache(maxsize=8)  # tracing takes longer than a small model's pictures
+def _transformer_shapes(network: nn.Module) -> trees.Tree:
     args = network.smallest_inputs()
     return jax.eval_shape(lambda: network.init(jax.random.key(0), *args))["params"]
 

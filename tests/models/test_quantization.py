@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+from flax import errors
 
 from dopsd_jax.core import trees
 from dopsd_jax.models import quantization
-from dopsd_jax.models.layers import REMAT_POLICIES, Dense, ParamNames, scan_layers
+from dopsd_jax.models.layers import REMAT_POLICIES, Dense, ParamNames, parameter, scan_layers
 
 # Appendix E of the QLoRA paper.
 NF4 = np.array([
@@ -154,3 +155,33 @@ def test_no_policy_keeps_floats_of_a_quantised_kernel(remat, kind):
         ]
 
     assert [leaf.shape for leaf in kept(quantised)] == []
+
+
+def test_a_parameter_that_is_there_is_read_without_its_initialiser():
+    shapes = []
+
+    def init(key, shape):
+        shapes.append(shape)
+        return jnp.zeros(shape)
+
+    class Product(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ parameter(self, "kernel", init, x.shape[-1], 40)
+
+    x, kernel = weights(5, WIDTH), weights(WIDTH, 40)
+    np.testing.assert_array_equal(Product().apply({"params": {"kernel": kernel}}, x), x @ kernel)
+    assert not shapes
+    Product().init(jax.random.key(0), x)
+    assert shapes == [(WIDTH, 40)]
+
+
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_a_parameter_of_another_shape_or_none_is_refused(kind):
+    x, kernel = weights(5, WIDTH), jnp.asarray(weights(WIDTH - 1, 40))
+    if kind:
+        kernel = quantization.quantise(kernel, kind)
+    with pytest.raises(errors.ScopeParamShapeError, match=r"\(96, 40\), but .*\(95, 40\)"):
+        Dense(40).apply({"params": {"kernel": kernel}}, x)
+    with pytest.raises(errors.ScopeParamNotFoundError):
+        Dense(40).apply({"params": {"bias": jnp.zeros(40)}}, x)

@@ -315,6 +315,9 @@ def test_every_key_of_the_optimizer_has_a_case():
 class Network(nn.Module):
     """Two layers: what a step makes of its config does not depend on the network."""
 
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
     def smallest_inputs(self):
         return jnp.zeros((1, 2, 2, 4)), jnp.zeros((1, 2, 4))
 
