@@ -58,13 +58,10 @@ def parser() -> argparse.ArgumentParser:
 
 def flags_of(command: str) -> list[flags.Flag]:
     """The flags that a command defines, by name; none of them stays defined."""
-    before = set(FLAGS)
-    module = "data.__main__" if command == "data" else command
-    importlib.import_module(f"dopsd_jax.{module}").define_flags()
-    found = {FLAGS[name].name: FLAGS[name] for name in sorted(set(FLAGS) - before)}
-    for name in set(FLAGS) - before:
-        delattr(FLAGS, name)
-    return list(found.values())
+    module = f"dopsd_jax.{'data.__main__' if command == 'data' else command}"
+    with cli.flags_of_its_own(module):
+        importlib.import_module(module).define_flags()
+        return [FLAGS[name] for name in cli.flag_names(FLAGS)]
 
 
 def _add(one: argparse.ArgumentParser, name: str, words: str, alone: bool, choices) -> None:
@@ -94,7 +91,6 @@ def main() -> None:
         ) from e
     out = Path(FLAGS.out).expanduser()
     cli.check_directory(out.parent)
-    del FLAGS.out  # which `flags_of` defines again
     script = shtab.complete(parser(), shell="bash") + EQUALS
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, script)

@@ -14,7 +14,7 @@ from absl import flags
 
 from dopsd_jax.core import cli
 from dopsd_jax.mini.before_after import STYLE, before_and_after
-from dopsd_jax.run import previews
+from dopsd_jax.run import loop, previews
 from dopsd_jax.run import workdir as workdir_lib
 
 FLAGS = flags.FLAGS
@@ -57,4 +57,4 @@ The same with Z-Image-Turbo and your own pictures (README, "Real weights"):
 
 if __name__ == "__main__":
     define_flags()
-    cli.run_command(main)
+    cli.run_command(main, errors=(loop.TrainingError,))

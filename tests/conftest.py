@@ -21,6 +21,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from configs import tiny as tiny_config
+from dopsd_jax.core.cli import collect_garbage_seldom
 from dopsd_jax.core.log import log
 from dopsd_jax.weights.random_flux2 import write_random_flux2
 from dopsd_jax.weights.random_pipeline import write_random_pipeline
@@ -28,9 +29,11 @@ from dopsd_jax.weights.random_pipeline import write_random_pipeline
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-# Two thirds of the compile time, here and in the commands that tests start: XLA's CPU compiler
-# leaves out LLVM's optimisation. The long checks compile as a user does.
-QUICK = "--xla_backend_optimization_level=0"
+# Five sixths of the compile time, here and in the commands that tests start: XLA's CPU compiler
+# leaves out LLVM's optimisation, lowers fusions without MLIR's passes, and gives LLVM a program in
+# one piece. The long checks compile as a user does.
+QUICK = ("--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+         "--xla_cpu_parallel_codegen_split_count=1")
 DAYS = 14  # after which what was compiled is compiled anew
 
 
@@ -56,6 +59,10 @@ LONGEST = (
     "test_mesh", "test_bucket", "test_readme", "test_denoiser", "test_step", "test_plan",
     "test_encode", "test_tasks", "test_continual", "test_paired",
 )
+
+
+def pytest_collection_finish():
+    collect_garbage_seldom()
 
 
 def pytest_collection_modifyitems(items):

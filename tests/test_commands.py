@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dopsd_jax import __main__ as dopsd
+from tests import commands
 from tests.commands import environment
 
 ROOT = Path(__file__).parents[1]
@@ -34,10 +35,7 @@ def command(tiny, tmp_path):
 
     def run(name, *args):
         args = [str(a).format(model=tiny.pipeline, vlm=tiny.vlm) for a in args]
-        done = subprocess.run(
-            [sys.executable, "-m", f"dopsd_jax.{name}", *args], cwd=tmp_path, text=True,
-            capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)), check=False,
-        )
+        done = commands.run(f"dopsd_jax.{name}", *args, cwd=tmp_path)
         assert done.returncode == 1, done.stdout + done.stderr
         assert "Traceback" not in done.stderr and "reading" not in done.stderr, done.stderr
         assert sorted(tmp_path.iterdir()) == before
@@ -234,8 +232,7 @@ def test_bash_completes_commands_flags_values_paths_and_keys(completed, line, wo
 
 @pytest.mark.parametrize("start", [["help", "score"], ["score", "--help"], ["score", "-h"]])
 def test_help_has_an_example_and_the_flags_of_a_command_in_groups(start, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "dopsd_jax", *start], cwd=tmp_path, text=True,
-                          capture_output=True, check=False, env=environment())
+    done = commands.run("dopsd_jax", *start, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     example, flags, metrics = (done.stdout.index(x) for x in (
         "    python -m dopsd_jax.score --pictures ", "\nflags:\n  --dino_size: ",
@@ -245,9 +242,8 @@ def test_help_has_an_example_and_the_flags_of_a_command_in_groups(start, tmp_pat
 
 
 def test_help_says_where_keys_of_a_config_are():
-    done = subprocess.run([sys.executable, "-m", "dopsd_jax.train", "--help"], cwd=ROOT, text=True,
-                          capture_output=True, check=True, env=environment())
-    assert " \\\n        --config.model=DIR" in done.stdout
+    done = commands.run("dopsd_jax.train", "--help")
+    assert done.returncode == 0 and " \\\n        --config.model=DIR" in done.stdout
     assert "python -m dopsd_jax.run.keys" in done.stdout and "--coordinator: " in done.stdout
 
 

@@ -1,10 +1,7 @@
 """The encoder cache: what is in it, what invalidates it, and training from it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -27,6 +24,7 @@ from dopsd_jax.run import keys
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.config import needs_of_rows
 from dopsd_jax.weights import load, pipeline
+from tests import commands
 
 ROOT = Path(__file__).parents[1]
 # Keys that no context follows from, or that are in it by content (data, images, weights, bucket).
@@ -343,13 +341,11 @@ def test_captions_are_checked_before_weights_are_read(config, own_photos, monkey
 
 def test_the_command_says_what_it_did_and_what_is_wrong(tiny, photos, cache, tmp_path):
     def run(*more):
-        return subprocess.run(
-            [sys.executable, "-m", "dopsd_jax.encode", "--config", "configs/tiny.py",
-             f"--config.model={tiny.pipeline}", f"--config.vlm={tiny.vlm}",
-             f"--config.data={photos}", "--config.buckets=64x64,96x64", "--config.text_tokens=128",
-             "--config.teacher_tokens=672", *more],
-            cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True,
-            check=False,
+        return commands.run(
+            "dopsd_jax.encode", "--config", "configs/tiny.py", f"--config.model={tiny.pipeline}",
+            f"--config.vlm={tiny.vlm}", f"--config.data={photos}",
+            "--config.buckets=64x64,96x64", "--config.text_tokens=128",
+            "--config.teacher_tokens=672", *more,
         )
 
     done = run(f"--config.cache={cache}")

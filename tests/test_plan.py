@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from dopsd_jax.core import trees
 from dopsd_jax.planning import compiler, hlo, lowering
 from dopsd_jax.planning.chips import CHIPS, GIB
 from dopsd_jax.weights.pipeline import transformer_shapes
+from tests import commands
 from tests.planning.test_hlo import REPORT, TEXT
 
 ROOT = Path(__file__).parents[1]
@@ -189,10 +187,7 @@ def test_a_sweep_puts_the_best_first_and_what_does_not_fit_last(fake_compiler, m
 
 
 def run(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "dopsd_jax.plan", *args], cwd=ROOT, capture_output=True, text=True,
-        check=False, env=dict(os.environ, PYTHONPATH=str(ROOT)),
-    )
+    return commands.run("dopsd_jax.plan", *args)
 
 
 @pytest.mark.parametrize("arguments,message", [

@@ -3,8 +3,6 @@
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,12 +15,11 @@ from configs import tiny as tiny_config
 from dopsd_jax import encode as encode_lib
 from dopsd_jax.core.checkpoints import Checkpoints
 from dopsd_jax.core.metrics import read_metrics
-from tests.commands import environment
+from tests import commands
 
-ROOT = Path(__file__).parents[1]
-DEVICES = 8
+DEVICES = 4
 SETTINGS = {
-    "buckets": "64x64", "batch_size": 8, "num_train_steps": 4, "checkpoint_every": 2,
+    "buckets": "64x64", "batch_size": 4, "num_train_steps": 4, "checkpoint_every": 2,
     "log_every": 1, "sample_every": 4, "sample_steps": 2, "text_tokens": 64, "teacher_tokens": 64,
     "vlm_min_pixels": 64 * 64, "vlm_max_pixels": 64 * 64, "small_buckets": "error",
 }
@@ -35,23 +32,21 @@ class Run:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        args = [sys.executable, "-m", f"dopsd_jax.{module}", "--config", "configs/tiny.py",
-                *(["--workdir", str(workdir)] if workdir else []),
+        args = ["--config", "configs/tiny.py", *(["--workdir", workdir] if workdir else []),
                 *(f"--config.{k}={v}" for k, v in {**settings, **more}.items())]
-        env = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={DEVICES // count}")
+        flags = f"--xla_force_host_platform_device_count={DEVICES // count}"
         self.processes = []
         for i in range(count):
             together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                         "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
-            self.processes.append(subprocess.Popen(
-                args, cwd=ROOT, env=env | (together if count > 1 else {}), text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            self.processes.append(commands.Child(
+                f"dopsd_jax.{module}", *args, XLA_FLAGS=flags, **(together if count > 1 else {})
             ))
 
     def end(self, code=0):
         """Waits; the output of each process."""
         try:
-            outputs = [p.communicate(timeout=1800)[0] for p in self.processes]
+            outputs = ["".join(p.communicate(timeout=1800)) for p in self.processes]
         finally:
             self.kill()
         assert [p.returncode for p in self.processes] == [code] * len(self.processes), outputs
@@ -64,9 +59,9 @@ class Run:
 
 @pytest.fixture(scope="module")
 def settings(tiny, tmp_path_factory):
-    """Data for eight devices, and its contexts in a cache."""
+    """Data for four devices, and its contexts in a cache."""
     photos = tmp_path_factory.mktemp("photos")
-    for i in range(9):
+    for i in range(5):
         pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
         Image.fromarray(pixels).save(photos / f"{i}.png")
         (photos / f"{i}.txt").write_text(f"a photo of {i}")
@@ -118,7 +113,7 @@ def test_two_processes_take_the_steps_of_one(one, two):
 
 def test_only_the_first_process_talks_and_draws(one, two):
     first, second = two[1]
-    assert "step 4/4" in first and "process 0 of 2, 4 of 8 devices" in first
+    assert "step 4/4" in first and "process 0 of 2, 2 of 4 devices" in first
     assert "step" not in second.replace("--xla", "") and str(two[0]) not in second
     assert {p.name for p in (one[0] / "samples").iterdir()} == {
         p.name for p in (two[0] / "samples").iterdir()}
@@ -144,7 +139,7 @@ def wait_for(condition, run, timeout=1800):
     while not condition():
         if time.time() > end or any(p.poll() is not None for p in run.processes):
             run.kill()
-            raise AssertionError(run.processes[0].stdout.read())
+            raise AssertionError(run.processes[0].printed())
         time.sleep(0.01)
 
 
@@ -183,7 +178,7 @@ def test_processes_share_the_encoding(settings, tmp_path):
     from dopsd_jax.data.cache import Cache
 
     outputs = Run(settings, None, 2, "encode", cache=tmp_path / "cache").end()
-    assert all("\n9 entries made, 0 were there" in f"\n{output}" for output in outputs)
+    assert all("\n5 entries made, 0 were there" in f"\n{output}" for output in outputs)
     old, new = Cache(str(settings["cache"])), Cache(tmp_path / "cache")
     assert set(new) == set(old) and len(list((tmp_path / "cache").iterdir())) == 4
     for key in old:

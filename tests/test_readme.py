@@ -14,6 +14,7 @@ from skimage import data as photographs
 
 from dopsd_jax.core.metrics import read_metrics
 from dopsd_jax.run.workdir import flat_config
+from tests import commands
 from tests.commands import environment, wrong_flags
 from tests.weights.one_file_examples import example, z_image_of_its_makers
 
@@ -60,7 +61,7 @@ def run_block(home, mark, smaller):
     for line in block(mark).strip().splitlines():
         python, _, module, *rest = shlex.split(line)
         assert python == "python"
-        run(home, "-m", module, *changed(rest, smaller[module]))
+        run(home, module, *changed(rest, smaller[module]))
 
 
 def changed(args, changes):
@@ -74,9 +75,8 @@ def changed(args, changes):
     return [*kept, *changes]
 
 
-def run(home, *args):
-    done = subprocess.run([sys.executable, *args], cwd=home, env=environment(),
-                          capture_output=True, text=True, check=False)
+def run(home, module, *args):
+    done = commands.run(module, *args, cwd=home)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -127,7 +127,9 @@ def test_the_commands_train_and_sample_with_files_of_comfyui(home, tiny):
 
 def test_the_python_lines_draw_with_the_lora(home):
     code = block("tested python").replace("512", "64") + "print(pixels.dtype, pixels.shape)"
-    assert "uint8 (1, 64, 64, 3)" in run(home, "-c", code)
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, env=environment(),
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "uint8 (1, 64, 64, 3)" in done.stdout, done.stderr
 
 
 def test_the_readme_is_for_someone_with_two_minutes():

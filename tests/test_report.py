@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from PIL import Image
 from dopsd_jax import report
 from dopsd_jax.core.metrics import Metrics, draw_curves, read_metrics
 from dopsd_jax.run import preflight
+from tests import commands
 
 ROOT = Path(__file__).parents[1]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -139,8 +139,7 @@ def test_curves_of_a_run_whose_vectors_changed_their_length_are_drawn():
 
 def test_the_command_writes_the_page_and_refuses_what_is_no_run(workdir, tmp_path):
     def run(*args):
-        return subprocess.run([sys.executable, "-m", "dopsd_jax.report", *args], cwd=ROOT,
-                              capture_output=True, text=True, check=False)
+        return commands.run("dopsd_jax.report", *args)
 
     done = run("--workdir", str(workdir), "--out", str(tmp_path / "page.html"))
     assert done.returncode == 0 and str(tmp_path / "page.html") in done.stdout, done.stderr

@@ -27,6 +27,7 @@ from dopsd_jax.run import loop, previews
 from dopsd_jax.run import step as step_lib
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import WeightsError
+from tests import commands
 from tests.commands import environment
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def photos(tmp_path_factory):
 OVERRIDES = {
     "buckets": "64x64,96x64", "num_train_steps": STEPS, "checkpoint_every": 10, "sample_every": 0,
     "teacher_tokens": 96, "text_tokens": 64, "log_every": 1, "sample_steps": 2,
-    "vlm_min_pixels": 128 * 128, "vlm_max_pixels": 128 * 128,
+    "vlm_min_pixels": 128 * 128, "vlm_max_pixels": 128 * 128, "num_steps": 2,
 }
 
 
@@ -57,31 +58,28 @@ def config(tiny, photos):
     return c
 
 
-def command(tiny, photos, workdir, **more):
+def flags(tiny, photos, workdir, **more):
+    """Of the command."""
     values = {"model": tiny.pipeline, "vlm": tiny.vlm, "data": photos, **OVERRIDES, **more}
-    return [sys.executable, "-m", "dopsd_jax.train", "--config", "configs/tiny.py",
-            "--workdir", str(workdir), *(f"--config.{k}={v}" for k, v in values.items())]
+    return ["--config", "configs/tiny.py", "--workdir", str(workdir),
+            *(f"--config.{k}={v}" for k, v in values.items())]
 
 
-def start(args, **variables):
-    return subprocess.Popen(
-        args, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
+def from_the_shell(*args, **variables):
+    """Status and output of Python in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=environment(**variables), text=True, timeout=600,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )
-
-
-def finish(args, **variables):
-    process = start(args, **variables)
-    output, _ = process.communicate(timeout=600)
-    return process.returncode, output
+    return done.returncode, done.stdout
 
 
 def wait_for(process, condition, timeout=300):
     end = time.time() + timeout
     while not condition():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.printed()
         assert time.time() < end, "timed out"
-        time.sleep(0.001)
+        time.sleep(0.01)
 
 
 def final_state(workdir):
@@ -102,9 +100,10 @@ def assert_same(one, two):
 @pytest.fixture(scope="module")
 def uninterrupted(tiny, photos, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "whole"
-    code, output = finish(
-        command(tiny, photos, workdir, sample_every=15, sample_prompts="('a fox','two dogs')",
-                trackers="trackio"),
+    code, output = from_the_shell(
+        "-m", "dopsd_jax.train",
+        *flags(tiny, photos, workdir, sample_every=15, sample_prompts="('a fox','two dogs')",
+               trackers="trackio"),
         TRACKIO_DIR=str(workdir.parent / "trackio"),
     )
     assert code == 0, output
@@ -166,47 +165,65 @@ def test_reading_a_lora_leaves_an_unfinished_save_alone(uninterrupted, tmp_path)
     assert unfinished.is_dir()
 
 
-@pytest.mark.parametrize("moment", ["before the first save", "during a save", "late"])
-def test_killed_and_resumed_equals_uninterrupted(tiny, photos, uninterrupted, tmp_path, moment):
-    args = command(tiny, photos, tmp_path / "run")
-    checkpoints = tmp_path / "run" / "checkpoints"
-    conditions = {
-        "before the first save": lambda: len(read_metrics(tmp_path / "run")) >= 1,
-        "during a save": lambda: any("tmp" in p.name for p in checkpoints.glob("*")),
-        "late": lambda: len(read_metrics(tmp_path / "run")) >= 22,
-    }
-    process = start(args)
-    wait_for(process, conditions[moment])
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    code, output = finish(args)
+def test_killed_stopped_and_resumed_equals_uninterrupted(tiny, photos, uninterrupted, tmp_path):
+    """One run killed before its first save, stopped, killed during a save, and killed late."""
+    workdir = tmp_path / "run"
+    command = ("dopsd_jax.train", *flags(tiny, photos, workdir))
+
+    def interrupt(how, when):
+        process = commands.Child(*command)
+        wait_for(process, when)
+        process.send_signal(how)
+        output = "".join(process.communicate(timeout=300))
+        return process.returncode, output
+
+    def has_saved():
+        return [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+
+    killed = -signal.SIGKILL
+    assert interrupt(signal.SIGKILL, lambda: read_metrics(workdir))[0] == killed
+    assert not has_saved()
+    seen = len(read_metrics(workdir))
+    code, output = interrupt(signal.SIGTERM, lambda: len(read_metrics(workdir)) > seen)
+    assert code == 0 and "SIGTERM: saved step" in output, output
+    (saved,) = has_saved()
+    code, output = interrupt(
+        signal.SIGKILL, lambda: any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
+    )
+    assert code == killed and f"resumed at step {saved.name}" in output, output
+    late = max(22, len(read_metrics(workdir)) + 1)
+    assert interrupt(signal.SIGKILL, lambda: len(read_metrics(workdir)) >= late)[0] == killed
+    done = commands.run(*command)
+    assert done.returncode == 0 and "resumed at step" in done.stderr, done.stderr
+    assert_same(final_state(workdir), final_state(uninterrupted[0]))
+
+
+@pytest.fixture(scope="module")
+def second(tiny, photos, uninterrupted, tmp_path_factory):
+    """What a second run prints: same config, other files; then the modules that it imported."""
+    workdir = tmp_path_factory.mktemp("second") / "run"
+    script = (
+        "import sys; from dopsd_jax import train; train.define_flags()\n"
+        f"sys.argv = ['train', *{flags(tiny, photos, workdir)!r}]\n"
+        "try: train.cli.run_command(train.main)\n"
+        "except SystemExit as e: assert not e.code, e\n"
+        "print('imported:', *sorted(m for m in sys.modules if '.' not in m))"
+    )
+    code, output = from_the_shell("-c", script, JAX_DEBUG_LOG_MODULES="jax._src.compiler")
     assert code == 0, output
-    assert_same(final_state(tmp_path / "run"), final_state(uninterrupted[0]))
+    return output
 
 
-def test_sigterm_saves_and_the_next_start_continues(tiny, photos, uninterrupted, tmp_path):
-    args = command(tiny, photos, tmp_path / "run", checkpoint_every=1000)
-    process = start(args)
-    wait_for(process, lambda: len(read_metrics(tmp_path / "run")) >= 1)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "SIGTERM: saved step" in output, output
-    code, output = finish(args)
-    assert code == 0 and "resumed at step" in output, output
-    assert_same(final_state(tmp_path / "run"), final_state(uninterrupted[0]))
-
-
-def test_a_second_run_compiles_nothing(tiny, photos, uninterrupted, tmp_path):
-    # Different files, same config.
-    code, output = finish(command(tiny, photos, tmp_path / "warm"))
-    assert code == 0, output
-    told = {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
-    code, output = finish(command(tiny, photos, tmp_path / "run"), **told)
-    assert code == 0, output
-    taken = re.findall(r"Persistent compilation cache hit for '(\w+)'", output)
+def test_a_second_run_compiles_nothing(second):
+    taken = re.findall(r"Persistent compilation cache hit for '(\w+)'", second)
     assert "jit_train_step" in taken and len(taken) > 20
-    assert "PERSISTENT COMPILATION CACHE MISS" not in output
+    assert "PERSISTENT COMPILATION CACHE MISS" not in second
+
+
+def test_training_imports_neither_torch_nor_tensorflow(second):
+    imported = set(re.search("^imported: (.*)$", second, re.MULTILINE)[1].split())
+    assert {"jax", "dopsd_jax"} <= imported
+    assert not {"torch", "tensorflow", "diffusers", "peft"} & imported
 
 
 def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
@@ -309,23 +326,9 @@ def test_vision_tower_of_another_language_model_is_refused(config, tmp_path):
 
 
 def test_unknown_config_key_is_refused(tiny, photos, tmp_path):
-    code, output = finish(command(tiny, photos, tmp_path, learning_rat=1))
-    assert code != 0 and "learning_rat" in output and not (tmp_path / "config.json").exists()
-
-
-def test_training_imports_neither_torch_nor_tensorflow(tiny, photos, tmp_path, uninterrupted):
-    args = command(tiny, photos, tmp_path / "run", num_train_steps=1)[3:]
-    script = (
-        "import sys; from dopsd_jax import train; train.define_flags()\n"
-        f"sys.argv = ['train', *{args!r}]\n"
-        "try: train.cli.run_command(train.main)\n"
-        "except SystemExit as e: assert not e.code, e\n"
-        "bad = {'torch', 'tensorflow', 'diffusers', 'peft'} & set(sys.modules)\n"
-        "assert not bad, bad\nprint('clean')"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
-                          env=environment(), check=False)
-    assert "clean" in done.stdout, done.stdout + done.stderr
+    done = commands.run("dopsd_jax.train", *flags(tiny, photos, tmp_path, learning_rat=1))
+    assert done.returncode == 1 and "learning_rat" in done.stderr
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_full_fine_tuning_runs_and_resumes(config, tmp_path):

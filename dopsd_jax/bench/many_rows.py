@@ -12,6 +12,8 @@ from __future__ import annotations
 import io
 import json
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -66,12 +68,14 @@ def measure(directory: Path, kind: str, count: int) -> tuple[float, float]:
     """Trains by the command; returns its seconds, start to end, and its peak memory in MiB."""
     data = write_rows(directory, kind, count)
     began = time.monotonic()
-    cli.run_module(
-        "dopsd_jax.train", "--config", "configs/mini_style.py", "--workdir", str(directory / "run"),
+    # A process of its own, whose memory is measured.
+    subprocess.run([
+        sys.executable, "-m", "dopsd_jax.train", "--config", "configs/mini_style.py",
+        "--workdir", str(directory / "run"),
         f"--config.data={data}", "--config.encode=online", "--config.buckets=64x64,80x48",
         f"--config.num_train_steps={STEPS}", "--config.preflight=off", "--config.sample_every=0",
         "--config.log_every=1",
-    )
+    ], check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     return time.monotonic() - began, peak
 

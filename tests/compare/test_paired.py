@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from dopsd_jax.compare.stats import mean_interval
 from dopsd_jax.core import trees
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.pipeline import transformer_shapes
-from tests.commands import ROOT, environment
+from tests import commands
 
 PROMPTS = ["a red fox", "the sea", "snow"]  # of one padded length: fewer programs to compile
 SIZE = dict(num_steps=2, height=32, width=48, dtype="float32")
@@ -55,11 +53,10 @@ def done(tiny, lora, options, tmp_path_factory):
     """(workdir, what the command printed); nothing in it may be changed."""
     folder = tmp_path_factory.mktemp("paired")
     (folder / "prompts.txt").write_text("\n".join([*PROMPTS, "", PROMPTS[0]]))
-    ran = subprocess.run(
-        [sys.executable, "-m", "dopsd_jax.paired", f"--model={tiny.pipeline}", f"--lora={lora}:0.5",
-         f"--prompts={folder}/prompts.txt", "--seeds=2", "--seed=5", "--batch=4",
-         f"--workdir={folder}/w", *(f"--{k}={v}" for k, v in (SIZE | options).items())],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
+    ran = commands.run(
+        "dopsd_jax.paired", f"--model={tiny.pipeline}", f"--lora={lora}:0.5",
+        f"--prompts={folder}/prompts.txt", "--seeds=2", "--seed=5", "--batch=4",
+        f"--workdir={folder}/w", *(f"--{k}={v}" for k, v in (SIZE | options).items()),
     )
     assert ran.returncode == 0, ran.stderr
     assert "3 prompts, 2 seeds each: 6 pairs" in ran.stderr

@@ -18,16 +18,14 @@ from dopsd_jax.compare import metric_weights as weights
 from dopsd_jax.compare import scores
 from dopsd_jax.compare.features import Clip, Dino
 from dopsd_jax.compare.lpips import Lpips
+from tests import commands
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a [V] in the snow", "a red fox", "the sea, " * 20]
 
 
 def run(module, *args):
-    return subprocess.run(
-        [sys.executable, "-m", f"dopsd_jax.{module}", *map(str, args)], cwd=ROOT, text=True,
-        capture_output=True, env=dict(os.environ, COLUMNS="200"), check=False,
-    )
+    return commands.run(f"dopsd_jax.{module}", *args, COLUMNS="200")
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
 from configs import common
 from dopsd_jax.core import cli
@@ -36,6 +38,39 @@ def test_keys_are_found_in_every_form_of_a_flag(form):
     with pytest.raises(ValueError, match=r"--config\.see_d: no such key; did you mean seed\?"):
         cli.check_config_flags(argv)
     cli.check_config_flags(["train", "--config=configs/tiny.py", form.format("seed")])
+
+
+def test_a_command_runs_another_one_with_flags_of_its_own(tmp_path, capsys, monkeypatch):
+    module = types.ModuleType("dopsd_jax.other")
+    seen = []
+
+    def define_flags():
+        config_flags.DEFINE_config_file("config", None, "A config.", lock_config=True)
+        flag = flags.Flag(flags.ArgumentParser(), None, "out", None, "Where to.")
+        flags.DEFINE_flag(flag, module_name=module.__name__, required=True)
+
+    def main():
+        seen.append((flags.FLAGS.out, flags.FLAGS.config.seed, sys.argv))
+        if flags.FLAGS.out == "b":
+            raise ValueError("refused")
+
+    module.define_flags, module.main = define_flags, main
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    argv = ["--config=configs/tiny.py", "--config.seed=7", "--out"]
+    with cli.flags_of_its_own("outer"):  # of pytest, none that would be missed
+        mine = flags.Flag(flags.ArgumentParser(), None, "out", "mine", "Where to.")
+        flags.DEFINE_flag(mine, module_name="dopsd_jax.outer")
+        before, given = set(flags.FLAGS), sys.argv
+        cli.run_module(module.__name__, *argv, "a folder")
+        with pytest.raises(ValueError, match="refused"):
+            cli.run_module(module.__name__, *argv, "b")
+        with pytest.raises(SystemExit, match="--nowhere: no such flag"):
+            cli.run_module(module.__name__, *argv, "c", "--nowhere=1")
+        assert set(flags.FLAGS) == before and flags.FLAGS["out"] is mine and sys.argv is given
+    assert "out" not in flags.FLAGS
+    assert seen == [(out, 7, [module.__name__, *argv, out]) for out in ("a folder", "b")]
+    shown = capsys.readouterr().out
+    assert f"$ python -m dopsd_jax.other {' '.join(argv)} 'a folder'\n" in shown
 
 
 def test_faults_of_the_program_keep_their_traceback(monkeypatch):

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ from dopsd_jax.data.files import DataError
 from dopsd_jax.data.images import to_uint8
 from dopsd_jax.run import data_check, data_page
 from dopsd_jax.run.config import needs_of_rows
-from tests.commands import environment
+from tests import commands
 from tests.test_report import Reader
 
 ROOT = Path(__file__).parents[2]
@@ -338,10 +336,7 @@ def test_a_run_says_in_its_log_what_sizes_alone_tell(config, tmp_path, monkeypat
 def command(config, *args):
     keys = ("model", "vlm", "data", "buckets", "text_tokens", "teacher_tokens", "truncate_prompts")
     given = [f"--config.{key}={config[key]}" for key in keys]
-    return subprocess.run(
-        [sys.executable, "-m", "dopsd_jax", "data", "--config=configs/tiny.py", *given, *args],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
-    )
+    return commands.run("dopsd_jax", "data", "--config=configs/tiny.py", *given, *args)
 
 
 def test_the_command_writes_both_files_and_says_what_is_wrong(config, tmp_path):

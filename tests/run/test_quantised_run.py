@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ from dopsd_jax.method.contexts import text_context
 from dopsd_jax.models import quantization
 from dopsd_jax.run import loras
 from dopsd_jax.weights.pipeline import load_pipeline
-from tests.commands import ROOT, environment
+from tests import commands
 from tests.velocity_error import velocity_of_mini
 
 STACKS = (r"(model\.)?(layers|noise_refiner|context_refiner|language_model\.layers|"
@@ -176,11 +174,8 @@ def test_prompts_are_encoded_before_the_transformer_is_there(tiny):
 
 
 def test_a_cache_with_nothing_to_keep_is_refused(tiny, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "dopsd_jax.sample", "--model", str(tiny.pipeline), "--prompt", "a",
-         "--cache_quantised", "--out", str(tmp_path)],
-        cwd=ROOT, env=environment(), check=False, capture_output=True, text=True,
-    )
+    done = commands.run("dopsd_jax.sample", "--model", tiny.pipeline, "--prompt", "a",
+                        "--cache_quantised", "--out", tmp_path)
     assert done.returncode and "--cache_quantised: expected a quantised" in done.stderr
 
 
@@ -188,9 +183,7 @@ def test_the_command_draws_on_int8_and_says_so(tiny, tmp_path):
     out = tmp_path / "out"
     flags = {"model": tiny.pipeline, "prompt": "a fox", "base_dtype": "int8", "height": 64,
              "width": 64, "num_steps": 1, "out": out}
-    subprocess.run(
-        [sys.executable, "-m", "dopsd_jax.sample", *(f"--{k}={v}" for k, v in flags.items())],
-        cwd=ROOT, env=environment(), check=True,
-    )
+    done = commands.run("dopsd_jax.sample", *(f"--{k}={v}" for k, v in flags.items()))
+    assert done.returncode == 0, done.stderr
     (made,) = out.glob("*.json")
     assert json.loads(made.read_text())["base_dtype"] == "int8"
