@@ -40,9 +40,9 @@ from dopsd_jax.weights.pipeline import (
     load_transformer,
     read_config,
     transformer_dtypes,
-    transformer_shapes,
 )
 from dopsd_jax.weights.save import write_component
+from dopsd_jax.weights.shapes import transformer_shapes
 from dopsd_jax.weights.shipped import pipeline_directory
 
 FLAGS = flags.FLAGS

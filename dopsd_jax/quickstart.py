@@ -3,7 +3,8 @@
     python -m dopsd_jax.quickstart --out runs/quickstart
 
 Trains a D-OPSD LoRA on the mini model, which has never seen the style, and draws the same noise
-before and after: things of the eight pictures, other things, and old prompts.
+before and after: things of the eight pictures, other things, and old prompts. It runs the commands
+that a user would, all in this process.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def main() -> None:
     previews.save(out / "new_style.png", new)
     previews.save(out / "old_prompts.png", old)
     print(f"""
-Done. Every row of these starts from the same noise:
+Done. Every row of these starts from one noise; base is before tuning, tuned is after:
   the new style      {out}/new_style.png    (four things of the pictures, then four others)
-  old prompts        {out}/old_prompts.png  (must look as before)
+  old prompts        {out}/old_prompts.png  (tuned must look as base does)
   during training    {workdir}/samples/
   curves             {workdir}/curves.png
   LoRA               {lora}   (diffusers, ComfyUI)

@@ -11,7 +11,8 @@ from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.run import previews
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.keys import base
-from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
+from dopsd_jax.weights.pipeline import load_pipeline
+from dopsd_jax.weights.shapes import transformer_shapes
 
 PROMPTS = ("a cat, blueprint style", "a rocket: \"blueprint\" style")
 

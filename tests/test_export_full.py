@@ -15,8 +15,9 @@ from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights.families import transformer_table
 from dopsd_jax.weights.load import load_tree, weight_files
 from dopsd_jax.weights.names import WeightsError
-from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
+from dopsd_jax.weights.pipeline import load_pipeline
 from dopsd_jax.weights.save import write_component
+from dopsd_jax.weights.shapes import transformer_shapes
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from dopsd_jax.run import loras, model, pictures
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.config import check_config
 from dopsd_jax.run.step import Step
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 
 KINDS = ("dora", "lokr")
 DRAW = dict(num_steps=2, height=32, width=32)

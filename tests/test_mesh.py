@@ -23,7 +23,7 @@ from dopsd_jax.models import quantization
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 from tests.commands import ROOT, environment
 
@@ -124,7 +124,7 @@ def in_child():
 @pytest.fixture(scope="module")
 def found():
     done = subprocess.run(
-        [sys.executable, __file__], cwd=ROOT, capture_output=True, text=True, timeout=500,
+        [sys.executable, __file__], cwd=ROOT, capture_output=True, text=True, timeout=1800,
         check=False, env=environment(
             JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8"
         ),

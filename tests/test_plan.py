@@ -12,7 +12,7 @@ from dopsd_jax import plan
 from dopsd_jax.core import trees
 from dopsd_jax.planning import compiler, hlo, lowering
 from dopsd_jax.planning.chips import CHIPS, GIB
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 from tests import commands
 from tests.planning.test_hlo import REPORT, TEXT
 

@@ -12,7 +12,7 @@ from dopsd_jax import sample, weights
 from dopsd_jax.core import trees
 from dopsd_jax.models.z_image import ZImageConfig
 from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 from dopsd_jax.weights.z_image import Z_IMAGE
 
 Z_IMAGE_MODULES = Z_IMAGE.modules(ZImageConfig())

@@ -17,7 +17,8 @@ from dopsd_jax.method import lora as lora_lib
 from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import loras
 from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.pipeline import load_pipeline, load_transformer, transformer_shapes
+from dopsd_jax.weights.pipeline import load_pipeline, load_transformer
+from dopsd_jax.weights.shapes import transformer_shapes
 from tests.commands import ROOT, environment
 
 SIZE = dict(num_steps=2, height=32, width=32)

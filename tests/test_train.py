@@ -68,13 +68,13 @@ def flags(tiny, photos, workdir, **more):
 def from_the_shell(*args, **variables):
     """Status and output of Python in a process of its own."""
     done = subprocess.run(
-        [sys.executable, *args], cwd=ROOT, env=environment(**variables), text=True, timeout=600,
+        [sys.executable, *args], cwd=ROOT, env=environment(**variables), text=True, timeout=1800,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )
     return done.returncode, done.stdout
 
 
-def wait_for(process, condition, timeout=300):
+def wait_for(process, condition, timeout=1800):
     end = time.time() + timeout
     while not condition():
         assert process.poll() is None, process.printed()
@@ -174,7 +174,7 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(tiny, photos, uninterru
         process = commands.Child(*command)
         wait_for(process, when)
         process.send_signal(how)
-        output = "".join(process.communicate(timeout=300))
+        output = "".join(process.communicate(timeout=1800))
         return process.returncode, output
 
     def has_saved():
@@ -241,7 +241,7 @@ def test_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
         return train_step
 
     monkeypatch.setattr(step_lib, "make_train_step", poisoned)
-    config.checkpoint_every = 2
+    config.update({"checkpoint_every": 2, "buckets": "64x64"})
     with pytest.raises(loop.TrainingError, match=r"step 4: loss = nan.*checkpoint of step 2"):
         train_lib.train(config, tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
@@ -333,7 +333,7 @@ def test_unknown_config_key_is_refused(tiny, photos, tmp_path):
 
 def test_full_fine_tuning_runs_and_resumes(config, tmp_path):
     config.update({"trainable": "full", "num_train_steps": 2, "checkpoint_every": 1,
-                   "learning_rate": 1e-4, "moments_dtype": "int8"})
+                   "learning_rate": 1e-4, "moments_dtype": "int8", "buckets": "64x64"})
     train_lib.train(config, tmp_path)
     config.num_train_steps = 3
     state = train_lib.train(config, tmp_path)
@@ -347,7 +347,8 @@ def test_full_fine_tuning_shows_the_base_as_the_base_after_a_resume(config, tmp_
     grid = previews.grid
     monkeypatch.setattr(previews, "grid", lambda c: (grids.append(dict(c)), grid(c))[1])
     config.update({"trainable": "full", "num_train_steps": 2, "checkpoint_every": 1,
-                   "learning_rate": 1e-2, "sample_every": 2, "sample_prompts": ("a fox",)})
+                   "learning_rate": 1e-2, "sample_every": 2, "sample_prompts": ("a fox",),
+                   "buckets": "64x64"})
     train_lib.train(config, tmp_path)
     config.num_train_steps = 4
     train_lib.train(config, tmp_path)

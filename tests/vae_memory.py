@@ -17,7 +17,7 @@ from dopsd_jax.models.flux2_vae import Flux2Vae, Flux2VaeConfig
 from dopsd_jax.models.vae import Vae, VaeConfig
 from dopsd_jax.planning import compiler
 from dopsd_jax.planning.chips import GIB, chip_of
-from dopsd_jax.weights.pipeline import vae_shapes
+from dopsd_jax.weights.shapes import vae_shapes
 
 FAMILIES = {
     "Z-Image": lambda dtype: Vae(VaeConfig.z_image(), dtype),

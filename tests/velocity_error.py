@@ -26,7 +26,8 @@ from dopsd_jax.method.contexts import text_context
 from dopsd_jax.models import quantization
 from dopsd_jax.models.quantization import AS_DTYPE
 from dopsd_jax.models.z_image import Block, ZImageConfig, ZImageTransformer
-from dopsd_jax.weights.pipeline import load_pipeline, transformer_shapes
+from dopsd_jax.weights.pipeline import load_pipeline
+from dopsd_jax.weights.shapes import transformer_shapes
 
 FLAGS = flags.FLAGS
 PLAIN = "bfloat16"

@@ -40,15 +40,8 @@ from dopsd_jax.models.denoiser import Context
 from dopsd_jax.run import loop, previews
 from dopsd_jax.weights.families import transformer_table
 from dopsd_jax.weights.names import stacks_of
-from dopsd_jax.weights.pipeline import (
-    Pipeline,
-    VisionLanguage,
-    load_pipeline,
-    load_vision_language,
-    text_shapes,
-    transformer_shapes,
-    vision_shapes,
-)
+from dopsd_jax.weights.pipeline import Pipeline, VisionLanguage, load_pipeline, load_vision_language
+from dopsd_jax.weights.shapes import text_shapes, transformer_shapes, vision_shapes
 
 # The names of what reads the answers, among the trained parameters.
 PLACEMENT, PICTURE = "placement", "picture"

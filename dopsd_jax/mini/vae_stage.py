@@ -21,7 +21,8 @@ from dopsd_jax.mini.labels import WORLD
 from dopsd_jax.mini.model import fresh, save_models
 from dopsd_jax.models.vae import STACKS, Vae
 from dopsd_jax.run import loop, previews
-from dopsd_jax.weights.pipeline import load_pipeline, vae_shapes
+from dopsd_jax.weights.pipeline import load_pipeline
+from dopsd_jax.weights.shapes import vae_shapes
 
 LOG_VARIANCE = (-30.0, 20.0)  # as diffusers clamps it
 MEASURED = 512  # held-back pictures, at most

@@ -39,12 +39,8 @@ from dopsd_jax.run.config import needs_latents, needs_teacher, needs_vlm
 from dopsd_jax.run.model import load_model
 from dopsd_jax.run.pictures import PREFLIGHT_PICTURES, at_once
 from dopsd_jax.weights.families import published_encoders
-from dopsd_jax.weights.pipeline import (
-    read_vl_config,
-    text_shapes,
-    vae_shapes,
-    vision_shapes,
-)
+from dopsd_jax.weights.pipeline import read_vl_config
+from dopsd_jax.weights.shapes import text_shapes, vae_shapes, vision_shapes
 
 CAPTIONS, LOOKS, LATENTS = "captions", "looks", "latents"
 TRAIN, DRAW, DECODE = "train", "draw", "decode"

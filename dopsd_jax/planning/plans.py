@@ -20,7 +20,7 @@ from dopsd_jax.run import remat
 from dopsd_jax.run.config import check_values
 from dopsd_jax.run.keys import AUTO
 from dopsd_jax.run.step import Step
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 
 NEEDS_CUDA = (
     "planning for a GPU needs JAX's CUDA plugin, which compiles on any Linux machine: pip install "

@@ -15,8 +15,8 @@ from dopsd_jax.data.prompts import encode_prompts, load_tokenizer, smart_resize
 from dopsd_jax.data.rows import Row
 from dopsd_jax.method.contexts import RECIPES, STUDENT, TEACHER, vlm_ids
 from dopsd_jax.run.config import needs_teacher, needs_vlm
-from dopsd_jax.run.keys import MAX_TOKENS
 from dopsd_jax.run.model import load_model
+from dopsd_jax.run.rules import MAX_TOKENS
 from dopsd_jax.weights.pipeline import Pipeline, read_vl_config
 from dopsd_jax.weights.shipped import vlm_directory
 

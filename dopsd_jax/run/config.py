@@ -27,11 +27,8 @@ from dopsd_jax.run import loras, preview_model
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.run.keys import KEYS
 from dopsd_jax.run.model import FILES, load_model
-from dopsd_jax.weights.pipeline import (
-    Pipeline,
-    read_vl_config,
-    transformer_shapes,
-)
+from dopsd_jax.weights.pipeline import Pipeline, read_vl_config
+from dopsd_jax.weights.shapes import transformer_shapes
 
 
 def needs_teacher(config: ConfigDict) -> bool:

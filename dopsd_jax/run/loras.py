@@ -25,7 +25,8 @@ from dopsd_jax.models import adapters
 from dopsd_jax.models.quantization import AS_DTYPE
 from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import lora_files, lora_reader
-from dopsd_jax.weights.pipeline import Pipeline, transformer_shapes
+from dopsd_jax.weights.pipeline import Pipeline
+from dopsd_jax.weights.shapes import transformer_shapes
 
 # How a task goes on from those before it -> whether a LoRA or all weights train.
 CARRIES = {"adapter": "lora", "stack": "lora", "full": "full"}

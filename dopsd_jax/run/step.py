@@ -42,7 +42,7 @@ from dopsd_jax.method.train_step import (
 from dopsd_jax.models.denoiser import Context, Denoiser
 from dopsd_jax.models.quantization import quantised_as, quantised_shapes
 from dopsd_jax.run.config import needs_targets, needs_teacher
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 
 OBJECTIVES = {"dopsd": dopsd, "sft": sft}
 

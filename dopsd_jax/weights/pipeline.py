@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -43,6 +41,7 @@ from dopsd_jax.weights.load import PREFIXES, Prefixes, kept_dtypes, load_tree, w
 from dopsd_jax.weights.names import Rule, WeightsError
 from dopsd_jax.weights.one_file import PARTS
 from dopsd_jax.weights.qwen3_names import check_language_match, vision_table
+from dopsd_jax.weights.shapes import text_shapes, transformer_shapes, vae_shapes, vision_shapes
 from dopsd_jax.weights.shipped import pipeline_directory, vlm_directory
 
 DTYPES = ("bfloat16", "float16", "float32")  # of weights and compute
@@ -175,36 +174,6 @@ def _sample_size(values: dict) -> int:
     if wrong := value_problems(values, {"sample_size": COUNT}):
         raise ValueError(wrong["sample_size"])
     return values["sample_size"]
-
-
-def transformer_shapes(network: nn.Module) -> trees.Tree:
-    """Parameter shapes of a transformer, float32, without computing anything; not to be changed."""
-    # Of every dtype and policy the same: the checks of a run and its step then share one tracing.
-    return _transformer_shapes(network.clone(dtype=jnp.dtype("float32"), remat="full"))
-
-
-@functools.lru_cache(maxsize=8)  # tracing takes longer than a small model's pictures
-def _transformer_shapes(network: nn.Module) -> trees.Tree:
-    args = network.smallest_inputs()
-    return jax.eval_shape(lambda: network.init(jax.random.key(0), *args))["params"]
-
-
-def text_shapes(network: Qwen3) -> trees.Tree:
-    ids = jnp.zeros((1, 8), jnp.int32)
-    return jax.eval_shape(lambda: network.init(jax.random.key(0), ids, ids > 0))["params"]
-
-
-def vae_shapes(network: Vae) -> trees.Tree:
-    images = jnp.zeros((1, 8 * network.config.factor, 8 * network.config.factor, 3))
-    return jax.eval_shape(lambda: network.init(jax.random.key(0), images))["params"]
-
-
-def vision_shapes(network: VisionTower) -> trees.Tree:
-    merge = network.config.spatial_merge_size
-    patches = jnp.zeros((1, merge * merge, network.config.patch_dim))
-    return jax.eval_shape(
-        lambda: network.init(jax.random.key(0), patches, (merge, merge))
-    )["params"]
 
 
 def load_pipeline(

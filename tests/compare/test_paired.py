@@ -15,7 +15,7 @@ from dopsd_jax.compare.paired import Measured
 from dopsd_jax.compare.stats import mean_interval
 from dopsd_jax.core import trees
 from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 from tests import commands
 
 PROMPTS = ["a red fox", "the sea", "snow"]  # of one padded length: fewer programs to compile

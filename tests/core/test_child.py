@@ -26,4 +26,4 @@ def test_a_child_ends_when_its_parent_is_killed():
         assert parent.stdout.readline().startswith("Serving HTTP")  # from the child
         parent.kill()
         # The pipe ends when nobody is left who could write to it.
-        assert parent.communicate(timeout=120)[0] == ""
+        assert parent.communicate(timeout=1800)[0] == ""

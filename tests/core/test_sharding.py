@@ -17,14 +17,8 @@ from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.flux2_vae import Flux2Vae, Flux2VaeConfig
 from dopsd_jax.models.qwen3_vl import VisionTower
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
-from dopsd_jax.weights.pipeline import (
-    load_pipeline,
-    read_vl_config,
-    text_shapes,
-    transformer_shapes,
-    vae_shapes,
-    vision_shapes,
-)
+from dopsd_jax.weights.pipeline import load_pipeline, read_vl_config
+from dopsd_jax.weights.shapes import text_shapes, transformer_shapes, vae_shapes, vision_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 Z_IMAGE = ZImageTransformer(ZImageConfig.turbo(), jnp.bfloat16)

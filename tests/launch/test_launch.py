@@ -39,7 +39,7 @@ def start(script, *args, folder=ROOT, **env):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     return subprocess.run(
         ["bash", str(ROOT / "launch" / script), *args], cwd=folder, env=kept | env, text=True,
-        capture_output=True, check=False, timeout=60,
+        capture_output=True, check=False, timeout=1800,
     )
 
 

@@ -10,7 +10,7 @@ from dopsd_jax.method import lora
 from dopsd_jax.models.flux2 import Flux2Config, Flux2Transformer
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.weights.flux2_names import FLUX2_TARGETS
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 TINY = ZImageConfig(

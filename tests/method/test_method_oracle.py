@@ -20,7 +20,7 @@ from dopsd_jax.models.denoiser import Context
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.weights.load import load_tree, weight_files
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS, z_image_table
 
 TINY = dict(

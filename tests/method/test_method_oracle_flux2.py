@@ -22,7 +22,7 @@ from dopsd_jax.models.flux2_denoiser import Flux2Denoiser
 from dopsd_jax.weights.flux2 import empirical_shift
 from dopsd_jax.weights.flux2_names import FLUX2_TARGETS, flux2_table
 from dopsd_jax.weights.load import load_tree, weight_files
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 
 TINY = dict(
     patch_size=1, in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16,

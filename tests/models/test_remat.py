@@ -15,7 +15,7 @@ from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.weights.families import example, transformer_table
 from dopsd_jax.weights.flux2 import FLUX2
 from dopsd_jax.weights.names import stacks_of
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 from dopsd_jax.weights.z_image import Z_IMAGE
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 

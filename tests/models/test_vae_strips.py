@@ -19,7 +19,7 @@ from dopsd_jax.models import vae_strips
 from dopsd_jax.models.flux2_vae import Flux2Vae, Flux2VaeConfig
 from dopsd_jax.models.vae import Vae, VaeConfig
 from dopsd_jax.weights.load import load_tree, weight_files
-from dopsd_jax.weights.pipeline import vae_shapes
+from dopsd_jax.weights.shapes import vae_shapes
 from dopsd_jax.weights.vae_names import flux2_vae_table, vae_table
 
 SIZES = dict(

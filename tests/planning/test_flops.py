@@ -14,7 +14,7 @@ from dopsd_jax.models.flux2_denoiser import Flux2Denoiser
 from dopsd_jax.models.z_image import ZImageConfig, ZImageTransformer
 from dopsd_jax.models.z_image_denoiser import ZImageDenoiser
 from dopsd_jax.planning import flops
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 from dopsd_jax.weights.z_image_names import Z_IMAGE_TARGETS
 
 # Wide enough that products are nearly all there is to count.

@@ -20,7 +20,7 @@ from dopsd_jax import plan
 from dopsd_jax.core import trees
 from dopsd_jax.planning import compiler, hlo, lowering
 from dopsd_jax.planning.chips import GIB
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 from tests import vae_memory
 
 pytestmark = pytest.mark.skipif(
@@ -146,7 +146,7 @@ def test_the_text_encoder_splits_over_a_machines_chips():
         from jax.experimental import topologies
         from dopsd_jax.core import sharding, trees
         from dopsd_jax.models.qwen3 import Qwen3, Qwen3Config
-        from dopsd_jax.weights.pipeline import text_shapes
+        from dopsd_jax.weights.shapes import text_shapes
         encoder = Qwen3(Qwen3Config.qwen3_4b(), 35, jnp.bfloat16)
         topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
         mesh = sharding.make_mesh(1, 4, 1, devices=topology.devices)

@@ -21,9 +21,9 @@ from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import WeightsError, families, load_pipeline
 from dopsd_jax.weights.lora_files import FORMATS
 from dopsd_jax.weights.names import stacks_of
-from dopsd_jax.weights.pipeline import transformer_shapes
 from dopsd_jax.weights.random_flux2 import SCHEDULER
 from dopsd_jax.weights.random_pipeline import draw, write_json, write_tensors
+from dopsd_jax.weights.shapes import transformer_shapes
 from tests.toy_family.family import TOY
 from tests.toy_family.network import ToyConfig, ToyTransformer
 

@@ -15,7 +15,7 @@ from dopsd_jax.weights import WeightsError, load_pipeline
 from dopsd_jax.weights.flux2_names import flux2_bfl_table, flux2_table
 from dopsd_jax.weights.load import load_tree
 from dopsd_jax.weights.names import export_names
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 
 D, TEXT, C, M = 48, 96, 16, 144  # widths of the tiny pipeline: model, text, latents, feed-forward
 

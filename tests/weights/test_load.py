@@ -306,7 +306,7 @@ def run_script(script, *args, **env):
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
         env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=1800,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

@@ -29,7 +29,7 @@ from dopsd_jax.weights.lora_files import (
     save_diffusers,
     save_peft,
 )
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 from dopsd_jax.weights.z_image import Z_IMAGE
 
 FLUX2_MODULES = FLUX2.modules(Flux2Config.klein_4b())

@@ -20,7 +20,7 @@ from dopsd_jax.run import workdir as workdir_lib
 from dopsd_jax.weights import WeightsError, fingerprints, load_pipeline, load_vision_language
 from dopsd_jax.weights.families import DECODER
 from dopsd_jax.weights.one_file import KEYS, PARTS
-from dopsd_jax.weights.pipeline import transformer_shapes
+from dopsd_jax.weights.shapes import transformer_shapes
 
 CONVERTERS = {
     "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
