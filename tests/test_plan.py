@@ -84,7 +84,7 @@ def test_all_phases_are_compiled_each_by_its_own_program(fake_compiler, monkeypa
     assert [module for _, module, _ in fake_compiler] == [
         "train_step", "_image_features", "sample_trajectory", "_decode"
     ]
-    assert [phase.name for phase in p.phases] == ["looks", "train", "draw", "decode"]
+    assert [phase.name for phase in p.phases] == ["vlm", "train", "draw", "decode"]
     assert {phase.program for phase in p.phases} == {p.total}
     assert p.peak.name == "decode" and p.needed == p.peak.total > 14 * GIB + p.total
     assert not p.fits and p.total < p.limit  # the step alone would

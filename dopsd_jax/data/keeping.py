@@ -1,7 +1,7 @@
 """Rows of a batch that teach nothing new: prompts on which the student is to stay as it was.
 
-They have no picture. The student walks on them as on any row, and its only teacher is the untuned
-model with the same prompt (`method.rollout.Retention`).
+They have no picture. The student follows its own trajectory on them as on any row, and its only
+teacher is the untuned model with the same prompt (`method.rollout.Retention`).
 """
 
 from __future__ import annotations

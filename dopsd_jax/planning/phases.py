@@ -42,23 +42,23 @@ from dopsd_jax.weights.families import published_encoders
 from dopsd_jax.weights.pipeline import read_vl_config
 from dopsd_jax.weights.shapes import text_shapes, vae_shapes, vision_shapes
 
-CAPTIONS, LOOKS, LATENTS = "captions", "looks", "latents"
+CAPTIONS, VLM, LATENTS = "captions", "vlm", "latents"
 TRAIN, DRAW, DECODE = "train", "draw", "decode"
 # Phase -> what happens in it.
 WORDS = {
     CAPTIONS: "encode captions",
-    LOOKS: "encode captions beside pictures",
+    VLM: "encode captions beside pictures",
     LATENTS: "encode pictures",
     TRAIN: "train",
     DRAW: "draw pictures",
     DECODE: "decode pictures",
 }
-SHORT = {CAPTIONS: "text", LOOKS: "text+vlm", LATENTS: "latents", TRAIN: "train", DRAW: "draw",
+SHORT = {CAPTIONS: "text", VLM: "text+vlm", LATENTS: "latents", TRAIN: "train", DRAW: "draw",
          DECODE: "decode"}  # titles of columns
 # The jitted function that is its program.
-MODULES = {CAPTIONS: "_text_features", LOOKS: "_image_features", LATENTS: "_latents",
+MODULES = {CAPTIONS: "_text_features", VLM: "_image_features", LATENTS: "_latents",
            TRAIN: "train_step", DRAW: "sample_trajectory", DECODE: "_decode"}
-ENCODING, DRAWING = (CAPTIONS, LOOKS, LATENTS), (DRAW, DECODE)
+ENCODING, DRAWING = (CAPTIONS, VLM, LATENTS), (DRAW, DECODE)
 # Folders of a VAE's parameters that one direction alone reads.
 VAE_ENCODES, VAE_DECODES = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")
 HOST = 4  # chips of one process of several, as libtpu's topologies have them
@@ -93,7 +93,7 @@ def of_run(config: ConfigDict) -> tuple[str, ...]:
     """
     names = []
     if not config.cache:
-        names.append(LOOKS if needs_vlm(config) else CAPTIONS)
+        names.append(VLM if needs_vlm(config) else CAPTIONS)
         if needs_latents(config):
             names.append(LATENTS)
     names.append(TRAIN)
@@ -106,17 +106,17 @@ def _draws(config: ConfigDict) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """The frozen networks of a run; `vision` is None where no teacher looks through it."""
+    """The frozen networks of a run; `vision` is None where no teacher sees pictures through it."""
 
     text_encoder: Qwen3
     text: TextRules
     vae: nn.Module
-    looks: Qwen3VLConfig | None
+    vlm: Qwen3VLConfig | None
     dtype: jnp.dtype
 
     @property
     def vision(self) -> VisionTower:
-        return VisionTower(self.looks.vision, self.dtype)
+        return VisionTower(self.vlm.vision, self.dtype)
 
 
 def encoders_of(config: ConfigDict) -> Encoders:
@@ -133,14 +133,14 @@ def encoders_of(config: ConfigDict) -> Encoders:
         text_encoder, text, vae = published_encoders(
             config.published, dtype, jnp.dtype(config.vae_dtype)
         )
-    looks = None
+    vlm = None
     if needs_vlm(config):
-        looks = read_vl_config(config.vlm) if config.vlm else Qwen3VLConfig.qwen3_vl_4b()
-        width, wanted = looks.vision.out_hidden_size, text_encoder.config.hidden_size
+        vlm = read_vl_config(config.vlm) if config.vlm else Qwen3VLConfig.qwen3_vl_4b()
+        width, wanted = vlm.vision.out_hidden_size, text_encoder.config.hidden_size
         if width != wanted:
             raise ValueError(f"vlm: expected a vision tower for a text encoder {wanted} wide, got "
                              f"{width}; give the config.vlm that belongs to config.model")
-    return Encoders(text_encoder, text, vae, looks, dtype)
+    return Encoders(text_encoder, text, vae, vlm, dtype)
 
 
 class Weights:
@@ -154,7 +154,7 @@ class Weights:
             spread, kind = self.own or self.one, quantised_as("encoder_dtype", config.encoder_dtype)
             text = quantised_shapes(text_shapes(encoders.text_encoder), kind, dtype)
             self.text = _placed(text, spread)
-            if encoders.looks:
+            if encoders.vlm:
                 vision = quantised_shapes(vision_shapes(encoders.vision), kind, dtype)
                 self.vision = _placed(vision, spread)
         self.vae = None
@@ -207,7 +207,7 @@ def arrays(config: ConfigDict, mesh: Mesh | AbstractMesh) -> dict[str, Arrays]:
     text, encodes, decodes = weights.size("text"), weights.size("encodes"), weights.size("decodes")
     every = {
         CAPTIONS: Arrays(text, first - text),
-        LOOKS: Arrays(encoding, first - encoding),
+        VLM: Arrays(encoding, first - encoding),
         LATENTS: Arrays(encodes, first - encodes),
         TRAIN: Arrays(model - preview, stays + preview),
         DRAW: Arrays(drawn + lora, stays + model - drawn),
@@ -255,15 +255,15 @@ def _longest(config: ConfigDict) -> int:
 
 
 def _lower_looking(config, encoders, weights, bucket, array, spread) -> jax.stages.Lowered:
-    looks = encoders.looks
-    v = looks.vision
+    vlm = encoders.vlm
+    v = vlm.vision
     height, width = smart_resize(
         bucket.height, bucket.width, config.vlm_min_pixels, config.vlm_max_pixels,
         factor=v.patch_size * v.spatial_merge_size,
     )
     grid = height // v.patch_size, width // v.patch_size
-    theta = config.vlm_rope_theta or looks.rope_theta
-    static = (grid, looks.image_token_id, looks.mrope_section, theta, weights.own)
+    theta = config.vlm_rope_theta or vlm.rope_theta
+    static = (grid, vlm.image_token_id, vlm.mrope_section, theta, weights.own)
     length = config.teacher_tokens
     return contexts._image_features.lower(
         encoders.text_encoder, encoders.vision, static, weights.text, weights.vision,

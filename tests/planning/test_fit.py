@@ -26,7 +26,7 @@ class Search:
 
         def known(config):
             base, text = WEIGHTS[config.base_dtype], WEIGHTS[config.encoder_dtype] * 2 / 3
-            return {"looks": Arrays(int(text * GIB), GIB), "train": Arrays((base + 2) * GIB, GIB),
+            return {"vlm": Arrays(int(text * GIB), GIB), "train": Arrays((base + 2) * GIB, GIB),
                     "draw": Arrays(base * GIB, 3 * GIB), "decode": Arrays(0, (base + 3) * GIB)}
 
         def needs(config, name, beside):
@@ -44,7 +44,7 @@ def test_the_best_that_fits_is_taken_with_the_policy_that_computes_least_again()
         "batch_size": 1, "encoder_dtype": "dtype", "base_dtype": "dtype", "remat": "matmuls"
     }
     assert {p.name: p.total / GIB for p in search.found.phases} == {
-        "looks": 10, "train": 27, "draw": 16, "decode": 16
+        "vlm": 10, "train": 27, "draw": 16, "decode": 16
     }
 
 
@@ -59,7 +59,7 @@ def test_fewer_bits_are_taken_where_more_do_not_fit(limit, base, policy):
 
 def test_what_cannot_fit_by_its_weights_is_not_compiled_and_policies_are_halved():
     search = Search(14)
-    assert {dtype for name, dtype, _ in search.compiled if name != "looks"} == {"int8"}
+    assert {dtype for name, dtype, _ in search.compiled if name != "vlm"} == {"int8"}
     assert len([c for c in search.compiled if c[0] == "train"]) <= 4
     skipped = [t for t in search.found.trials if t.least]
     assert [t.changes["base_dtype"] for t in skipped] == ["dtype"]

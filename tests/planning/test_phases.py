@@ -16,7 +16,7 @@ from dopsd_jax.planning import lowering, phases
 from dopsd_jax.planning.chips import GIB
 from dopsd_jax.run import loop
 
-PROGRAMS = {phases.CAPTIONS: (contexts, 3), phases.LOOKS: (contexts, 3),
+PROGRAMS = {phases.CAPTIONS: (contexts, 3), phases.VLM: (contexts, 3),
             phases.LATENTS: (contexts, 1), phases.DRAW: (sampling, 1), phases.DECODE: (sampling, 1)}
 
 
@@ -98,7 +98,7 @@ def test_what_lies_beside_a_phase_is_what_the_run_has_loaded(short_run, tiny):
     pipe = train_lib.load_encoding_parts(short_run, mesh, draws_pictures=True)
     decoder = trees.num_bytes(pipe.vae_params)
     known = phases.arrays(short_run, mesh)
-    assert known[phases.LOOKS].beside == known[phases.TRAIN].beside == decoder
+    assert known[phases.VLM].beside == known[phases.TRAIN].beside == decoder
     step = lowering.step_of(short_run, mesh)
     model = trees.num_bytes(step.base_shapes) + trees.num_bytes(step.state_shapes)
     assert known[phases.TRAIN].own == model
@@ -107,9 +107,9 @@ def test_what_lies_beside_a_phase_is_what_the_run_has_loaded(short_run, tiny):
 
     short_run.encode = "online"
     online = phases.arrays(short_run, mesh)
-    text = known[phases.LOOKS].own
+    text = known[phases.VLM].own
     assert online[phases.TRAIN].beside == decoder + text
-    assert online[phases.LOOKS].least == known[phases.LOOKS].least + model
+    assert online[phases.VLM].least == known[phases.VLM].least + model
 
 
 def test_a_quantised_network_takes_the_bytes_of_its_bits(short_run):
@@ -119,7 +119,7 @@ def test_a_quantised_network_takes_the_bytes_of_its_bits(short_run):
         short_run.update({"remat": "full", "base_dtype": kind, "encoder_dtype": kind,
                           "dtype": "bfloat16", "model": "", "vlm": ""})
         known = phases.arrays(short_run, mesh)
-        sizes[kind] = known[phases.TRAIN].own, known[phases.LOOKS].own
+        sizes[kind] = known[phases.TRAIN].own, known[phases.VLM].own
     base = 6.15e9  # parameters; those that stay floats are few
     saved = sizes["dtype"][0] - sizes["int8"][0], sizes["dtype"][0] - sizes["nf4"][0]
     assert saved[0] == pytest.approx(base, rel=0.05)
@@ -128,12 +128,12 @@ def test_a_quantised_network_takes_the_bytes_of_its_bits(short_run):
 
 
 @pytest.mark.parametrize("changes,expected", [
-    ({}, "looks train draw decode"),
+    ({}, "vlm train draw decode"),
     ({"cache": "there"}, "train draw decode"),
     ({"recipe": "text"}, "captions train draw decode"),
     ({"objective": "sft", "preflight": "off"}, "captions latents train draw decode"),
-    ({"sample_every": 0}, "looks train draw decode"),
-    ({"sample_every": 0, "preflight": "off"}, "looks train"),
+    ({"sample_every": 0}, "vlm train draw decode"),
+    ({"sample_every": 0, "preflight": "off"}, "vlm train"),
 ])
 def test_a_run_has_the_phases_that_its_config_needs(changes, expected):
     config = z_image_turbo_lora.get_config()
@@ -159,7 +159,7 @@ def test_a_tower_of_another_text_encoder_is_refused(short_run):
 
 
 def test_a_report_tells_of_every_phase_and_which_needs_most():
-    found = [phases.Phase("looks", 8 * GIB, GIB), phases.Phase("train", 5 * GIB, 0),
+    found = [phases.Phase("vlm", 8 * GIB, GIB), phases.Phase("train", 5 * GIB, 0),
              phases.Phase("draw", math.inf, 0)]
     assert max(found, key=lambda p: p.total).name == "draw"
     lines = plan._phase_lines(found)
