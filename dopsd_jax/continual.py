@@ -131,7 +131,7 @@ def continual(config: ConfigDict, workdir: Path) -> str:
 
 
 def main() -> None:
-    config, workdir = begin("configs/mini_continual.py")
+    config, workdir = begin("configs/mini_continual.py", "methods", "orders")
     print(continual(config, workdir.resolve()))
     print(f"\n{workdir}/report.html, {report.TABLE}, curves.png, grid.png")
 

@@ -13,7 +13,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax.core import cli, distributed, memory, sharding
+from dopsd_jax.core import cli, distributed, memory, mirror, sharding
 from dopsd_jax.core.log import log
 from dopsd_jax.data.cache import Cache, CacheWriter
 from dopsd_jax.data.datasets import read_data
@@ -45,6 +45,11 @@ def encode(config: ConfigDict) -> tuple[int, int]:
     if not config.cache:
         raise ValueError("cache: expected a folder or gs://.., got nothing (--config.cache=..)")
     check_config(config)
+    if not mirror.is_remote(config.cache):
+        try:
+            cli.check_directory(config.cache)
+        except ValueError as e:
+            raise ValueError(f"cache: {e}") from e
     data = read_data(config, needs_of_rows(config))
     data_check.warn(config, data)
     check_captions(config, data)
@@ -80,6 +85,7 @@ def define_flags() -> None:
 def main() -> None:
     if FLAGS.config is None:
         raise ValueError("--config is needed, such as --config configs/z_image_turbo_lora.py")
+    cli.check_kind(FLAGS.config, "configs/z_image_turbo_lora.py", "recipe", "cache")
     distributed.initialize()
     workdir_lib.enable_compilation_cache()
     made, total = encode(FLAGS.config)

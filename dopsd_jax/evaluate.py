@@ -328,7 +328,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> str:
 
 
 def main() -> None:
-    config, workdir = begin("configs/mini_claim.py")
+    config, workdir = begin("configs/mini_claim.py", "methods", "checkpoints")
     print(evaluate(config, workdir))
     curves = "" if config.checkpoints else "curves.png, "
     print(f"\n{workdir}/report.html, {report.TABLE}, pictures.csv, {curves}grid.png")

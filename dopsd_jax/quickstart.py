@@ -27,11 +27,20 @@ def define_flags() -> None:
     flags.DEFINE_string("out", "runs/quickstart", "Where everything goes.")
 
 
+def progress(workdir: Path) -> tuple[int, int]:
+    """Updates that a run has saved, and those that it is to make."""
+    total = workdir_lib.read_config(workdir)["num_train_steps"]
+    return max(workdir_lib.saved_steps(workdir), default=0), total
+
+
 def main() -> None:
     out = Path(FLAGS.out)
     cli.check_directory(out)
     workdir, lora = out / "run", out / "lora.safetensors"
     cli.run_module("dopsd_jax.train", "--config", CONFIG, "--workdir", str(workdir))
+    step, total = progress(workdir)
+    if step < total:
+        raise SystemExit(f"stopped at step {step} of {total}; the same command goes on from there")
     cli.run_module(
         "dopsd_jax.sample", "--model", "mini", "--lora", str(workdir),
         f"--prompt=a cat, {STYLE} style", f"--prompt=a house, {STYLE} style",

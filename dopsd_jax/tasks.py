@@ -373,6 +373,7 @@ def define_flags() -> None:
 def main() -> None:
     if FLAGS.config is None:
         raise ValueError("--config is needed, such as --config configs/mini_tasks.py")
+    cli.check_kind(FLAGS.config, "configs/mini_tasks.py", "run_config", "carry", "tasks")
     cli.check_directory(FLAGS.workdir)
     distributed.initialize()
     workdir_lib.enable_compilation_cache()

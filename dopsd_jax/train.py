@@ -99,12 +99,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
     cache = open_cache(config.cache, entries) if config.cache else None
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     distributed.connect(mesh)
-    looks_ahead = (
+    draws_preflight = (
         config.preflight == "on" and needs_teacher(config)
         and not (workdir / preflight.FILE).is_file()
     )
     pipe = load_encoding_parts(
-        config, draws_pictures=bool(config.sample_every or looks_ahead), mesh=mesh
+        config, draws_pictures=bool(config.sample_every or draws_preflight), mesh=mesh
     )
     # Before the encoders run, which may take hours: it refuses targets that match no layer.
     earlier, start = loras.stands_on(config, pipe)
@@ -125,7 +125,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState | None:
         step = remat.fitted(step, data.largest_bucket(), workdir, pipe.params)
     base, state, untuned = first_state(config, pipe, step)
     memory.log_devices("the model is loaded")
-    if looks_ahead:
+    if draws_preflight:
         variables = (step.method.assemble(base, trained)
                      for trained in (state.student, step.method.taught_by(state)))
         run_preflight(config, workdir, pipe, data, features, *variables, mesh)

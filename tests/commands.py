@@ -29,7 +29,7 @@ class Child:
         self._files = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
         self._process = _forks().Process(target=_become, args=(
             self.args, str(cwd), environment(**variables), *map(str, self._files)
-        ))
+        ), daemon=True)  # ends with the test run
         self._process.start()
 
     @property
@@ -57,6 +57,9 @@ class Child:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.printed()
 
+    def __del__(self):
+        self._folder.cleanup()
+
     def printed(self) -> tuple[str, str]:
         """What it has printed so far."""
         # It may have ended before it opened them.
@@ -66,7 +69,10 @@ class Child:
 def run(module: str, *argv: object, **options) -> subprocess.CompletedProcess:
     """A `Child` from start to end."""
     child = Child(module, *argv, **options)
-    out, err = child.communicate()
+    try:
+        out, err = child.communicate(timeout=1800)
+    finally:
+        child.kill()
     return subprocess.CompletedProcess(child.args, child.returncode, out, err)
 
 

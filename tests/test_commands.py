@@ -263,6 +263,22 @@ def test_a_flag_that_is_none_gets_the_nearest_flag_or_key(command):
     )
 
 
+@pytest.mark.parametrize("name, config, missing", [
+    ("tasks", "tiny", "carry, tasks"), ("encode", "mini_claim", "recipe, cache"),
+    ("evaluate", "tiny", "methods, checkpoints"), ("continual", "tiny", "methods, orders"),
+])
+def test_a_config_of_another_command_is_refused(command, name, config, missing):
+    workdir = () if name == "encode" else ("--workdir", "w")
+    error = command(name, "--config", f"configs/{config}.py", *workdir)
+    assert error.startswith("error: --config: expected a config of this command, such as configs/")
+    assert error.endswith(f"{missing}\n") and len(error.splitlines()) == 1
+
+
+def test_a_cache_that_cannot_be_a_folder_is_refused_by_its_key(command):
+    error = command("encode", *TINY[2:], *MODELS, "--config.data=.", "--config.cache=README.md/x")
+    assert "error: cache: " in error and "README.md: expected a directory for" in error
+
+
 def test_an_unknown_word_gets_the_nearest_one():
     with pytest.raises(SystemExit, match="trian: no such command; did you mean train?"):
         dopsd.main(["trian"])

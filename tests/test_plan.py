@@ -192,6 +192,7 @@ def run(*args):
 
 @pytest.mark.parametrize("arguments,message", [
     (["--topology=v9:4x4"], "topology: expected a generation of v5e"),
+    (["--topology=v5e:1000x1000"], "at most 16384 chips"),
     (["--topology=v5p:4x4"], "or v5p:2x2x1, or one card of h100, "),
     (["--topology=v5e:4x4", "--config.num_steps=0"], "num_steps: expected 1 to 1000"),
     (["--sweep"], "--sweep: expected --topology"), (["--full"], "--full: expected --topology"),

@@ -169,8 +169,9 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(tiny, photos, uninterru
     """One run killed before its first save, stopped, killed during a save, and killed late."""
     workdir = tmp_path / "run"
     command = ("dopsd_jax.train", *flags(tiny, photos, workdir))
+    seldom = ("dopsd_jax.train", *flags(tiny, photos, workdir, checkpoint_every=1000))
 
-    def interrupt(how, when):
+    def interrupt(command, how, when):
         process = commands.Child(*command)
         wait_for(process, when)
         process.send_signal(how)
@@ -181,18 +182,19 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(tiny, photos, uninterru
         return [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
 
     killed = -signal.SIGKILL
-    assert interrupt(signal.SIGKILL, lambda: read_metrics(workdir))[0] == killed
+    assert interrupt(seldom, signal.SIGKILL, lambda: read_metrics(workdir))[0] == killed
     assert not has_saved()
     seen = len(read_metrics(workdir))
-    code, output = interrupt(signal.SIGTERM, lambda: len(read_metrics(workdir)) > seen)
+    code, output = interrupt(seldom, signal.SIGTERM, lambda: len(read_metrics(workdir)) > seen)
     assert code == 0 and "SIGTERM: saved step" in output, output
     (saved,) = has_saved()
-    code, output = interrupt(
-        signal.SIGKILL, lambda: any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
-    )
+    code, output = interrupt(command, signal.SIGKILL, lambda: any(
+        "tmp" in p.name for p in (workdir / "checkpoints").glob("*")
+    ))
     assert code == killed and f"resumed at step {saved.name}" in output, output
     late = max(22, len(read_metrics(workdir)) + 1)
-    assert interrupt(signal.SIGKILL, lambda: len(read_metrics(workdir)) >= late)[0] == killed
+    code, _ = interrupt(command, signal.SIGKILL, lambda: len(read_metrics(workdir)) >= late)
+    assert code == killed
     done = commands.run(*command)
     assert done.returncode == 0 and "resumed at step" in done.stderr, done.stderr
     assert_same(final_state(workdir), final_state(uninterrupted[0]))

@@ -19,17 +19,19 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of everything.", required=True)
 
 
-def begin(example: str) -> tuple[ConfigDict, Path]:
+def begin(example: str, *keys: str) -> tuple[ConfigDict, Path]:
     """The config and the directory, which is made.
 
     Args:
         example: A config file, for who gave none.
+        *keys: That a config of the command has.
 
     Raises:
-        ValueError: No config, or a directory that cannot be.
+        ValueError: No config, one of another command, or a directory that cannot be.
     """
     if FLAGS.config is None:
         raise ValueError(f"--config is needed, such as --config {example}")
+    cli.check_kind(FLAGS.config, example, *keys)
     workdir = Path(FLAGS.workdir)
     cli.check_directory(workdir)
     workdir.mkdir(parents=True, exist_ok=True)

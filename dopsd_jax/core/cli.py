@@ -90,17 +90,16 @@ def flags_of_its_own(*argv: str) -> Iterator[None]:
     """Sets this command's flags aside, and its sys.argv, for as long as another command runs."""
     values = flags.FLAGS
     # Flags of libraries stay: they are defined where a library is imported, once.
-    ours = _own_flags(values)
+    ours, given = _own_flags(values), sys.argv
     for _, flag in ours:
         delattr(values, flag.name)
-    common, given = set(values), sys.argv
     sys.argv = list(argv)
     try:
         yield
     finally:
+        for _, flag in _own_flags(values):
+            delattr(values, flag.name)
         sys.argv = given
-        for name in set(values) - common:
-            delattr(values, name)
         for module, flag in ours:
             flags.DEFINE_flag(flag, module_name=module)
 
@@ -333,6 +332,22 @@ def _line_in(file: str, error: Exception) -> str:
     if isinstance(error, SyntaxError) and error.filename == file:
         return f", line {error.lineno}"
     return f", line {frames[-1]}" if frames else ""
+
+
+def check_kind(config: ConfigDict, example: str, *keys: str) -> None:
+    """Makes sure that a config is one for this command, not for another.
+
+    Args:
+        config: As given.
+        example: A config file of the command.
+        *keys: That configs of the command have.
+
+    Raises:
+        ValueError: Some of them are missing.
+    """
+    if missing := [key for key in keys if key not in config]:
+        raise ValueError(f"--config: expected a config of this command, such as {example}, got one "
+                         f"without {', '.join(missing)}")
 
 
 def check_directory(path: str | Path) -> None:

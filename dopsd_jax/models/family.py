@@ -1,9 +1,9 @@
 """What is known of a model family, in one object, and what to write for another one.
 
 A family is a text-to-image network together with its VAE, its text encoder and the names of their
-tensors. Nothing else of the package knows a family by name: whoever needs a fact asks the `Family`
-that `weights.families.find` returns for the class name in a model_index.json or for the config of
-a network. To add one, write
+tensors. Nothing else of the package, but bench/, knows a family by name: whoever needs a fact asks
+the `Family` that `weights.families.find` returns for the class name in a model_index.json or for
+the config of a network. To add one, write
 
 1. the network, as a module of models/: a Flax module with the fields `config`, `dtype` and `remat`
    and the methods `smallest_inputs` and `check_sizes`. Its linear layers are `layers.Dense`, its

@@ -28,9 +28,10 @@ INPUT = "layer_input"  # of what a rematerialised layer may keep elsewhere, see 
 
 
 def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], *shape: int) -> Any:
-    """`module.param`, which traces the initialiser of a parameter even where it is there already.
+    """A parameter as `module.param` gives it, without tracing the initialiser where it is there.
 
-    Tracing a network does nothing as often, and most of its programs only read parameters.
+    Flax traces it each time, to compare shapes, though most programs only read parameters: nothing
+    else was done as often while a network was traced.
 
     Args:
         module: The bound module whose parameter it is.

@@ -78,6 +78,9 @@ def _gpu_chip(name: str) -> Chip:
 CHIPS = TPUS | {name: _gpu_chip(name) for name in GPUS}
 
 
+MOST_CHIPS = 16_384  # more than any slice has
+
+
 def chip_of(topology: str) -> Chip:
     """The chip of a topology such as "v5e:4x4", or of one card such as "h100".
 
@@ -89,10 +92,12 @@ def chip_of(topology: str) -> Chip:
     generation, _, shape = topology.partition(":")
     sides = shape.split("x")
     is_shape = all(re.fullmatch("[1-9][0-9]*", side) for side in sides)
-    if generation not in TPUS or not is_shape or len(sides) != CHIPS[generation].sides:
+    if (generation not in TPUS or not is_shape or len(sides) != CHIPS[generation].sides
+            or count_chips(topology) > MOST_CHIPS):
         raise ValueError(
-            f"topology: expected a generation of {', '.join(TPUS)} and its shape, such as "
-            f"v5e:4x4, v6e:4x4 or v5p:2x2x1, or one card of {', '.join(GPUS)}, got {topology!r}"
+            f"topology: expected a generation of {', '.join(TPUS)} and its shape of at "
+            f"most {MOST_CHIPS} chips, such as v5e:4x4, v6e:4x4 or v5p:2x2x1, or one card of "
+            f"{', '.join(GPUS)}, got {topology!r}"
         )
     return CHIPS[generation]
 

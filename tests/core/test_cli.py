@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
 from configs import common
 from dopsd_jax.core import cli
@@ -40,21 +39,27 @@ def test_keys_are_found_in_every_form_of_a_flag(form):
     cli.check_config_flags(["train", "--config=configs/tiny.py", form.format("seed")])
 
 
-def test_a_command_runs_another_one_with_flags_of_its_own(tmp_path, capsys, monkeypatch):
+OTHER = """
+import sys
+from absl import flags
+from ml_collections import config_flags
+
+seen = []
+
+def define_flags():
+    config_flags.DEFINE_config_file("config", None, "A config.", lock_config=True)
+    flags.DEFINE_string("out", None, "Where to.", required=True)
+
+def main():
+    seen.append((flags.FLAGS.out, flags.FLAGS.config.seed, sys.argv))
+    if flags.FLAGS.out == "b":
+        raise ValueError("refused")
+"""
+
+
+def test_a_command_runs_another_one_with_flags_of_its_own(capsys, monkeypatch):
     module = types.ModuleType("dopsd_jax.other")
-    seen = []
-
-    def define_flags():
-        config_flags.DEFINE_config_file("config", None, "A config.", lock_config=True)
-        flag = flags.Flag(flags.ArgumentParser(), None, "out", None, "Where to.")
-        flags.DEFINE_flag(flag, module_name=module.__name__, required=True)
-
-    def main():
-        seen.append((flags.FLAGS.out, flags.FLAGS.config.seed, sys.argv))
-        if flags.FLAGS.out == "b":
-            raise ValueError("refused")
-
-    module.define_flags, module.main = define_flags, main
+    exec(OTHER, module.__dict__)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     argv = ["--config=configs/tiny.py", "--config.seed=7", "--out"]
     with cli.flags_of_its_own("outer"):  # of pytest, none that would be missed
@@ -68,7 +73,7 @@ def test_a_command_runs_another_one_with_flags_of_its_own(tmp_path, capsys, monk
             cli.run_module(module.__name__, *argv, "c", "--nowhere=1")
         assert set(flags.FLAGS) == before and flags.FLAGS["out"] is mine and sys.argv is given
     assert "out" not in flags.FLAGS
-    assert seen == [(out, 7, [module.__name__, *argv, out]) for out in ("a folder", "b")]
+    assert module.seen == [(out, 7, [module.__name__, *argv, out]) for out in ("a folder", "b")]
     shown = capsys.readouterr().out
     assert f"$ python -m dopsd_jax.other {' '.join(argv)} 'a folder'\n" in shown
 
